@@ -1,0 +1,210 @@
+"""Which key blocks every query block attends to, per head: the one mask type the kernels share."""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor
+
+__all__ = ["BlockMask"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockMask:
+    """Lists of kept key blocks: row ``(b, h, i)`` keeps ``indices[b, h, i, :counts[b, h, i]]``.
+
+    A leading size of 1 serves every batch element.
+    Lists ascend; entries from ``counts`` on are padding: valid block numbers without a meaning.
+    Blocks tile the (ordered) sequences from position 0; the last of each axis may be ragged.
+    Shapes are checked always, values where reading them costs no device synchronisation (CPU).
+    """
+
+    counts: Int32[Tensor, "batch heads q_blocks"]
+    indices: Int32[Tensor, "batch heads q_blocks max_count"]
+    block: tuple[int, int]
+    q_length: int
+    kv_length: int
+
+    def __post_init__(self):
+        _check_geometry(self.block, self.q_length, self.kv_length)
+        if self.counts.dtype != torch.int32 or self.indices.dtype != torch.int32:
+            raise ValueError(
+                f"counts and indices must be int32, got {self.counts.dtype} and "
+                f"{self.indices.dtype}; convert them with .to(torch.int32)"
+            )
+        if self.counts.ndim != 3 or self.counts.shape[2] != self.q_blocks:
+            raise ValueError(
+                f"counts must be [batch, heads, {self.q_blocks}] for {self.q_length} queries in "
+                f"blocks of {self.block[0]}, got {tuple(self.counts.shape)}"
+            )
+        if self.indices.ndim != 4 or self.indices.shape[:3] != self.counts.shape:
+            raise ValueError(
+                f"indices must be {[*self.counts.shape, 'max_count']}, "
+                f"got {tuple(self.indices.shape)}"
+            )
+        if self.indices.device != self.counts.device:
+            raise ValueError(
+                f"counts are on {self.counts.device} but indices on {self.indices.device}; "
+                "move them to one device"
+            )
+        if self.counts.device.type == "cpu" and self.counts.numel():
+            self._check_values()
+
+    def _check_values(self):
+        low, high = (int(x) for x in torch.aminmax(self.counts))
+        if low < 0 or high > self.indices.shape[3]:
+            raise ValueError(
+                f"counts must lie in 0..{self.indices.shape[3]} (the width of indices), "
+                f"got {low}..{high}"
+            )
+        if not self.indices.numel():
+            return
+        low, high = (int(x) for x in torch.aminmax(self.indices))
+        if low < 0 or high >= self.kv_blocks:
+            raise ValueError(
+                f"indices must lie in 0..{self.kv_blocks - 1} ({self.kv_length} keys in blocks of "
+                f"{self.block[1]}), padding included, got {low}..{high}"
+            )
+        listed = torch.arange(1, self.indices.shape[3]) < self.counts[..., None]
+        if (listed & (self.indices[..., 1:] <= self.indices[..., :-1])).any():
+            raise ValueError(
+                "the listed indices of a row must strictly ascend; sort them, or build the mask "
+                "with BlockMask.from_dense"
+            )
+
+    @classmethod
+    def from_dense(
+        cls,
+        keep: Bool[Tensor, "*batch heads q_blocks kv_blocks"],
+        *,
+        block: tuple[int, int],
+        q_length: int,
+        kv_length: int,
+    ) -> "BlockMask":
+        """The mask that keeps block ``(i, j)`` of head ``h`` where ``keep[..., h, i, j]``.
+
+        On an accelerator the lists have full width, so that nothing waits for the device;
+        on the CPU they are as wide as the longest.
+        """
+        _check_geometry(block, q_length, kv_length)
+        blocks = (ceil(q_length / block[0]), ceil(kv_length / block[1]))
+        if keep.dtype != torch.bool or keep.ndim not in (3, 4) or keep.shape[-2:] != blocks:
+            raise ValueError(
+                f"keep must be bool [heads, {blocks[0]}, {blocks[1]}], or batched, for "
+                f"{q_length} queries and {kv_length} keys in blocks of {block}, "
+                f"got {keep.dtype} {tuple(keep.shape)}"
+            )
+        keep = keep if keep.ndim == 4 else keep[None]
+        counts = keep.sum(-1, dtype=torch.int32)
+        indices = torch.sort(~keep, dim=-1, stable=True).indices.to(torch.int32)
+        if keep.device.type == "cpu":
+            indices = indices[..., : int(counts.max()) if counts.numel() else 0]
+        return cls(
+            counts=counts,
+            indices=indices.contiguous(),
+            block=block,
+            q_length=q_length,
+            kv_length=kv_length,
+        )
+
+    @classmethod
+    def full(
+        cls,
+        heads: int,
+        *,
+        block: tuple[int, int],
+        q_length: int,
+        kv_length: int,
+        device: torch.device | str = "cpu",
+    ) -> "BlockMask":
+        """The mask that keeps everything: dense attention."""
+        _check_geometry(block, q_length, kv_length)
+        shape = (heads, ceil(q_length / block[0]), ceil(kv_length / block[1]))
+        keep = torch.ones(shape, dtype=torch.bool, device=device)
+        return cls.from_dense(keep, block=block, q_length=q_length, kv_length=kv_length)
+
+    @property
+    def batch(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.counts.shape[1]
+
+    @property
+    def q_blocks(self) -> int:
+        return ceil(self.q_length / self.block[0])
+
+    @property
+    def kv_blocks(self) -> int:
+        return ceil(self.kv_length / self.block[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.counts.device
+
+    @property
+    def keep(self) -> float:
+        """Blocks computed over all blocks. Waits for the device."""
+        return float(self.keep_per_head().mean())
+
+    def keep_per_head(self) -> Float[Tensor, " heads"]:
+        """Blocks computed over all blocks, for each head."""
+        return self.counts.float().mean((0, 2)) / self.kv_blocks
+
+    def to(self, device: torch.device | str) -> "BlockMask":
+        """The same mask on another device; itself where it is there already."""
+        if self.counts.device == torch.device(device):
+            return self
+        return BlockMask(
+            counts=self.counts.to(device),
+            indices=self.indices.to(device),
+            block=self.block,
+            q_length=self.q_length,
+            kv_length=self.kv_length,
+        )
+
+    def to_dense(self) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
+        """``keep[b, h, i, j]``: whether block ``(i, j)`` is computed."""
+        # padding goes to one column more, cut off at the end
+        listed = torch.arange(self.indices.shape[3], device=self.device) < self.counts[..., None]
+        columns = torch.where(listed, self.indices, self.kv_blocks).long()
+        keep = torch.zeros(
+            *self.counts.shape, self.kv_blocks + 1, dtype=torch.bool, device=self.device
+        )
+        return keep.scatter_(3, columns, True)[..., :-1].contiguous()
+
+    def to_flex(self):
+        """The same mask for ``torch.nn.attention.flex_attention``.
+
+        Every kept block is a full block, so the compiled kernel never evaluates ``mask_mod``;
+        eager FlexAttention evaluates nothing else, so ``mask_mod`` looks the block up.
+        """
+        from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+        keep, (q_block, kv_block), batched = self.to_dense(), self.block, self.batch > 1
+        # FlexAttention wants lists of full width
+        indices = torch.sort(~keep, dim=-1, stable=True).indices.to(torch.int32)
+
+        def block_is_kept(b, h, q, kv):
+            return keep[b if batched else b * 0, h, q // q_block, kv // kv_block]
+
+        return FlexBlockMask.from_kv_blocks(
+            torch.zeros_like(self.counts),
+            torch.zeros_like(indices),
+            self.counts,
+            indices,
+            BLOCK_SIZE=self.block,
+            mask_mod=block_is_kept,
+            seq_lengths=(self.q_length, self.kv_length),
+        )
+
+
+def _check_geometry(block: tuple[int, int], q_length: int, kv_length: int) -> None:
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block must be two positive sizes (q_block, kv_block), got {block}")
+    if q_length < 1 or kv_length < 1:
+        raise ValueError(
+            f"q_length and kv_length must be at least 1 token, got {q_length} and {kv_length}"
+        )

@@ -1,0 +1,126 @@
+"""Float64 references of the kernels: the formulas, materialised, to be read and to test against."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from accel.kernels.arguments import check_tensors, head_orders, pooled_heads, valid_lengths
+from accel.kernels.block_mask import BlockMask
+
+__all__ = ["block_mass_reference", "sparse_attention_reference"]
+
+
+def sparse_attention_reference(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads kv_tokens dim"],
+    v: Float[Tensor, "batch kv_heads kv_tokens dim"],
+    mask: BlockMask,
+    *,
+    rest: str | Sequence[str] = "drop",
+    scale: float | None = None,
+    kv_length: int | Int[Tensor, " batch"] | None = None,
+    order: Int[Tensor, "*heads tokens"] | None = None,
+    return_lse: bool = False,
+):
+    """``softmax([s q kᵀ + m, s q k̄ᵀ + m̄]) [v; v̄]`` with the arguments of ``sparse_attention``.
+
+    ``m`` is 0 on the tokens of kept blocks and -inf elsewhere. ``m̄`` is -inf under ``drop``;
+    under ``mean`` it is ``ln n_j`` on the blocks that are not kept, ``n_j`` their valid tokens.
+    Everything is float64, the results too.
+    """
+    check_tensors(q, k, v)
+    dtype, heads = torch.float64, q.shape[1]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    pooled = torch.tensor(pooled_heads(rest, heads), device=q.device)
+    orders = head_orders(order, q, k)
+    q, k, v = (x.to(dtype) for x in (q, *_expand(heads, k, v)))
+    valid = _valid_keys(kv_length, k)
+    if orders is not None:
+        q, k, v, valid = (_reorder(x, orders) for x in (q, k, v, valid))
+
+    keep = mask.to_dense().expand(q.shape[0], -1, -1, -1)
+    keep = _spread(_spread(keep, 2, mask.block[0], q.shape[2]), 3, mask.block[1], k.shape[2])
+    logits = (scale * q @ k.mT).masked_fill(~(keep & valid[:, :, None]), -torch.inf)
+
+    count, k_mean, v_mean = _block_means(k, v, valid, mask.block[1])
+    use_mean = ~mask.to_dense() & pooled[:, None, None]
+    use_mean = _spread(use_mean.expand(q.shape[0], -1, -1, -1), 2, mask.block[0], q.shape[2])
+    pooled_logits = scale * q @ k_mean.mT + count.log()[:, :, None]
+    pooled_logits = pooled_logits.masked_fill(~use_mean, -torch.inf)
+
+    logits = torch.cat([logits, pooled_logits], dim=3)
+    lse = logits.logsumexp(3)
+    # a row without a key has lse = -inf and weights exp(-inf - 0) = 0
+    weights = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    out = weights @ torch.cat([v, v_mean], dim=2)
+    if orders is not None:
+        out, lse = (_reorder(x, orders.argsort(1)) for x in (out, lse))
+    return (out, lse) if return_lse else out
+
+
+def block_mass_reference(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads kv_tokens dim"],
+    *,
+    block: tuple[int, int],
+    scale: float | None = None,
+    kv_length: int | Int[Tensor, " batch"] | None = None,
+    order: Int[Tensor, "*heads tokens"] | None = None,
+):
+    """``mass[i, j] = Σ_{t in i} Σ_{n in j} softmax(s q kᵀ)[t, n]`` over valid t and n, and the LSE.
+
+    Padding keys are padding queries too where there are as many keys as queries.
+    """
+    check_tensors(q, k)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    orders = head_orders(order, q, k)
+    q, k = q.double(), _expand(q.shape[1], k)[0].double()
+    valid = _valid_keys(kv_length, k)
+    if orders is not None:
+        q, k, valid = (_reorder(x, orders) for x in (q, k, valid))
+    logits = (scale * q @ k.mT).masked_fill(~valid[:, :, None], -torch.inf)
+    lse = logits.logsumexp(3)
+    weights = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    if q.shape[2] == k.shape[2]:
+        weights = weights * valid[..., None]
+    mass = _block_sums(_block_sums(weights, 2, block[0]), 3, block[1])
+    return mass, lse if orders is None else _reorder(lse, orders.argsort(1))
+
+
+def _expand(heads: int, *tensors: Tensor) -> list[Tensor]:
+    """Every key head repeated for the query heads it serves."""
+    return [x.repeat_interleave(heads // x.shape[1], dim=1) for x in tensors]
+
+
+def _valid_keys(kv_length: int | Tensor | None, k: Tensor) -> Tensor:
+    batch, heads, tokens, _ = k.shape
+    lengths = valid_lengths(kv_length, k)
+    if lengths is None:
+        lengths = torch.full((batch,), tokens, device=k.device)
+    valid = torch.arange(tokens, device=k.device) < lengths[:, None]
+    return valid[:, None].expand(batch, heads, tokens)
+
+
+def _reorder(x: Tensor, orders: Tensor) -> Tensor:
+    """Position i of head h becomes token ``orders[h, i]``; x is ``[batch, heads, tokens, ...]``."""
+    index = orders.reshape(1, *orders.shape, *(1,) * (x.ndim - 3))
+    return x.gather(2, index.expand(x.shape))
+
+
+def _spread(keep: Tensor, dim: int, block: int, length: int) -> Tensor:
+    """Blocks to tokens along one axis, the ragged last block cut."""
+    return keep.repeat_interleave(block, dim=dim).narrow(dim, 0, length)
+
+
+def _block_sums(x: Tensor, dim: int, block: int) -> Tensor:
+    return torch.stack([part.sum(dim) for part in x.split(block, dim)], dim)
+
+
+def _block_means(k: Tensor, v: Tensor, valid: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = _block_sums(valid.to(k.dtype), 2, block)
+    k_mean, v_mean = (
+        _block_sums(x * valid[..., None], 2, block) / count.clamp(min=1)[..., None] for x in (k, v)
+    )
+    return count, k_mean, v_mean
