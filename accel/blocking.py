@@ -23,7 +23,7 @@ __all__ = ["Blocking"]
 
 @dataclass(frozen=True, slots=True)
 class Blocking:
-    """`layout` in `order`, cut into query blocks of `block[0]` and key blocks of `block[1]` tokens."""
+    """`layout` in `order`, cut into blocks of `block = (q_block, kv_block)` tokens."""
 
     layout: Layout
     order: str = "thw"

@@ -51,7 +51,8 @@ class Segment:
         if self.grid is not None:
             object.__setattr__(self, "grid", _as_grid(self.grid))
             if prod(self.grid) != self.length:
-                raise ValueError(f"grid {self.grid} has {prod(self.grid)} tokens, not {self.length}")
+                tokens = prod(self.grid)
+                raise ValueError(f"grid {self.grid} makes {tokens} tokens, not {self.length}")
 
     @property
     def stop(self) -> int:
@@ -83,7 +84,7 @@ class Layout:
                 raise ValueError(f"padding must be last, got it at segment {index}")
             expected = segment.stop
         if self.segments[0].kind == "pad":
-            raise ValueError(f"a layout of {expected} padding tokens alone has nothing to attend to")
+            raise ValueError(f"{expected} tokens of padding alone have nothing to attend to")
 
     @classmethod
     def of(

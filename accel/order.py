@@ -15,30 +15,22 @@ An order is named in a plan by a short string:
 An order permutes each grid inside its own span of the sequence; text and padding stay in place.
 """
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from accel.errors import nearest
 from accel.layout import Grid, Layout
 
-__all__ = ["ORDERS", "Order", "inverse", "nearest", "order_indices", "parse_order", "reorder"]
+__all__ = ["ORDERS", "Order", "inverse", "order_indices", "parse_order", "reorder"]
 
 AXIS_ORDERS = ("thw", "twh", "htw", "hwt", "wth", "wht")
 ORDERS = (*AXIS_ORDERS, "tile(t,h,w)", "hilbert", "morton")
 _TILE = re.compile(r"tile\(\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\)")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean …? Known: …`, the end of an error about an unknown name."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +43,7 @@ class Order:
     def __post_init__(self) -> None:
         known = (*AXIS_ORDERS, "tile", "hilbert", "morton")
         if self.kind not in known:
-            raise ValueError(f"unknown order {self.kind!r}; {nearest(self.kind, known)}")
+            raise ValueError(f"unknown order {self.kind!r}; {nearest(str(self.kind), known)}")
         if (self.kind == "tile") != (self.tile is not None):
             raise ValueError(f"exactly tile orders have a tile, got {self.kind} with {self.tile}")
         if self.tile is not None and (len(self.tile) != 3 or min(self.tile) < 1):

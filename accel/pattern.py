@@ -1,0 +1,370 @@
+"""Patterns: families of attention masks with parameters in grid units.
+
+A pattern knows frames, rows and columns, not tokens, so one pattern serves every grid. On a
+blocking it becomes a block mask: a block is kept if ANY pair of a query token and a key token in
+it satisfies the family's rule; then `Blocking.force` adds text and takes padding away. The mask
+is exact whatever the order and however ragged the blocks.
+
+How it is computed. Every rule here is a union of terms, each term a product of three relations,
+one per axis: `A_t[t_q, t_k] and A_h[h_q, h_k] and A_w[w_q, w_k]`. The keys that a query block
+reaches are then three small matrix products on the indicator volume of the block, so a mask costs
+`blocks * tokens * (t + h + w)` per term instead of `tokens ** 2`, a few query blocks at a time.
+
+A token of one grid sees every token of every other grid: reference images are attended in full.
+
+Half-widths (`Extent`): an int counts grid units; a float in (0, 1] is a fraction of the axis
+(rounded to the nearest unit); None is unlimited. 1.0 is stored as None, for as numbers 1.0 and 1
+are equal while they mean different things here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, TypeVar
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from accel.blocking import Blocking
+from accel.errors import nearest
+from accel.layout import Grid
+
+__all__ = [
+    "PATTERNS",
+    "Extent",
+    "FirstFrames",
+    "Full",
+    "MultiDiagonal",
+    "Pattern",
+    "Radial",
+    "Skip",
+    "Stripe",
+    "Union",
+    "Window",
+    "from_kind",
+    "pattern_from_dict",
+    "register",
+]
+
+Extent = int | float | None
+Term = tuple[Tensor, Tensor, Tensor]
+Kind = TypeVar("Kind", bound=type)
+CHUNK_ELEMENTS = 1 << 22
+
+
+def register(table: dict[str, type], *names: str) -> Callable[[Kind], Kind]:
+    """Class decorator: `table` finds the class under every name, the first one being its `kind`."""
+
+    def add(cls: Kind) -> Kind:
+        for name in names:
+            if name in table:
+                raise ValueError(f"{name!r} is registered already, for {table[name].__name__}")
+            table[name] = cls
+        cls.kind = names[0]
+        return cls
+
+    return add
+
+
+def from_kind(data: Mapping, table: dict[str, type], what: str):
+    """The object that `{"kind": …, field: value}` describes; nothing unknown, nothing missing."""
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"a {what} is an object with a 'kind', got {data!r}")
+    if kind not in table:
+        raise ValueError(f"unknown {what} {kind!r}; {nearest(kind, table)}")
+    cls = table[kind]
+    known = [field.name for field in fields(cls)]
+    values = {key: value for key, value in data.items() if key != "kind"}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{kind} has no {key!r}; {nearest(str(key), ['kind', *known])}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{what} from {dict(data)}: {error}") from error
+
+
+PATTERNS: dict[str, type["Pattern"]] = {}
+
+
+class Pattern:
+    """A rule on `(t, h, w)` of a query and a key; the families below are frozen dataclasses."""
+
+    __slots__ = ()
+    kind: ClassVar[str]
+
+    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
+        """The rule on one grid: per term bool `[t, t]`, `[h, h]`, `[w, w]`, query axis first."""
+        raise NotImplementedError(f"{type(self).__name__} has no rule")
+
+    def mask(
+        self, blocking: Blocking, device: torch.device | str | None = None
+    ) -> Bool[Tensor, "q_blocks kv_blocks"]:
+        """Kept blocks; every row that holds a valid token keeps at least one."""
+        keep = torch.zeros(blocking.q_blocks, blocking.kv_blocks, dtype=torch.bool, device=device)
+        order = blocking.indices(device)
+        q_size, kv_size = blocking.block
+        segments = [s for s in blocking.layout.segments if s.grid is not None]
+        for segment in segments:
+            places = torch.arange(segment.start, segment.stop, device=device)
+            tokens = (places if order is None else order[places]) - segment.start
+            terms = [[a.float() for a in term] for term in self.terms(segment.grid, device)]
+            for first, last in _chunks(segment.start, segment.stop, q_size, segment.length):
+                own = slice(
+                    max(first * q_size - segment.start, 0),
+                    min(last * q_size, segment.stop) - segment.start,
+                )
+                volume = torch.zeros(last - first, segment.length, device=device)
+                volume[places[own] // q_size - first, tokens[own]] = 1
+                volume = volume.view(-1, *segment.grid)
+                reached = torch.zeros_like(volume)
+                for term in terms:
+                    reached += torch.einsum("nthw,tx,hy,wz->nxyz", volume, *term).clamp_(max=1)
+                in_order = reached.view(last - first, -1)[:, tokens].clamp_(max=1)
+                hits = torch.zeros(last - first, blocking.kv_blocks, device=device)
+                hits.index_add_(1, places // kv_size, in_order)
+                keep[first:last] |= hits > 0
+            rows = slice(segment.start // q_size, -(-segment.stop // q_size))
+            for other in segments:
+                if other is not segment:
+                    keep[rows, other.start // kv_size : -(-other.stop // kv_size)] = True
+        return blocking.force(keep)
+
+    def to_dict(self) -> dict:
+        """`{"kind": …}` and every field: what a plan holds."""
+        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    @property
+    def name(self) -> str:
+        """A short tag such as `window(t=2,h=3,w=3)`; unlimited and unset fields are left out."""
+        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        inside = ",".join(f"{key}={value}" for key, value in values if value is not None)
+        return f"{self.kind}({inside})" if inside else self.kind
+
+
+def pattern_from_dict(data: Mapping) -> Pattern:
+    """The pattern that `to_dict` wrote; unknown kinds, unknown keys and wrong types are refused."""
+    return from_kind(data, PATTERNS, "pattern")
+
+
+def _chunks(start: int, stop: int, size: int, row: int) -> Iterator[tuple[int, int]]:
+    """Ranges `[first, last)` of the blocks that meet tokens `[start, stop)`, bounded in memory."""
+    step = max(1, CHUNK_ELEMENTS // row)
+    end = -(-stop // size)
+    for first in range(start // size, end, step):
+        yield first, min(first + step, end)
+
+
+def _check_extent(name: str, value, least: int = 0) -> Extent:
+    """`value` if it is an extent of at least `least` units, with 1.0 turned into None."""
+    if value is None or (type(value) is int and value >= least):
+        return value
+    if type(value) is float and 0 < value <= 1:
+        return None if value == 1 else value
+    raise ValueError(
+        f"{name} is a whole number of grid units (at least {least}), a fraction in (0, 1] "
+        f"or None (unlimited), got {value!r}"
+    )
+
+
+def _units(extent: Extent, size: int) -> int:
+    """An extent in units of an axis of `size`."""
+    if extent is None:
+        return size
+    return int(extent * size + 0.5) if isinstance(extent, float) else extent
+
+
+def _distance(size: int, device) -> Tensor:
+    """`|i - j|` on an axis."""
+    place = torch.arange(size, device=device)
+    return (place[:, None] - place[None, :]).abs()
+
+
+def _near(extent: Extent, size: int, device) -> Tensor:
+    """`|i - j| <= extent` on an axis."""
+    return _distance(size, device) <= _units(extent, size)
+
+
+def _all(size: int, device) -> Tensor:
+    """Every place of an axis with every other."""
+    return torch.ones(size, size, dtype=torch.bool, device=device)
+
+
+@register(PATTERNS, "full")
+@dataclass(frozen=True, slots=True)
+class Full(Pattern):
+    """Every block."""
+
+    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
+        return [tuple(_all(size, device) for size in grid)]
+
+
+@register(PATTERNS, "skip")
+@dataclass(frozen=True, slots=True)
+class Skip(Pattern):
+    """No block, not even text: the head's output is zero under `rest="drop"` (Sparse-vDiT)."""
+
+    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
+        return []
+
+    def mask(
+        self, blocking: Blocking, device: torch.device | str | None = None
+    ) -> Bool[Tensor, "q_blocks kv_blocks"]:
+        return torch.zeros(blocking.q_blocks, blocking.kv_blocks, dtype=torch.bool, device=device)
+
+
+@register(PATTERNS, "window")
+@dataclass(frozen=True, slots=True)
+class Window(Pattern):
+    """`|dt| <= t`, `|dh| <= h` and `|dw| <= w`: half-widths, nothing wraps around."""
+
+    t: Extent = None
+    h: Extent = None
+    w: Extent = None
+
+    def __post_init__(self) -> None:
+        for axis in ("t", "h", "w"):
+            object.__setattr__(self, axis, _check_extent(axis, getattr(self, axis)))
+
+    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
+        extents = (self.t, self.h, self.w)
+        return [tuple(_near(e, size, device) for e, size in zip(extents, grid, strict=True))]
+
+
+@register(PATTERNS, "multi_diagonal")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiDiagonal(Pattern):
+    """The same place in all frames: `|dh| <= h`, `|dw| <= w`, and `|dt| <= t` if t is given.
+
+    In natural order its map is one diagonal per frame distance (Sparse-vDiT, arXiv 2506.03065);
+    under the order `hwt` it is one band, which is where it pays.
+    """
+
+    t: Extent = None
+    h: Extent = 0
+    w: Extent = 0
+
+    __post_init__ = Window.__post_init__
+    terms = Window.terms
+
+
+@register(PATTERNS, "stripe")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stripe(Pattern):
+    """The same keys for all queries: places `start, …, start + length - 1` of one axis.
+
+    With `every` the stripe repeats along the axis with that period. On axis `t` these are whole
+    frames (key frames), on `h` rows, on `w` columns. Ints are grid units, floats fractions of the
+    axis; `length=None` runs to the end. On any grid at least one place is kept: a start beyond
+    the axis moves to its last place, and lengths and periods are at least 1. (Vertical stripe of
+    Sparse-vDiT, arXiv 2506.03065.)
+    """
+
+    axis: str = "t"
+    start: int | float = 0
+    length: Extent = 1
+    every: Extent = None
+
+    def __post_init__(self) -> None:
+        if self.axis not in ("t", "h", "w"):
+            raise ValueError(f"axis is one of t, h, w, got {self.axis!r}")
+        start = self.start
+        whole = type(start) is int and start >= 0
+        if not whole and not (type(start) is float and 0 <= start < 1):
+            raise ValueError(f"start is a place >= 0 or a fraction in [0, 1), got {start!r}")
+        for name in ("length", "every"):
+            object.__setattr__(self, name, _check_extent(name, getattr(self, name), least=1))
+
+    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
+        axis = "thw".index(self.axis)
+        size = grid[axis]
+        start = int(self.start * size) if isinstance(self.start, float) else self.start
+        offset = torch.arange(size, device=device) - min(start, size - 1)
+        phase = offset if self.every is None else offset % max(1, _units(self.every, size))
+        kept = (offset >= 0) & (phase < max(1, _units(self.length, size)))
+        term = [_all(n, device) for n in grid]
+        term[axis] = kept.expand(size, size)
+        return [tuple(term)]
+
+
+@register(PATTERNS, "first_frames", "sink")
+@dataclass(frozen=True, slots=True)
+class FirstFrames(Pattern):
+    """The keys of the first `n` frames, for all queries; also read under the kind `sink`.
+
+    It matters for Wan and for image-to-video, not for HunyuanVideo (Radial Attention, Sparse
+    VideoGen and Jenga agree).
+    """
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or self.n < 1:
+            raise ValueError(f"n is a number of frames, at least 1, got {self.n!r}")
+
+    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
+        first = torch.arange(grid[0], device=device) < self.n
+        return [(first.expand(grid[0], grid[0]), _all(grid[1], device), _all(grid[2], device))]
+
+
+@register(PATTERNS, "radial")
+@dataclass(frozen=True, slots=True)
+class Radial(Pattern):
+    """A band that halves with every doubling of the frame distance r (arXiv 2506.19852).
+
+    Frames at r <= 1 see each other in full. Beyond, the band is `decay * h * w / 2**floor(log2 r)`
+    tokens wide in raster order. In grid units, so that it carries over: half of it in whole rows;
+    below one row, in columns of the same row; below one token, the same place alone, and only at
+    every `ceil(1 / width)`-th r. `first_frame_sink` keeps the keys of frame 0 for all queries.
+    """
+
+    decay: float = 1.0
+    first_frame_sink: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.decay) not in (int, float) or not 0 < self.decay < float("inf"):
+            raise ValueError(f"decay is a positive number, got {self.decay!r}")
+        if type(self.first_frame_sink) is not bool:
+            raise ValueError(f"first_frame_sink is true or false, got {self.first_frame_sink!r}")
+        object.__setattr__(self, "decay", float(self.decay))
+
+    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
+        frames, rows, columns = grid
+        r = _distance(frames, device)
+        out = [(r <= 1, _all(rows, device), _all(columns, device))]
+        for level in range(1, (frames - 1).bit_length()):
+            at = (r >= 2**level) & (r < 2 ** (level + 1))
+            width = self.decay * rows * columns / 2**level
+            half = width / 2
+            if width < 1:
+                at = at & (r % -int(-1 // width) == 0)
+            h, w = (int(half // columns), None) if half >= columns else (0, int(half))
+            out.append((at, _near(h, rows, device), _near(w, columns, device)))
+        return out + (FirstFrames(1).terms(grid, device) if self.first_frame_sink else [])
+
+
+@register(PATTERNS, "union")
+@dataclass(frozen=True, slots=True)
+class Union(Pattern):
+    """What any of `parts` keeps; a part may be given as its dict."""
+
+    parts: tuple[Pattern, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parts, Mapping | str) or not self.parts:
+            raise ValueError(f"a union needs a list of at least one part, got {self.parts!r}")
+        parts = [p if isinstance(p, Pattern) else pattern_from_dict(p) for p in self.parts]
+        if any(isinstance(part, Skip) for part in parts):
+            raise ValueError("a union with skip is the union of the other parts: leave skip out")
+        object.__setattr__(self, "parts", tuple(parts))
+
+    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
+        return [term for part in self.parts for term in part.terms(grid, device)]
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "parts": [part.to_dict() for part in self.parts]}
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}({','.join(part.name for part in self.parts)})"
