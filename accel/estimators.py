@@ -1,0 +1,409 @@
+"""Estimators: functions that look at this call's q and k and select the blocks to compute.
+
+The common contract, whatever the estimator:
+
+* q, k and v come in natural layout; blocks are those of `blocking`, in its order.
+* Text rows and columns are always kept, blocks of padding never (`Blocking.force`). Text columns
+  take nothing from the share of the visual ones.
+* Every row with a valid query keeps at least one block, and rows of one head keep equally many
+  wherever a share is given; a global choice over rows shows as artefacts (AdaSpa).
+* Scores are fp32. Half-precision ties at the cut would favour one region; true ties go to the
+  block that comes first, so the same call selects the same blocks.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from math import inf
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from accel.blocking import Blocking
+from accel.kernels.arguments import check_tensors, valid_lengths
+from accel.kernels.block_mass import block_mass
+from accel.pattern import from_kind, register
+
+__all__ = [
+    "ESTIMATORS",
+    "AdaptiveBlockMass",
+    "Antidiagonal",
+    "BlockMassTopK",
+    "Estimator",
+    "Pooled",
+    "Selection",
+    "estimator_from_dict",
+    "recall_of",
+    "top_blocks",
+    "top_mass",
+]
+
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """What an estimator found.
+
+    keep: the blocks to compute. lse: the log-sum-exp of every query row in natural layout, to
+    hand back at the next refresh. recall: share of softmax mass inside `keep`. The last two are
+    None where the estimator does not measure them.
+    """
+
+    keep: Bool[Tensor, "batch heads q_blocks kv_blocks"]
+    lse: Float[Tensor, "batch heads tokens"] | None = None
+    recall: Float[Tensor, "batch heads"] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """One attention call, checked, with defaults filled in; tensors in natural layout."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocking: Blocking
+    scale: float
+    lengths: Tensor  # valid tokens, [batch]
+    lse: Tensor | None
+
+    @property
+    def valid(self) -> Tensor:
+        """Valid tokens in order: bool `[batch, tokens]`."""
+        order = self.blocking.indices(self.q.device)
+        places = torch.arange(self.q.shape[2], device=self.q.device) if order is None else order
+        return places < self.lengths[:, None]
+
+    @property
+    def columns(self) -> Tensor:
+        """Key blocks that hold a valid token: bool `[batch, 1, 1, kv_blocks]`."""
+        counts = _blocks(self.valid[..., None], self.blocking.block[1]).sum((2, 3))
+        return (counts > 0)[:, None, None]
+
+    def heads(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """`(head, q, k, v)` per query head, fp32 `[batch, tokens, dim]` in order, invalid zero."""
+        order, valid = self.blocking.indices(self.q.device), self.valid[..., None]
+        for head in range(self.q.shape[1]):
+            group = head * self.k.shape[1] // self.q.shape[1]
+            parts = (self.q[:, head], self.k[:, group], self.v[:, group])
+            parts = parts if order is None else tuple(x[:, order] for x in parts)
+            yield head, *(torch.where(valid, x.float(), 0.0) for x in parts)
+
+
+ESTIMATORS: dict[str, type["Estimator"]] = {}
+
+
+class Estimator:
+    """A rule that selects blocks from q and k; the ones below are frozen dataclasses."""
+
+    __slots__ = ()
+    kind: ClassVar[str]
+
+    def select(
+        self,
+        q: Float[Tensor, "batch heads tokens dim"],
+        k: Float[Tensor, "batch kv_heads tokens dim"],
+        v: Float[Tensor, "batch kv_heads tokens dim"],
+        *,
+        blocking: Blocking,
+        scale: float | None = None,
+        kv_length: int | Int[Tensor, " batch"] | None = None,
+        lse: Float[Tensor, "batch heads tokens"] | None = None,
+    ) -> Selection:
+        """The blocks of this call, per batch element and head.
+
+        Natural tokens from `kv_length` on are padding, as are those of the layout. `scale` is
+        `dim ** -0.5` unless given. An `lse` of an earlier step saves the estimators that weigh
+        true mass a pass: the rows' normalisers hardly move between steps (AdaSpa).
+        """
+        check_tensors(q, k, v)
+        layout = blocking.layout
+        if q.shape[2] != layout.length or k.shape[2] != layout.length:
+            raise ValueError(
+                f"the layout has {layout.length} tokens, got q {tuple(q.shape)} and k "
+                f"{tuple(k.shape)}"
+            )
+        lengths = valid_lengths(layout.length if kv_length is None else kv_length, k)
+        if lengths is None:
+            lengths = torch.full(q.shape[:1], layout.length, device=q.device)
+        lengths = lengths.clamp(max=layout.valid_length)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return self._select(_Call(q, k, v, blocking, scale, lengths, lse))
+
+    def _select(self, call: _Call) -> Selection:
+        raise NotImplementedError(f"{type(self).__name__} selects nothing")
+
+    def to_dict(self) -> dict:
+        """`{"kind": …}` and every field: what a plan holds."""
+        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    @property
+    def name(self) -> str:
+        """A short tag such as `block_mass(keep=0.3)`; switches that are off are left out."""
+        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        return f"{self.kind}({','.join(f'{n}={v}' for n, v in values if v is not False)})"
+
+
+def estimator_from_dict(data: Mapping) -> Estimator:
+    """The estimator that `to_dict` wrote; unknown kinds, unknown keys and wrong types refused."""
+    return from_kind(data, ESTIMATORS, "estimator")
+
+
+def top_blocks(
+    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], keep: float, blocking: Blocking
+) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
+    """Per row the `ceil(keep * n)` best of its n visual blocks, and text; never a score of -inf."""
+    allowed = _visual(scores, blocking)
+    return _force(_best(scores, allowed, _share(keep, allowed)), scores, blocking)
+
+
+def top_mass(
+    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], tau: float, blocking: Blocking
+) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
+    """Per row text and the fewest visual blocks that together hold `tau` of the row's mass.
+
+    Scores are masses, at least 0, in any unit; -inf marks a block that must not be kept. `tau = 1`
+    keeps the blocks of mass 0 too.
+    """
+    allowed = _visual(scores, blocking)
+    text = blocking.text_blocks(scores.device)[1] & (scores > -inf)
+    fixed = scores.where(text, 0.0).sum(-1, keepdim=True)
+    ranked = scores.where(allowed, 0.0).sort(dim=-1, descending=True, stable=True).values
+    needed = tau * (fixed + ranked.sum(-1, keepdim=True))
+    before = fixed + ranked.cumsum(-1) - ranked
+    counts = (before < needed).sum(-1, keepdim=True).clamp(min=1)
+    counts = allowed.sum(-1, keepdim=True) if tau >= 1 else counts
+    return _force(_best(scores, allowed, counts), scores, blocking)
+
+
+def recall_of(
+    mass: Float[Tensor, "batch heads q_blocks kv_blocks"],
+    keep: Bool[Tensor, "batch heads q_blocks kv_blocks"],
+) -> Float[Tensor, "batch heads"]:
+    """Share of the mass that lies in kept blocks; rows weigh as much as they have mass."""
+    return mass.where(keep, 0.0).sum((2, 3)) / mass.sum((2, 3)).clamp(min=1e-30)
+
+
+def _visual(scores: Tensor, blocking: Blocking) -> Tensor:
+    """Blocks that compete: columns without text, not padding, and a score above -inf."""
+    apart = blocking.text_blocks(scores.device)[1] | blocking.pad_blocks(scores.device)[1]
+    return ~apart & (scores > -inf)
+
+
+def _share(keep: float, allowed: Tensor) -> Tensor:
+    """`ceil(keep * n)` and at least 1, per row; the slack keeps 0.7 * 10 at 7."""
+    count = allowed.sum(-1, keepdim=True)
+    return (count.double() * keep - 1e-6).ceil().long().clamp(min=1)
+
+
+def _best(scores: Tensor, allowed: Tensor, counts: Tensor) -> Tensor:
+    """The `counts` best allowed blocks of every row, ties to the one that comes first."""
+    order = scores.masked_fill(~allowed, -inf).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return (torch.empty_like(order).scatter_(-1, order, places) < counts) & allowed
+
+
+def _force(keep: Tensor, scores: Tensor, blocking: Blocking) -> Tensor:
+    """Text in, padding out, and out whatever the scores rule out (valid length of this call)."""
+    return blocking.force(keep) & (scores > -inf)
+
+
+def _blocks(x: Tensor, size: int, count: int | None = None) -> Tensor:
+    """`[batch, tokens, dim]` as `[batch, count or ceil(tokens / size), size, dim]`, zero-padded."""
+    count = -(-x.shape[1] // size) if count is None else count
+    x = torch.nn.functional.pad(x, (0, 0, 0, count * size - x.shape[1]))
+    return x.unflatten(1, (count, size))
+
+
+def _check_fraction(estimator: Estimator, name: str) -> None:
+    """Field `name` as a float in (0, 1]."""
+    value = getattr(estimator, name)
+    if type(value) not in (int, float) or not 0 < value <= 1:
+        raise ValueError(f"{name} is a fraction in (0, 1], got {value!r}")
+    object.__setattr__(estimator, name, float(value))
+
+
+def _check_switch(estimator: Estimator, name: str) -> None:
+    """Field `name` as a bool."""
+    if type(getattr(estimator, name)) is not bool:
+        raise ValueError(f"{name} is true or false, got {getattr(estimator, name)!r}")
+
+
+def _mass(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Block mass, the same with invalid columns at -inf (to rank), and the LSE of the rows."""
+    mass, lse = block_mass(
+        call.q,
+        call.k,
+        block=call.blocking.block,
+        scale=call.scale,
+        lse=call.lse,
+        kv_length=call.lengths,
+        order=call.blocking.indices(call.q.device),
+    )
+    return mass, mass.masked_fill(~call.columns, -inf), lse
+
+
+@register(ESTIMATORS, "block_mass")
+@dataclass(frozen=True, slots=True)
+class BlockMassTopK(Estimator):
+    """The blocks of largest true softmax mass, `ceil(keep * n)` of the n visual ones per row.
+
+    SparseD (arXiv 2509.24014), with the mass from two streamed passes instead of whole rows, and
+    exact shares at ragged ends. `by_grid` ranks the columns of each grid apart, each with the
+    same share: SparseD's isolated selection of prompt and answer, when both are grids.
+    """
+
+    keep: float
+    by_grid: bool = False
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "keep")
+        _check_switch(self, "by_grid")
+
+    def _select(self, call: _Call) -> Selection:
+        mass, scores, lse = _mass(call)
+        if self.by_grid:
+            keep = torch.zeros_like(scores, dtype=torch.bool)
+            owner = call.blocking.grid_blocks(scores.device)
+            for grid in range(len(call.blocking.layout.grids)):
+                allowed = _visual(scores, call.blocking) & (owner == grid)
+                keep |= _best(scores, allowed, _share(self.keep, allowed))
+            keep = _force(keep, scores, call.blocking)
+        else:
+            keep = top_blocks(scores, self.keep, call.blocking)
+        return Selection(keep, lse, recall_of(mass, keep))
+
+
+@register(ESTIMATORS, "adaptive_block_mass")
+@dataclass(frozen=True, slots=True)
+class AdaptiveBlockMass(Estimator):
+    """True mass, with a share per head: heads that need less give to heads that need more.
+
+    AdaSpa (arXiv 2502.21079). Of the H heads of a batch element, n have a recall above
+    `recall_target` at the base `keep` (n at most H // 2). The best n take keep / 2, the worst n
+    3 keep / 2. Where the latter would exceed 1 both move by less, so the mean over the heads is
+    that of `keep`, to the block.
+    """
+
+    keep: float
+    recall_target: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "keep")
+        _check_fraction(self, "recall_target")
+
+    def _select(self, call: _Call) -> Selection:
+        mass, scores, lse = _mass(call)
+        heads = mass.shape[1]
+        recall = recall_of(mass, top_blocks(scores, self.keep, call.blocking))
+        easy = (recall > self.recall_target).sum(1, keepdim=True).clamp(max=heads // 2)
+        order = recall.argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(1)
+        turn = (rank >= heads - easy).long() - (rank < easy).long()
+        allowed = _visual(scores, call.blocking)
+        base = _share(self.keep, allowed)
+        step = torch.minimum(base // 2, allowed.sum(-1, keepdim=True) - base).clamp(min=0)
+        keep = _best(scores, allowed, base + turn[:, :, None, None] * step)
+        keep = _force(keep, scores, call.blocking)
+        return Selection(keep, lse, recall_of(mass, keep))
+
+
+@register(ESTIMATORS, "antidiagonal")
+@dataclass(frozen=True, slots=True)
+class Antidiagonal(Estimator):
+    """The fewest blocks per row that hold `tau` of an attention map `stride` times coarser.
+
+    XAttention (https://github.com/mit-han-lab/x-attention). The map's cell (a, b) stands for
+    `stride` queries and keys and is scored by its antidiagonal,
+    `scale / stride * sum_i q[a, stride - 1 - i] . k[b, i]`; softmax over b; block sums; `top_mass`.
+
+    Any length: a cell with n < stride valid tokens is filled by repeating them, and weighs
+    n / stride as a key and as a query. Blocks are multiples of the stride.
+    """
+
+    tau: float
+    stride: int = 8
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "tau")
+        if type(self.stride) is not int or self.stride < 1:
+            raise ValueError(f"stride is a number of tokens, at least 1, got {self.stride!r}")
+
+    def _select(self, call: _Call) -> Selection:
+        blocking, stride = call.blocking, self.stride
+        if any(size % stride for size in blocking.block):
+            raise ValueError(f"block {blocking.block} is not a multiple of the stride {stride}")
+        valid = call.valid
+        q_fill, q_count = self._cells(valid, blocking.q_blocks * blocking.block[0] // stride)
+        k_fill, k_count = self._cells(valid, blocking.kv_blocks * blocking.block[1] // stride)
+        rows, columns = (size // stride for size in blocking.block)
+        step = rows * max(1, CHUNK_ELEMENTS // (rows * k_count.shape[1]))
+        mass = call.q.new_empty(
+            *call.q.shape[:2], blocking.q_blocks, blocking.kv_blocks, dtype=torch.float32
+        )
+        for head, q, k, _ in call.heads():
+            q, k = self._gather(q, q_fill.flip(-1)), self._gather(k, k_fill)
+            bias = (k_count / stride).log()[:, None]
+            for first in range(0, q.shape[1], step):
+                some = slice(first, first + step)
+                logits = q[:, some] @ k.mT * (call.scale / stride) + bias
+                weight = logits.softmax(-1).nan_to_num(0.0) * (q_count[:, some, None] / stride)
+                sums = weight.unflatten(2, (-1, columns)).sum(-1)
+                sums = sums.unflatten(1, (-1, rows)).sum(2)
+                mass[:, head, first // rows : first // rows + sums.shape[1]] = sums
+        return Selection(top_mass(mass.masked_fill(~call.columns, -inf), self.tau, blocking))
+
+    def _cells(self, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Token of every place of every cell `[batch, count, stride]`; valid tokens per cell."""
+        inside = _blocks(valid[..., None], self.stride, count)[..., 0]
+        filled = inside.sum(-1)
+        first = torch.argsort(~inside, dim=-1, stable=True)  # the valid places, in order
+        turn = torch.arange(self.stride, device=valid.device) % filled.clamp(min=1)[..., None]
+        start = torch.arange(count, device=valid.device)[:, None] * self.stride
+        return (start + first.gather(-1, turn)).clamp(max=valid.shape[1] - 1), filled
+
+    def _gather(self, x: Tensor, fill: Tensor) -> Tensor:
+        """`[batch, tokens, dim]` as `[batch, cells, stride * dim]` by the table `fill`."""
+        index = fill.flatten(1)[..., None].expand(-1, -1, x.shape[-1])
+        return x.gather(1, index).unflatten(1, fill.shape[1:]).flatten(2)
+
+
+@register(ESTIMATORS, "pooled")
+@dataclass(frozen=True, slots=True)
+class Pooled(Estimator):
+    """Mean query against mean key per block, `ceil(keep * n)` of the n visual blocks per row.
+
+    PISA (arXiv 2602.01077): `scale * q̄_i . k̄_j`, and with `value_bias` plus
+    `ln(||G_j||_F + 1e-5)`, `G_j = sum_n (k_n - k̄_j)^T v_n`: exact where the mean would hurt most.
+    The bias belongs to runs in which the blocks left out are stood in for (`rest="mean"`). Means
+    are over valid tokens.
+    """
+
+    keep: float
+    value_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "keep")
+        _check_switch(self, "value_bias")
+
+    def _select(self, call: _Call) -> Selection:
+        blocking, valid = call.blocking, call.valid[..., None].float()
+        q_size, kv_size = blocking.block
+        q_count = _blocks(valid, q_size).sum(2).clamp(min=1)
+        inside = _blocks(valid, kv_size)
+        kv_count = inside.sum(2).clamp(min=1)
+        scores = call.q.new_empty(
+            *call.q.shape[:2], blocking.q_blocks, blocking.kv_blocks, dtype=torch.float32
+        )
+        for head, q, k, v in call.heads():
+            q_mean = _blocks(q, q_size).sum(2) / q_count
+            k = _blocks(k, kv_size)
+            k_mean = k.sum(2) / kv_count
+            score = q_mean @ k_mean.mT * call.scale
+            if self.value_bias:
+                spread = (k - k_mean[:, :, None]) * inside
+                slope = spread.mT @ _blocks(v, kv_size)
+                score += (slope.flatten(2).norm(dim=-1) + 1e-5).log()[:, None]
+            scores[:, head] = score
+        return Selection(top_blocks(scores.masked_fill(~call.columns, -inf), self.keep, blocking))
