@@ -12,7 +12,14 @@ from accel.kernels.arguments import check_tensors, head_orders, pooled_heads, va
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
 
-__all__ = ["sparse_attention"]
+__all__ = ["resolve_backend", "sparse_attention"]
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that ``auto`` stands for on a device; any other name comes back unchanged."""
+    if backend != "auto":
+        return backend
+    return "triton" if device.type == "cuda" and find_spec("triton") else "cpu"
 
 
 def sparse_attention(
@@ -48,8 +55,7 @@ def sparse_attention(
     _check_mask(mask, q, k)
     if backend not in ("auto", "triton", "cpu", "reference"):
         raise ValueError(f"backend must be auto, triton, cpu or reference, got {backend!r}")
-    if backend == "auto":
-        backend = "triton" if q.is_cuda and find_spec("triton") else "cpu"
+    backend = resolve_backend(backend, q.device)
     if backend == "reference":
         out, lse = sparse_attention_reference(
             q, k, v, mask, rest=rest, scale=scale, kv_length=kv_length, order=order, return_lse=True

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-__all__ = ["BlockMask"]
+__all__ = ["BlockMask", "dense_rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -167,13 +167,7 @@ class BlockMask:
 
     def to_dense(self) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
         """``keep[b, h, i, j]``: whether block ``(i, j)`` is computed."""
-        # padding goes to one column more, cut off at the end
-        listed = torch.arange(self.indices.shape[3], device=self.device) < self.counts[..., None]
-        columns = torch.where(listed, self.indices, self.kv_blocks).long()
-        keep = torch.zeros(
-            *self.counts.shape, self.kv_blocks + 1, dtype=torch.bool, device=self.device
-        )
-        return keep.scatter_(3, columns, True)[..., :-1].contiguous()
+        return dense_rows(self.counts, self.indices, self.kv_blocks)
 
     def to_flex(self):
         """The same mask for ``torch.nn.attention.flex_attention``.
@@ -199,6 +193,19 @@ class BlockMask:
             mask_mod=block_is_kept,
             seq_lengths=(self.q_length, self.kv_length),
         )
+
+
+def dense_rows(
+    counts: Int32[Tensor, "batch heads q_blocks"],
+    indices: Int32[Tensor, "batch heads q_blocks max_count"],
+    kv_blocks: int,
+) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
+    """Whether each key block is listed; the plain-tensor form of ``BlockMask.to_dense``."""
+    listed = torch.arange(indices.shape[3], device=counts.device) < counts[..., None]
+    # padding goes to one column more, cut off at the end
+    columns = torch.where(listed, indices, kv_blocks).long()
+    keep = torch.zeros(*counts.shape, kv_blocks + 1, dtype=torch.bool, device=counts.device)
+    return keep.scatter_(3, columns, True)[..., :-1].contiguous()
 
 
 def _check_geometry(block: tuple[int, int], q_length: int, kv_length: int) -> None:

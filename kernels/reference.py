@@ -37,6 +37,7 @@ def sparse_attention_reference(
     orders = head_orders(order, q, k)
     q, k, v = (x.to(dtype) for x in (q, *_expand(heads, k, v)))
     valid = _valid_keys(kv_length, k)
+    k, v = (x.masked_fill(~valid[..., None], 0.0) for x in (k, v))  # padding may hold anything
     if orders is not None:
         q, k, v, valid = (_reorder(x, orders) for x in (q, k, v, valid))
 
@@ -78,6 +79,7 @@ def block_mass_reference(
     orders = head_orders(order, q, k)
     q, k = q.double(), _expand(q.shape[1], k)[0].double()
     valid = _valid_keys(kv_length, k)
+    k = k.masked_fill(~valid[..., None], 0.0)
     if orders is not None:
         q, k, valid = (_reorder(x, orders) for x in (q, k, valid))
     logits = (scale * q @ k.mT).masked_fill(~valid[:, :, None], -torch.inf)
