@@ -151,7 +151,7 @@ def estimator_from_dict(data: Mapping) -> Estimator:
 
 
 def top_blocks(
-    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], keep: float, blocking: Blocking
+    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], keep: int | float, blocking: Blocking
 ) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
     """Per row the `ceil(keep * n)` best of its n visual blocks, and text; never a score of -inf."""
     allowed = _visual(scores, blocking)
@@ -159,7 +159,7 @@ def top_blocks(
 
 
 def top_mass(
-    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], tau: float, blocking: Blocking
+    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], tau: int | float, blocking: Blocking
 ) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
     """Per row text and the fewest visual blocks that together hold `tau` of the row's mass.
 
@@ -254,7 +254,7 @@ class BlockMassTopK(Estimator):
     same share: SparseD's isolated selection of prompt and answer, when both are grids.
     """
 
-    keep: float
+    keep: int | float
     by_grid: bool = False
 
     def __post_init__(self) -> None:
@@ -286,8 +286,8 @@ class AdaptiveBlockMass(Estimator):
     that of `keep`, to the block.
     """
 
-    keep: float
-    recall_target: float = 0.8
+    keep: int | float
+    recall_target: int | float = 0.8
 
     def __post_init__(self) -> None:
         _check_fraction(self, "keep")
@@ -322,7 +322,7 @@ class Antidiagonal(Estimator):
     n / stride as a key and as a query. Blocks are multiples of the stride.
     """
 
-    tau: float
+    tau: int | float
     stride: int = 8
 
     def __post_init__(self) -> None:
@@ -380,7 +380,7 @@ class Pooled(Estimator):
     are over valid tokens.
     """
 
-    keep: float
+    keep: int | float
     value_bias: bool = True
 
     def __post_init__(self) -> None:

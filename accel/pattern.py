@@ -19,7 +19,7 @@ are equal while they mean different things here.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -145,6 +145,8 @@ class Pattern:
 
 def pattern_from_dict(data: Mapping) -> Pattern:
     """The pattern that `to_dict` wrote; unknown kinds, unknown keys and wrong types are refused."""
+    if isinstance(data, Mapping) and isinstance(data.get("parts"), list | tuple):
+        data = {**data, "parts": tuple(pattern_from_dict(part) for part in data["parts"])}
     return from_kind(data, PATTERNS, "pattern")
 
 
@@ -261,7 +263,7 @@ class Stripe(Pattern):
     Sparse-vDiT, arXiv 2506.03065.)
     """
 
-    axis: str = "t"
+    axis: Literal["t", "h", "w"] = "t"
     start: int | float = 0
     length: Extent = 1
     every: Extent = None
@@ -319,7 +321,7 @@ class Radial(Pattern):
     every `ceil(1 / width)`-th r. `first_frame_sink` keeps the keys of frame 0 for all queries.
     """
 
-    decay: float = 1.0
+    decay: int | float = 1.0
     first_frame_sink: bool = False
 
     def __post_init__(self) -> None:
@@ -347,17 +349,16 @@ class Radial(Pattern):
 @register(PATTERNS, "union")
 @dataclass(frozen=True, slots=True)
 class Union(Pattern):
-    """What any of `parts` keeps; a part may be given as its dict."""
+    """What any of `parts` keeps."""
 
     parts: tuple[Pattern, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.parts, Mapping | str) or not self.parts:
-            raise ValueError(f"a union needs a list of at least one part, got {self.parts!r}")
-        parts = [p if isinstance(p, Pattern) else pattern_from_dict(p) for p in self.parts]
-        if any(isinstance(part, Skip) for part in parts):
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not self.parts or any(not isinstance(part, Pattern) for part in self.parts):
+            raise ValueError(f"a union needs patterns, at least one, got {self.parts!r}")
+        if any(isinstance(part, Skip) for part in self.parts):
             raise ValueError("a union with skip is the union of the other parts: leave skip out")
-        object.__setattr__(self, "parts", tuple(parts))
 
     def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
         return [term for part in self.parts for term in part.terms(grid, device)]

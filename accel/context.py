@@ -1,0 +1,78 @@
+"""Where in a run a denoiser call stands: step, number of steps, guidance branch.
+
+Sources, in this order: what the caller says (`with accel.step(i, n): ...`), the cache context that a
+diffusers pipeline attaches to the call, and the pipeline's scheduler. All are public; none costs a
+device synchronisation.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+BRANCHES = {
+    "cond": "cond",
+    "pred_cond": "cond",
+    "uncond": "uncond",
+    "pred_uncond": "uncond",
+    "cond_uncond": "batched",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Step `step` (from 0) of `total`, in guidance branch `branch` ("" when there is only one)."""
+
+    step: int
+    total: int
+    branch: str = ""
+
+
+_said = threading.local()
+
+
+@contextmanager
+def step(index: int, total: int, branch: str = "") -> Iterator[None]:
+    """Say where a custom denoising loop stands: step `index` (from 0) of `total`.
+
+    Holds for the calling thread, for every denoiser called inside the block.
+
+    >>> for i, t in enumerate(timesteps):            # doctest: +SKIP
+    ...     with accel.step(i, len(timesteps)):
+    ...         velocity = transformer(latents, t, prompt)
+    """
+    if not 0 <= index < total:
+        raise ValueError(f"accel.step({index}, {total}): the step must be within 0 .. {total - 1}")
+    before = getattr(_said, "where", None)
+    _said.where = Where(index, total, branch)
+    try:
+        yield
+    finally:
+        _said.where = before
+
+
+def locate(cache_context: Any, scheduler: Any) -> Where | None:
+    """The place of the current call, or None when no source knows it.
+
+    cache_context: diffusers' `CacheContext` or None; scheduler: the pipeline's scheduler or None.
+    A scheduler that has not stepped yet stands at its begin index.
+    """
+    said = getattr(_said, "where", None)
+    if said is not None:
+        return said
+    name = getattr(cache_context, "name", None) or ""
+    branch = BRANCHES.get(name, name)
+    index = getattr(cache_context, "step_index", None)
+    total = getattr(cache_context, "num_inference_steps", None)
+    if index is None and hasattr(scheduler, "step_index"):
+        index = scheduler.step_index
+        if index is None:
+            index = scheduler.begin_index or 0
+        total = None
+    if total is None:
+        timesteps = getattr(scheduler, "timesteps", None)
+        total = None if timesteps is None else len(timesteps)
+    if index is None or total is None or not 0 <= index < total:
+        return None
+    return Where(int(index), int(total), branch)

@@ -1,0 +1,108 @@
+"""From the choices of one site to the block mask, the orders and the rests of one attention call."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from accel.blocking import Blocking
+from accel.estimators import Estimator
+from accel.kernels.block_mask import BlockMask
+from accel.layout import Layout
+from accel.order import inverse
+from accel.plan import Choice
+
+RECALL_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SiteMask:
+    """What `sparse_attention` needs for one site; `keep` is the fraction of blocks computed."""
+
+    mask: BlockMask
+    order: Tensor | None
+    rest: str | tuple[str, ...]
+    keep: float
+
+
+def static_keep(
+    choice: Choice, layout: Layout, block: tuple[int, int], device: torch.device
+) -> Bool[Tensor, "q_blocks kv_blocks"]:
+    """The blocks of a choice whose pattern is known before the run."""
+    if isinstance(choice.select, Estimator):
+        raise TypeError(f"{choice.name} looks at q and k; it has no mask of its own")
+    return choice.select.mask(Blocking(layout, choice.order, block), device)
+
+
+def site_mask(
+    choices: tuple[Choice, ...],
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    v: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    layout: Layout,
+    block: tuple[int, int],
+    lse: dict[Choice, Tensor],
+) -> SiteMask:
+    """Select the blocks of every head; heads with the same choice are selected together.
+
+    lse: log-sum-exp rows cached by choice over refreshes (AdaSpa); read and updated.
+    """
+    batch, heads, tokens, _ = q.shape
+    online = any(c.online for c in choices)
+    q_blocks, kv_blocks = (-(-tokens // b) for b in block)
+    keep = q.new_zeros((batch if online else 1, heads, q_blocks, kv_blocks), dtype=torch.bool)
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    orders: list[Tensor | None] = [None] * heads
+    for choice in dict.fromkeys(choices):
+        group = [h for h, c in enumerate(choices) if c == choice]
+        blocking = Blocking(layout, choice.order, block)
+        if isinstance(choice.select, Estimator):
+            found = choice.select.select(
+                q[:, group], k[:, group], v[:, group], blocking=blocking, lse=lse.get(choice)
+            )
+            if found.lse is not None:
+                lse[choice] = found.lse
+            keep[:, group] = found.keep
+        else:
+            keep[:, group] = choice.select.mask(blocking, q.device)
+        for h in group:
+            orders[h] = blocking.indices(q.device)
+    order = _stack(orders, tokens, q.device)
+    mask = BlockMask.from_dense(keep, block=block, q_length=tokens, kv_length=tokens)
+    rests = tuple(c.rest for c in choices)
+    return SiteMask(
+        mask=mask,
+        order=order,
+        rest=rests[0] if len(set(rests)) == 1 else rests,
+        keep=float(mask.keep),
+    )
+
+
+def _stack(orders: list[Tensor | None], tokens: int, device: torch.device) -> Tensor | None:
+    if all(o is None for o in orders):
+        return None
+    natural = torch.arange(tokens, device=device)
+    return torch.stack([natural if o is None else o for o in orders])
+
+
+def sampled_recall(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    chosen: SiteMask,
+) -> Float[Tensor, " heads"]:
+    """Share of softmax mass inside the kept blocks, per head, on evenly spaced query rows."""
+    _, heads, tokens, dim = q.shape
+    k = k.repeat_interleave(heads // k.shape[1], dim=1)
+    rows = torch.linspace(0, tokens - 1, min(RECALL_ROWS, tokens), device=q.device).long()
+    scores = (q[:, :, rows].float() * dim**-0.5) @ k.float().transpose(-1, -2)
+    place = torch.arange(tokens, device=q.device).expand(heads, tokens)
+    if chosen.order is not None:
+        place = torch.stack([inverse(o) for o in chosen.order])
+    keep, block = chosen.mask.to_dense(), chosen.mask.block
+    head = torch.arange(heads, device=q.device)[:, None]
+    by_row = keep[:, head, place[:, rows] // block[0]]
+    columns = (place // block[1])[None, :, None].expand(*by_row.shape[:3], tokens)
+    kept = by_row.gather(-1, columns)
+    return (scores.softmax(-1) * kept).sum(-1).mean((0, 2))

@@ -1,0 +1,359 @@
+"""A plan: everything chosen for one model, as a small, versioned, readable value.
+
+The file is JSON. It is read as untrusted input: its size is bounded, unknown keys and wrong types
+are refused with the nearest known name, and nothing in it names another file or code.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accel.errors import PlanError, nearest
+from accel.estimators import ESTIMATORS, Estimator, estimator_from_dict
+from accel.geometry import Geometry
+from accel.order import parse_order
+from accel.pattern import PATTERNS, Full, Pattern, pattern_from_dict
+from accel.schedule import Schedule
+
+SCHEMA = 1
+MAX_FILE_BYTES = 16 * 2**20
+MAX_SITES = 4096
+MAX_HEADS = 4096
+MAX_BLOCK = 1024
+RESTS = ("drop", "mean")
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one head does in one band: how its blocks are selected, in which order, and the rest.
+
+    select: a pattern (known before the run) or an estimator (looks at q and k at refresh points).
+    order: name of the token order the selection lives in; rest: what stands in for the other blocks.
+    """
+
+    select: Pattern | Estimator
+    order: str = "thw"
+    rest: str = "drop"
+
+    def __post_init__(self) -> None:
+        parse_order(self.order)
+        if self.rest not in RESTS:
+            raise PlanError(f"rest {self.rest!r} is unknown; {nearest(str(self.rest), RESTS)}")
+
+    @property
+    def dense(self) -> bool:
+        return isinstance(self.select, Full)
+
+    @property
+    def online(self) -> bool:
+        """Whether the selection looks at q and k."""
+        return isinstance(self.select, Estimator)
+
+    @property
+    def name(self) -> str:
+        parts = [self.select.name]
+        if self.order != "thw":
+            parts.append(self.order)
+        if self.rest != "drop":
+            parts.append(self.rest)
+        return " ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"select": self.select.to_dict(), "order": self.order, "rest": self.rest}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Choice":
+        data = _table("a choice", data, {"select", "order", "rest"}, {"select"})
+        select = _table("select", data["select"], None, {"kind"})
+        kind = select["kind"]
+        if kind in PATTERNS:
+            chosen: Pattern | Estimator = _guard(pattern_from_dict, select)
+        elif kind in ESTIMATORS:
+            chosen = _guard(estimator_from_dict, select)
+        else:
+            known = [*PATTERNS, *ESTIMATORS]
+            raise PlanError(f"select kind {kind!r} is unknown; {nearest(str(kind), known)}")
+        order = _typed("choice.order", data.get("order", "thw"), str)
+        return cls(chosen, _guard(lambda o: parse_order(o) and o, order), data.get("rest", "drop"))
+
+
+DENSE = Choice(Full())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A plan for one model.
+
+    sites: site name -> one tuple of choices (one per head) for every band of the schedule. A site
+        that is not named runs dense.
+    grid: the visual grid (t, h, w) the plan was made at, or None when it was made for any.
+    expected: what was predicted or measured when the plan was made, by name (see `accel.cost`).
+    provenance: how it was made: recipe or search settings, versions, device, scheduler, steps.
+    """
+
+    name: str
+    model: str
+    sites: Mapping[str, tuple[tuple[Choice, ...], ...]]
+    n_sites: int
+    head_dim: int
+    schedule: Schedule = field(default_factory=Schedule)
+    block: tuple[int, int] = (128, 64)
+    grid: Grid | None = None
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise PlanError(f"plan {self.name!r} names no site")
+        if len(self.sites) > MAX_SITES:
+            raise PlanError(f"plan {self.name!r} names {len(self.sites)} sites, over {MAX_SITES}")
+        block = tuple(self.block)
+        if len(block) != 2 or any(
+            type(b) is not int or not 16 <= b <= MAX_BLOCK or b & (b - 1) for b in block
+        ):
+            raise PlanError(
+                f"block must be two powers of two from 16 to {MAX_BLOCK}, got {self.block!r}"
+            )
+        object.__setattr__(self, "block", block)
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _grid(self.grid))
+        for site, bands in self.sites.items():
+            if len(bands) != self.schedule.n_bands:
+                raise PlanError(
+                    f"site {site!r} has {len(bands)} bands, the schedule has"
+                    f" {self.schedule.n_bands}"
+                )
+            if len({len(heads) for heads in bands}) != 1 or not bands[0]:
+                raise PlanError(f"site {site!r} does not have the same heads in every band")
+
+    @classmethod
+    def uniform(cls, name: str, geometry: Geometry, choice: Choice, **settings: Any) -> "Plan":
+        """The same choice for every head of every site, in every band."""
+        schedule = settings.get("schedule", Schedule())
+        sites = {s.name: ((choice,) * s.heads,) * schedule.n_bands for s in geometry.sites}
+        return cls.of(name, geometry, sites, **settings)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        geometry: Geometry,
+        sites: Mapping[str, tuple[tuple[Choice, ...], ...]],
+        **settings: Any,
+    ) -> "Plan":
+        """A plan for the model that `geometry` describes."""
+        layout = geometry.layout
+        settings.setdefault("grid", layout.grid if layout is not None and layout.grids else None)
+        return cls(
+            name=name,
+            model=geometry.model,
+            sites=sites,
+            n_sites=len(geometry.sites),
+            head_dim=geometry.sites[0].head_dim,
+            **settings,
+        )
+
+    def choices(self, site: str, band: int) -> tuple[Choice, ...] | None:
+        """The choices of `site` in `band`, one per head; None when the plan leaves the site dense."""
+        bands = self.sites.get(site)
+        return None if bands is None else bands[band]
+
+    def for_grid(self, grid: Sequence[int]) -> "Plan":
+        """The same plan at another visual grid.
+
+        Patterns are kept in grid units and estimators look at the call, so nothing is lost; what
+        was measured at the old grid is dropped.
+        """
+        return replace(self, grid=_grid(grid), expected={})
+
+    def check(self, target: Any) -> "Plan":
+        """Refuse, naming the field, when this plan does not fit `target`; else return the plan.
+
+        target: a pipeline, a model or a `Geometry`.
+        """
+        if not isinstance(target, Geometry):
+            from accel.pipelines.adapters import geometry_of
+
+            target = geometry_of(target)
+        if self.model != target.model:
+            raise PlanError(
+                f"plan {self.name!r}: model is {self.model!r}, but this is a {target.model!r};"
+                " make a plan for this model with accel-search"
+            )
+        if self.n_sites != len(target.sites):
+            raise PlanError(
+                f"plan {self.name!r}: n_sites is {self.n_sites}, but the model has"
+                f" {len(target.sites)} sites; make a plan for this model with accel-search"
+            )
+        names = [s.name for s in target.sites]
+        for site, bands in self.sites.items():
+            if site not in names:
+                raise PlanError(
+                    f"plan {self.name!r}: sites has {site!r}, which the model does not have;"
+                    f" {nearest(site, names[:12])}"
+                )
+            heads = target.site(site).heads
+            if len(bands[0]) != heads:
+                raise PlanError(
+                    f"plan {self.name!r}: sites[{site!r}] is for {len(bands[0])} heads, the model"
+                    f" has {heads}"
+                )
+        if self.head_dim != target.sites[0].head_dim:
+            raise PlanError(
+                f"plan {self.name!r}: head_dim is {self.head_dim}, the model's is"
+                f" {target.sites[0].head_dim}"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content: every choice once, sites refer to them by number."""
+        numbers: dict[Choice, int] = {}
+        sites = {
+            site: [[numbers.setdefault(c, len(numbers)) for c in heads] for heads in bands]
+            for site, bands in self.sites.items()
+        }
+        return {
+            "schema": SCHEMA,
+            "name": self.name,
+            "model": self.model,
+            "n_sites": self.n_sites,
+            "head_dim": self.head_dim,
+            "grid": None if self.grid is None else list(self.grid),
+            "block": list(self.block),
+            "schedule": self.schedule.to_dict(),
+            "choices": [c.to_dict() for c in numbers],
+            "sites": sites,
+            "expected": dict(self.expected),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Plan":
+        """Read what `to_dict` wrote; every departure is a `PlanError` that names it."""
+        required = {"schema", "name", "model", "n_sites", "head_dim", "schedule", "choices"}
+        required |= {"sites", "block"}
+        if isinstance(data, Mapping) and data.get("schema", SCHEMA) != SCHEMA:
+            raise PlanError(
+                f"the plan has schema {data['schema']!r}, this accel reads {SCHEMA};"
+                " update accel, or make the plan again with accel-search"
+            )
+        data = _table("the plan", data, required | {"grid", "expected", "provenance"}, required)
+        choices = [Choice.from_dict(c) for c in _typed("choices", data["choices"], list)]
+        sites = {}
+        for site, bands in _typed("sites", data["sites"], dict).items():
+            sites[site] = tuple(
+                tuple(_pick(site, choices, n) for n in _heads(site, heads))
+                for heads in _typed(f"sites[{site!r}]", bands, list)
+            )
+        grid = data.get("grid")
+        return cls(
+            name=_typed("name", data["name"], str),
+            model=_typed("model", data["model"], str),
+            sites=sites,
+            n_sites=_typed("n_sites", data["n_sites"], int),
+            head_dim=_typed("head_dim", data["head_dim"], int),
+            schedule=Schedule.from_dict(data["schedule"]),
+            block=tuple(_typed("block", data["block"], list)),  # type: ignore[arg-type]
+            grid=None if grid is None else _grid(_typed("grid", grid, list)),
+            expected=_typed("expected", data.get("expected", {}), dict),
+            provenance=_typed("provenance", data.get("provenance", {}), dict),
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read a plan file."""
+        path = Path(path)
+        if not path.is_file():
+            raise PlanError(f"there is no plan file at {str(path)!r}")
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise PlanError(f"{path} has {size} bytes; plans have at most {MAX_FILE_BYTES}")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(
+                f"{path} is not a whole JSON file ({error}); it may have been cut short: fetch or"
+                " make it again"
+            ) from error
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan file atomically; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that name what the plan does (not what was measured of it)."""
+        data = self.to_dict()
+        for key in ("expected", "provenance", "name"):
+            data.pop(key)
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _grid(value: Sequence[int]) -> Grid:
+    grid = tuple(value)
+    if len(grid) != 3 or any(type(n) is not int or n < 1 for n in grid):
+        raise PlanError(f"a grid is three positive integers (t, h, w), got {value!r}")
+    return grid  # type: ignore[return-value]
+
+
+def _table(what: str, data: Any, known: set[str] | None, required: set[str]) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{what} must be a table, got {type(data).__name__}")
+    for key in data if known is not None else ():
+        if key not in known:  # type: ignore[operator]
+            raise PlanError(f"{what} has no key {key!r}; {nearest(str(key), known or ())}")
+    for key in sorted(required):
+        if key not in data:
+            raise PlanError(f"{what} lacks the key {key!r}")
+    return data
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise PlanError(f"{name} must be of type {kind.__name__}, got {value!r:.80}")
+    return value
+
+
+def _heads(site: str, heads: Any) -> list[Any]:
+    if len(_typed(f"sites[{site!r}]", heads, list)) > MAX_HEADS:
+        raise PlanError(f"site {site!r} has {len(heads)} heads, over {MAX_HEADS}")
+    return heads
+
+
+def _pick(site: str, choices: list[Choice], number: Any) -> Choice:
+    if type(number) is not int or not 0 <= number < len(choices):
+        raise PlanError(
+            f"sites[{site!r}] names choice {number!r}; the plan has choices 0 to {len(choices) - 1}"
+        )
+    return choices[number]
+
+
+def _guard(read: Any, value: Any) -> Any:
+    """Bad parameters of a pattern, an estimator or an order are errors of the plan that has them."""
+    try:
+        return read(value)
+    except PlanError:
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        raise PlanError(str(error)) from error

@@ -1,0 +1,59 @@
+"""What a run did, site by site and phase by phase: calls, kept blocks, recall, kernel, time."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+DENSE_LABEL = "dense"
+
+
+def phase_label(band: int | None) -> str:
+    """How a phase is called in summaries: "dense", "band 0", "band 1", ..."""
+    return DENSE_LABEL if band is None else f"band {band}"
+
+
+@dataclass(slots=True)
+class Record:
+    """The calls of one site in one phase.
+
+    keep: sum over calls of the fraction of blocks computed; recall: per head, once for every mask
+    and branch; seconds: one entry per call, of the attention and its mask alone.
+    """
+
+    calls: int = 0
+    keep: float = 0.0
+    recall: list[torch.Tensor] = field(default_factory=list)
+    kernels: set[str] = field(default_factory=set)
+    seconds: list[float] = field(default_factory=list)
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Turn pending CUDA events into seconds."""
+        for start, end in self._events:
+            end.synchronize()
+            self.seconds.append(start.elapsed_time(end) / 1000)
+        self._events.clear()
+
+
+class Stopwatch:
+    """Times one attention call: events on a CUDA device, the wall clock elsewhere."""
+
+    __slots__ = ("_record", "_start")
+
+    def __init__(self, record: Record, device: torch.device) -> None:
+        self._record = record
+        self._start: float | torch.cuda.Event
+        if device.type == "cuda":
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record()
+        else:
+            self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        if isinstance(self._start, float):
+            self._record.seconds.append(time.perf_counter() - self._start)
+        else:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._record._events.append((self._start, end))

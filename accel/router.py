@@ -1,0 +1,208 @@
+"""The run-time of one denoiser: decides, call by call, between dense attention and a sparse kernel.
+
+A `Session` belongs to one enabled model and to nothing else: no state is shared between models, so
+two pipelines in two threads never meet. The state of a run (masks, cached log-sum-exp rows) is
+dropped when a new run begins; an interrupted run leaves nothing behind.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from accel.context import Where
+from accel.errors import AccelError
+from accel.geometry import Geometry, Site
+from accel.kernels.attention import resolve_backend, sparse_attention
+from accel.layout import Layout
+from accel.masks import SiteMask, sampled_recall, site_mask
+from accel.plan import Choice, Plan
+from accel.records import Record, Stopwatch, phase_label
+from accel.schedule import Phase
+
+logger = logging.getLogger("accel")
+
+Heads = Float[Tensor, "batch heads tokens dim"]
+
+
+@dataclass(slots=True)
+class Run:
+    """What one generation keeps between steps. A fresh one replaces it when a run begins."""
+
+    where: Where | None = None
+    layout: Layout | None = None
+    phase: Phase = Phase(None, 0)
+    reason: str | None = None
+    masks: dict[Any, SiteMask] = field(default_factory=dict)
+    lse: dict[Any, dict[Choice, Tensor]] = field(default_factory=dict)
+    recalls: dict[Any, Tensor] = field(default_factory=dict)
+    first_branches: set[str] = field(default_factory=set)
+
+
+class Session:
+    """One plan at work on one model.
+
+    strict: anything that would quietly run dense is an error instead.
+    """
+
+    def __init__(self, plan: Plan, geometry: Geometry, *, strict: bool = False) -> None:
+        self.plan = plan
+        self.geometry = geometry
+        self.strict = strict
+        self.run = Run()
+        self.records: dict[tuple[str, str], Record] = {}
+        self.notices: Counter[str] = Counter()
+        self.probe: Counter[str] | None = None
+        self.observer: Callable[[Site, Run, Heads, Heads, Heads, Heads], Heads] | None = None
+
+    @contextmanager
+    def probing(self) -> Iterator[Counter[str]]:
+        """While the context is open every site runs dense and is counted."""
+        self.probe = Counter()
+        try:
+            yield self.probe
+        finally:
+            self.probe = None
+
+    def begin(self, layout: Layout | None, where: Where | None) -> None:
+        """Called at the start of every denoiser call."""
+        if self._is_new_run(layout, where):
+            self.run = Run()
+            self.records.clear()
+            self.notices.clear()
+        run = self.run
+        run.where, run.layout, run.reason = where, layout, None
+        if where is None:
+            run.phase = Phase(None, 0)
+            if self.probe is None:
+                self._runs_dense(
+                    "the step is unknown: call the model through its pipeline, or wrap the call in"
+                    " `with accel.step(i, n):`"
+                )
+            return
+        if where.step == 0:
+            run.first_branches.add(where.branch)
+        run.phase = self.plan.schedule.phase(where.step, where.total)
+        if layout is None:
+            run.reason = "the layout of the call is unknown; pass layout= to accel.enable"
+
+    def _is_new_run(self, layout: Layout | None, where: Where | None) -> bool:
+        """Whether this call belongs to another generation than the one before it.
+
+        The step went back, the number of steps or the layout changed, or step 0 of a branch comes
+        a second time (a run that was interrupted in its first step).
+        """
+        run = self.run
+        if run.layout is not None and layout != run.layout:
+            return True
+        if where is None or run.where is None:
+            return False
+        again = where.step == 0 and where.branch in run.first_branches
+        return where.step < run.where.step or where.total != run.where.total or again
+
+    def attend(
+        self, site: Site, q: Heads, k: Heads, v: Heads, dense: Callable[[], Heads], masked: bool
+    ) -> Heads:
+        """The output of one site.
+
+        dense: the user's own attention, run in dense phases; masked: whether the call brings a mask.
+        """
+        if self.probe is not None:
+            self.probe[site.name] += 1
+            return dense()
+        run = self.run
+        choices = None
+        if not run.phase.dense and run.phase.band is not None:
+            choices = self._sparse_choices(site, run, q, masked)
+        label = phase_label(run.phase.band)
+        record = self.records.setdefault((site.name, label), Record())
+        if choices is None:
+            watch = Stopwatch(record, q.device)
+            out = dense()
+            watch.stop()
+            record.calls += 1
+            record.keep += 1.0
+            record.kernels.add("dense")
+            if self.observer is not None:
+                out = self.observer(site, run, q, k, v, out)
+            return out
+        watch = Stopwatch(record, q.device)
+        chosen = self._mask(site, run, choices, q, k, v)
+        out = sparse_attention(q, k, v, chosen.mask, rest=chosen.rest, order=chosen.order)
+        watch.stop()
+        looked = (site.name, run.where.branch if run.where else "", label, run.phase.generation)
+        if looked not in run.recalls:
+            run.recalls[looked] = sampled_recall(q, k, chosen)
+            record.recall.append(run.recalls[looked])
+        record.calls += 1
+        record.keep += chosen.keep
+        record.kernels.add(resolve_backend("auto", q.device))
+        return out
+
+    def _sparse_choices(
+        self, site: Site, run: Run, q: Heads, masked: bool
+    ) -> tuple[Choice, ...] | None:
+        """The choices of a sparse call, or None where the call has to be dense."""
+        assert run.phase.band is not None
+        choices = self.plan.choices(site.name, run.phase.band)
+        if choices is None or all(c.dense for c in choices):
+            return None
+        reason = run.reason
+        if reason is None and torch.is_grad_enabled() and q.requires_grad:
+            reason = "the call needs gradients, which the sparse kernels do not give"
+        if reason is None and masked:
+            reason = "the call has an attention mask that the layout does not explain"
+        if reason is None and run.layout is not None and run.layout.length != q.shape[2]:
+            reason = (
+                f"{site.name} has {q.shape[2]} tokens, but the grid {run.layout.grid} and its text"
+                f" make {run.layout.length}; pass layout= to accel.enable"
+            )
+        ratios = self.plan.expected.get("attention_ratio", {}).get(site.name)
+        if reason is None and ratios is not None and ratios[run.phase.band] >= 1:
+            reason = f"dense attention is predicted to be faster at {site.name}"
+        if reason is None:
+            return choices
+        self._runs_dense(reason)
+        return None
+
+    def _runs_dense(self, reason: str) -> None:
+        """Say once, count always; in strict mode refuse."""
+        if self.strict:
+            raise AccelError(f"strict: {reason}")
+        if not self.notices[reason]:
+            logger.warning("accel runs dense: %s", reason)
+        self.notices[reason] += 1
+
+    def _mask(
+        self,
+        site: Site,
+        run: Run,
+        choices: tuple[Choice, ...],
+        q: Heads,
+        k: Heads,
+        v: Heads,
+    ) -> SiteMask:
+        assert run.layout is not None and run.where is not None
+        online = any(c.online for c in choices)
+        # static masks are shared by all sites and branches with the same choices
+        owner = (site.name, run.where.branch) if online else None
+        generation = run.phase.generation if online else None
+        key = (owner, choices, generation, q.shape[0] if online else None, q.device)
+        chosen = run.masks.get(key)
+        if chosen is None:
+            if online:
+                stale = [o for o in run.masks if o[0] == owner]
+                for old in stale:
+                    del run.masks[old]
+            lse = run.lse.setdefault(owner, {})
+            chosen = run.masks[key] = site_mask(
+                choices, q, k, v, layout=run.layout, block=self.plan.block, lse=lse
+            )
+        return chosen
+

@@ -1,0 +1,136 @@
+"""What a run did against what was asked and predicted, as a table and as a value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from accel.records import DENSE_LABEL, Record
+from accel.router import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One site in one phase.
+
+    keep: mean fraction of blocks computed; recall: softmax mass inside them (mean, and the worst
+    head), on sampled rows; call_ms: median time of one attention call, masks included;
+    predicted_ms: the plan's predicted ratio times this run's dense call, None without either.
+    """
+
+    site: str
+    phase: str
+    calls: int
+    keep: float
+    recall: float | None
+    worst_recall: float | None
+    kernels: tuple[str, ...]
+    call_ms: float
+    total_s: float
+    predicted_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The last run of an enabled pipeline. `str` gives a table."""
+
+    plan: str
+    rows: tuple[Row, ...]
+    notices: dict[str, int]
+    left: tuple[str, ...]
+
+    @property
+    def predicted_over_measured(self) -> float | None:
+        """Predicted over measured time of all sparse attention calls; None without prediction."""
+        priced = [r for r in self.rows if r.predicted_ms is not None and r.phase != DENSE_LABEL]
+        measured = sum(r.call_ms * r.calls for r in priced)
+        predicted = sum((r.predicted_ms or 0.0) * r.calls for r in priced)
+        return predicted / measured if measured else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "plan": self.plan,
+            "rows": [
+                {name: getattr(row, name) for name in Row.__dataclass_fields__} for row in self.rows
+            ],
+            "notices": self.notices,
+            "left": list(self.left),
+            "predicted_over_measured": self.predicted_over_measured,
+        }
+
+    def __str__(self) -> str:
+        head = ("site", "phase", "calls", "keep", "recall", "worst", "kernel", "ms", "predicted")
+        table = [head]
+        for r in self.rows:
+            table.append(
+                (
+                    r.site,
+                    r.phase,
+                    str(r.calls),
+                    f"{r.keep:.3f}",
+                    _number(r.recall, ".3f"),
+                    _number(r.worst_recall, ".3f"),
+                    "+".join(r.kernels),
+                    f"{r.call_ms:.1f}",
+                    _number(r.predicted_ms, ".1f"),
+                )
+            )
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = [f"plan {self.plan!r}"]
+        lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
+        if self.left:
+            lines.append(f"left dense by the plan: {', '.join(self.left)}")
+        lines += [f"ran dense {count} times: {why}" for why, count in self.notices.items()]
+        ratio = self.predicted_over_measured
+        if ratio is not None:
+            lines.append(f"sparse attention: predicted / measured time = {ratio:.2f}")
+        return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _row(session: Session, site: str, phase: str, record: Record) -> Row:
+    record.settle()
+    dense = session.records.get((site, DENSE_LABEL))
+    ratios = session.plan.expected.get("attention_ratio", {}).get(site)
+    predicted = None
+    if dense is not None and dense.seconds and ratios is not None and phase != DENSE_LABEL:
+        predicted = median(dense.seconds) * 1000 * ratios[int(phase.split()[1])]
+    recalls = [r.cpu() for r in record.recall]
+    return Row(
+        site=site,
+        phase=phase,
+        calls=record.calls,
+        keep=record.keep / record.calls,
+        recall=sum(float(r.mean()) for r in recalls) / len(recalls) if recalls else None,
+        worst_recall=min(float(r.min()) for r in recalls) if recalls else None,
+        kernels=tuple(sorted(record.kernels)),
+        call_ms=median(record.seconds) * 1000,
+        total_s=sum(record.seconds),
+        predicted_ms=predicted,
+    )
+
+
+def summarise(sessions: Sequence[Session]) -> Summary:
+    """The summary of the sessions of one pipeline, in the order of their sites."""
+    rows: list[Row] = []
+    notices: dict[str, int] = {}
+    left: list[str] = []
+    for number, session in enumerate(sessions):
+        mark = f"#{number + 1}." if len(sessions) > 1 else ""
+        order = {s.name: i for i, s in enumerate(session.geometry.sites)}
+        keys = sorted(session.records, key=lambda key: (order[key[0]], key[1] != DENSE_LABEL, key[1]))
+        for site, phase in keys:
+            row = _row(session, site, phase, session.records[site, phase])
+            rows.append(row if not mark else _marked(row, mark))
+        for why, count in session.notices.items():
+            notices[why] = notices.get(why, 0) + count
+        left += [mark + s for s in order if s not in session.plan.sites]
+    return Summary(sessions[0].plan.name, tuple(rows), notices, tuple(left))
+
+
+def _marked(row: Row, mark: str) -> Row:
+    values = {name: getattr(row, name) for name in Row.__dataclass_fields__}
+    return Row(**{**values, "site": mark + row.site})

@@ -1,0 +1,106 @@
+"""When a run is dense, when masks are made anew, and which assignment holds: all in progress.
+
+Progress is `step / total` in [0, 1), so a schedule found at 50 steps serves 28. Early steps fix the
+composition and stay dense (SVG, STA, Radial Attention and AdaSpa spend 10 to 30 percent of the run
+there); a dense tail is optional (the hybrid schedules of xDiT and ComfyUI).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accel.errors import PlanError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What one step is: `band` is None in a dense step; `generation` counts the refreshes so far."""
+
+    band: int | None
+    generation: int
+
+    @property
+    def dense(self) -> bool:
+        return self.band is None
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Step bands of a run.
+
+    dense_start, dense_end: fractions of the run, at its start and at its end, that stay dense.
+    bands: inner borders in progress, ascending in (0, 1); n borders make n + 1 bands, and every
+        site of a plan has one assignment for each band.
+    refresh: points in progress at which estimators look again; the first sparse step always does.
+
+    A fraction is rounded to whole steps, half up; a dense start above zero keeps at least one dense
+    step, so a run of one step is dense.
+    """
+
+    dense_start: float = 0.2
+    dense_end: float = 0.0
+    bands: tuple[float, ...] = ()
+    refresh: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("bands", "refresh"):
+            points = getattr(self, name)
+            if isinstance(points, str) or not hasattr(points, "__iter__"):
+                raise PlanError(f"schedule.{name} is a list of numbers in (0, 1), got {points!r}")
+            points = tuple(_number(f"schedule.{name}", p) for p in points)
+            if any(not 0 < p < 1 for p in points) or list(points) != sorted(set(points)):
+                raise PlanError(
+                    f"schedule.{name} must ascend strictly inside (0, 1), got {list(points)}"
+                )
+            object.__setattr__(self, name, points)
+        for name in ("dense_start", "dense_end"):
+            value = _number(f"schedule.{name}", getattr(self, name))
+            if not 0 <= value <= 1:
+                raise PlanError(f"schedule.{name} is a fraction in [0, 1], got {value}")
+            object.__setattr__(self, name, value)
+        if self.dense_start + self.dense_end > 1:
+            raise PlanError(
+                f"schedule.dense_start + schedule.dense_end is {self.dense_start + self.dense_end},"
+                " more than the whole run; lower one of them"
+            )
+
+    @property
+    def n_bands(self) -> int:
+        return len(self.bands) + 1
+
+    def phase(self, step: int, total: int) -> Phase:
+        """The phase of step `step` (from 0) of `total`."""
+        if not 0 <= step < total:
+            raise ValueError(f"step {step} is not within a run of {total} steps")
+        first = _steps(self.dense_start, total)
+        last = total - _steps(self.dense_end, total)
+        progress = step / total
+        generation = sum(p <= progress for p in self.refresh)
+        if step < first or step >= last:
+            return Phase(None, generation)
+        return Phase(sum(p <= progress for p in self.bands), generation)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Schedule":
+        if not isinstance(data, Mapping):
+            raise PlanError(f"schedule must be a table, got {type(data).__name__}")
+        known = ("dense_start", "dense_end", "bands", "refresh")
+        for key in data:
+            if key not in known:
+                raise PlanError(f"schedule has no key {key!r}; {nearest(str(key), known)}")
+        return cls(**data)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise PlanError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _steps(fraction: float, total: int) -> int:
+    if fraction == 0:
+        return 0
+    return max(1, int(fraction * total + 0.5))
