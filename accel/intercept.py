@@ -130,7 +130,9 @@ class Taken:
         out = self.session.attend(self.site, *heads_first, lambda: own().transpose(1, 2), masked)
         return out.transpose(1, 2)
 
-    def own(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens_first: bool) -> Tensor:
+    def own(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens_first: bool
+    ) -> Tensor:
         """The dense attention that the user chose for this module, for calls from a compiled graph."""
         if not tokens_first:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -284,7 +286,9 @@ def _sdpa_shim(slot: _Slot) -> Callable[..., Tensor]:
             attn_mask,
             False,
             # resolved at the call, so that a user's replacement of SDPA stays in force
-            lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **kwargs),
+            lambda: F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, **kwargs
+            ),
         )
 
     return scaled_dot_product_attention

@@ -205,4 +205,3 @@ class Session:
                 choices, q, k, v, layout=run.layout, block=self.plan.block, lse=lse
             )
         return chosen
-

@@ -121,7 +121,9 @@ def summarise(sessions: Sequence[Session]) -> Summary:
     for number, session in enumerate(sessions):
         mark = f"#{number + 1}." if len(sessions) > 1 else ""
         order = {s.name: i for i, s in enumerate(session.geometry.sites)}
-        keys = sorted(session.records, key=lambda key: (order[key[0]], key[1] != DENSE_LABEL, key[1]))
+        keys = sorted(
+            session.records, key=lambda key: (order[key[0]], key[1] != DENSE_LABEL, key[1])
+        )
         for site, phase in keys:
             row = _row(session, site, phase, session.records[site, phase])
             rows.append(row if not mark else _marked(row, mark))

@@ -35,7 +35,12 @@ HUB_FILE = "accel_plan.json"
 
 
 def enable(
-    target: T, plan: PlanLike, *, strict: bool = False, layout: LayoutLike = None, check: bool = True
+    target: T,
+    plan: PlanLike,
+    *,
+    strict: bool = False,
+    layout: LayoutLike = None,
+    check: bool = True,
 ) -> T:
     """Accelerate a pipeline or a bare model by a plan; returns `target` itself.
 
@@ -182,7 +187,9 @@ class Handle:
 
     def _begin(self, first: Tensor) -> None:
         if not self._interception.intact:
-            logger.warning("attention processors were replaced after accel.enable; taking them again")
+            logger.warning(
+                "attention processors were replaced after accel.enable; taking them again"
+            )
             self._interception.undo()
             self._interception = Interception(self.session, self._sites)
         read = self._layout if self._layout is not None else self._adapter.layout

@@ -1,0 +1,91 @@
+"""The user's own pipeline, loaded and called as a model's configuration says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from accel.errors import AccelError
+
+Video = NDArray[np.float32]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One entry of `configs/model`.
+
+    path: a directory below the current one or below the checkout, or a hub repository.
+    call: arguments of the pipeline's `__call__`; prompts: what comparisons generate;
+    calibration: what a search looks at; classifier: a directory with a classifier, or "".
+    """
+
+    name: str
+    pipeline: str
+    path: str
+    call: Mapping[str, Any]
+    prompts: tuple[str, ...]
+    calibration: tuple[str, ...]
+    dtype: str = "float32"
+    device: str = "auto"
+    fps: int = 12
+    classifier: str = ""
+    load: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise AccelError(f"model.dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
+        for name in ("prompts", "calibration"):
+            prompts = tuple(getattr(self, name))
+            if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
+                raise AccelError(f"model.{name} must be prompts with text in them, got {prompts}")
+            object.__setattr__(self, name, prompts)
+
+    def resolved_device(self) -> torch.device:
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_path(path: str) -> str:
+    """A path below the current directory or below the checkout; anything else is left as it is."""
+    checkout = Path(__file__).resolve().parent.parent
+    for root in (Path.cwd(), checkout):
+        if (root / path).exists():
+            return str(root / path)
+    return path
+
+
+class Host:
+    """A loaded pipeline with the call that its configuration describes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        module, name = config.pipeline.rsplit(".", 1)
+        path = find_path(config.path)
+        try:
+            pipeline = getattr(import_module(module), name)
+            self.pipe = pipeline.from_pretrained(
+                path, torch_dtype=DTYPES[config.dtype], **config.load
+            )
+        except (ImportError, AttributeError, OSError) as error:
+            raise AccelError(f"model {config.name!r} cannot be loaded from {path!r}: {error}") from error
+        self.device = config.resolved_device()
+        self.pipe.to(self.device)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def generate(self, prompt: str, seed: int, **overrides: Any) -> Video:
+        """One video [frames, height, width, 3] in [0, 1]; the noise depends on `seed` alone."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        call = {**self.config.call, **overrides}
+        frames = self.pipe(prompt, generator=generator, output_type="np", **call).frames[0]
+        return np.asarray(frames, dtype=np.float32)
+
+    @property
+    def steps(self) -> int:
+        return int(self.config.call["num_inference_steps"])
