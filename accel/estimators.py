@@ -191,7 +191,7 @@ def _visual(scores: Tensor, blocking: Blocking) -> Tensor:
     return ~apart & (scores > -inf)
 
 
-def _share(keep: float, allowed: Tensor) -> Tensor:
+def _share(keep: int | float, allowed: Tensor) -> Tensor:
     """`ceil(keep * n)` and at least 1, per row; the slack keeps 0.7 * 10 at 7."""
     count = allowed.sum(-1, keepdim=True)
     return (count.double() * keep - 1e-6).ceil().long().clamp(min=1)
