@@ -38,6 +38,7 @@ def forward(
     valid = torch.ones(batch, heads, kv_tokens, dtype=torch.bool)
     if lengths is not None:
         valid = (torch.arange(kv_tokens) < lengths[:, None])[:, None].expand(-1, heads, -1)
+        k, v = (torch.where(valid[..., None], x, 0.0) for x in (k, v))
     if order is not None:
         index = order.expand(heads, -1)[None].expand(batch, -1, -1)
         q, k, v = (x.gather(2, index[..., None].expand(x.shape)) for x in (q, k, v))

@@ -10,7 +10,7 @@ sums under ``mean`` as tiles of their mean keys, with ``log2 n_j`` added to the 
 """
 
 from math import ceil, log
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -55,6 +55,7 @@ def choose_tiles(
 
 
 @triton.jit
+@no_type_check
 def _natural_tokens(p_order, o_head, o_position, m_position):
     """The natural tokens at these positions of the ordered sequence, int64."""
     if p_order is None:
@@ -64,6 +65,7 @@ def _natural_tokens(p_order, o_head, o_position, m_position):
 
 
 @triton.jit
+@no_type_check
 def _load_rows(p, o_row, s_row, m_row, o_d, DIM: tl.constexpr, UPCAST: tl.constexpr):
     m_d = o_d < DIM
     b = tl.load(p + o_row[:, None] * s_row + o_d[None, :], m_row[:, None] & m_d[None, :], other=0.0)
@@ -72,6 +74,7 @@ def _load_rows(p, o_row, s_row, m_row, o_d, DIM: tl.constexpr, UPCAST: tl.conste
 
 
 @triton.jit
+@no_type_check
 def _accumulate(b_s, b_v, b_acc, b_l, b_m):
     """One step of the online softmax: logits b_s ``[BM, BN]``, values b_v ``[BN, BD]``."""
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))  # [BM]
@@ -83,6 +86,7 @@ def _accumulate(b_s, b_v, b_acc, b_l, b_m):
 
 
 @triton.jit
+@no_type_check
 def attention_kernel(
     p_q,
     p_k,

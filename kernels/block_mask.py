@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
+from typing import no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -181,6 +182,7 @@ class BlockMask:
         # FlexAttention wants lists of full width
         indices = torch.sort(~keep, dim=-1, stable=True).indices.to(torch.int32)
 
+        @no_type_check  # FlexAttention traces it
         def block_is_kept(b, h, q, kv):
             return keep[b if batched else b * 0, h, q // q_block, kv // kv_block]
 

@@ -23,15 +23,17 @@ def sparse_attention_reference(
     kv_length: int | Int[Tensor, " batch"] | None = None,
     order: Int[Tensor, "*heads tokens"] | None = None,
     return_lse: bool = False,
+    dtype: torch.dtype = torch.float64,
 ):
     """``softmax([s q kᵀ + m, s q k̄ᵀ + m̄]) [v; v̄]`` with the arguments of ``sparse_attention``.
 
     ``m`` is 0 on the tokens of kept blocks and -inf elsewhere. ``m̄`` is -inf under ``drop``;
     under ``mean`` it is ``ln n_j`` on the blocks that are not kept, ``n_j`` their valid tokens.
-    Everything is float64, the results too.
+    Everything is computed in ``dtype``, and so are the results: float64 is the truth, the dtype
+    of q the honest baseline whose error a kernel may at most double.
     """
     check_tensors(q, k, v)
-    dtype, heads = torch.float64, q.shape[1]
+    heads = q.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     pooled = torch.tensor(pooled_heads(rest, heads), device=q.device)
     orders = head_orders(order, q, k)
