@@ -12,9 +12,8 @@ The common contract, whatever the estimator:
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +22,7 @@ from torch import Tensor
 from accel.blocking import Blocking
 from accel.kernels.arguments import check_tensors, valid_lengths
 from accel.kernels.block_mass import block_mass
-from accel.pattern import from_kind, register
+from accel.pattern import Kind, from_kind, register
 
 __all__ = [
     "ESTIMATORS",
@@ -65,15 +64,10 @@ class _Call:
     v: Tensor
     blocking: Blocking
     scale: float
-    lengths: Tensor  # valid tokens, [batch]
     lse: Tensor | None
-
-    @property
-    def valid(self) -> Tensor:
-        """Valid tokens in order: bool `[batch, tokens]`."""
-        order = self.blocking.indices(self.q.device)
-        places = torch.arange(self.q.shape[2], device=self.q.device) if order is None else order
-        return places < self.lengths[:, None]
+    lengths: Tensor  # valid tokens: [batch]
+    order: Tensor | None  # int64 [tokens]
+    valid: Tensor  # which tokens are, in order: bool [batch, tokens]
 
     @property
     def columns(self) -> Tensor:
@@ -83,22 +77,22 @@ class _Call:
 
     def heads(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """`(head, q, k, v)` per query head, fp32 `[batch, tokens, dim]` in order, invalid zero."""
-        order, valid = self.blocking.indices(self.q.device), self.valid[..., None]
+        valid = self.valid[..., None]
         for head in range(self.q.shape[1]):
             group = head * self.k.shape[1] // self.q.shape[1]
             parts = (self.q[:, head], self.k[:, group], self.v[:, group])
-            parts = parts if order is None else tuple(x[:, order] for x in parts)
+            if self.order is not None:
+                parts = tuple(x[:, self.order] for x in parts)
             yield head, *(torch.where(valid, x.float(), 0.0) for x in parts)
 
 
 ESTIMATORS: dict[str, type["Estimator"]] = {}
 
 
-class Estimator:
+class Estimator(Kind):
     """A rule that selects blocks from q and k; the ones below are frozen dataclasses."""
 
     __slots__ = ()
-    kind: ClassVar[str]
 
     def select(
         self,
@@ -128,21 +122,23 @@ class Estimator:
         if lengths is None:
             lengths = torch.full(q.shape[:1], layout.length, device=q.device)
         lengths = lengths.clamp(max=layout.valid_length)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        return self._select(_Call(q, k, v, blocking, scale, lengths, lse))
+        order = blocking.indices(q.device)
+        places = torch.arange(layout.length, device=q.device) if order is None else order
+        call = _Call(
+            q,
+            k,
+            v,
+            blocking=blocking,
+            scale=q.shape[3] ** -0.5 if scale is None else scale,
+            lse=lse,
+            lengths=lengths,
+            order=order,
+            valid=places < lengths[:, None],
+        )
+        return self._select(call)
 
     def _select(self, call: _Call) -> Selection:
         raise NotImplementedError(f"{type(self).__name__} selects nothing")
-
-    def to_dict(self) -> dict:
-        """`{"kind": …}` and every field: what a plan holds."""
-        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
-
-    @property
-    def name(self) -> str:
-        """A short tag such as `block_mass(keep=0.3)`; switches that are off are left out."""
-        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        return f"{self.kind}({','.join(f'{n}={v}' for n, v in values if v is not False)})"
 
 
 def estimator_from_dict(data: Mapping) -> Estimator:
@@ -239,7 +235,7 @@ def _mass(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
         scale=call.scale,
         lse=call.lse,
         kv_length=call.lengths,
-        order=call.blocking.indices(call.q.device),
+        order=call.order,
     )
     return mass, mass.masked_fill(~call.columns, -inf), lse
 
@@ -358,7 +354,7 @@ class Antidiagonal(Estimator):
         """Token of every place of every cell `[batch, count, stride]`; valid tokens per cell."""
         inside = _blocks(valid[..., None], self.stride, count)[..., 0]
         filled = inside.sum(-1)
-        first = torch.argsort(~inside, dim=-1, stable=True)  # the valid places, in order
+        first = torch.argsort((~inside).int(), dim=-1, stable=True)  # the valid places, in order
         turn = torch.arange(self.stride, device=valid.device) % filled.clamp(min=1)[..., None]
         start = torch.arange(count, device=valid.device)[:, None] * self.stride
         return (start + first.gather(-1, turn)).clamp(max=valid.shape[1] - 1), filled

@@ -34,6 +34,7 @@ __all__ = [
     "Extent",
     "FirstFrames",
     "Full",
+    "Kind",
     "MultiDiagonal",
     "Pattern",
     "Radial",
@@ -48,14 +49,14 @@ __all__ = [
 
 Extent = int | float | None
 Term = tuple[Tensor, Tensor, Tensor]
-Kind = TypeVar("Kind", bound=type)
+Class = TypeVar("Class", bound=type)
 CHUNK_ELEMENTS = 1 << 22
 
 
-def register(table: dict[str, type], *names: str) -> Callable[[Kind], Kind]:
+def register(table: dict[str, type], *names: str) -> Callable[[Class], Class]:
     """Class decorator: `table` finds the class under every name, the first one being its `kind`."""
 
-    def add(cls: Kind) -> Kind:
+    def add(cls: Class) -> Class:
         for name in names:
             if name in table:
                 raise ValueError(f"{name!r} is registered already, for {table[name].__name__}")
@@ -81,18 +82,35 @@ def from_kind(data: Mapping, table: dict[str, type], what: str):
             raise ValueError(f"{kind} has no {key!r}; {nearest(str(key), ['kind', *known])}")
     try:
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{what} from {dict(data)}: {error}") from error
+
+
+class Kind:
+    """A frozen dataclass that a plan holds by its `kind` and its fields."""
+
+    __slots__ = ()
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict:
+        """`{"kind": …}` and every field: what a plan holds."""
+        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    @property
+    def name(self) -> str:
+        """A short tag such as `window(t=2,h=3,w=3)`; fields that are None or False are left out."""
+        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        inside = ",".join(f"{key}={x}" for key, x in values if x is not None and x is not False)
+        return f"{self.kind}({inside})" if inside else self.kind
 
 
 PATTERNS: dict[str, type["Pattern"]] = {}
 
 
-class Pattern:
+class Pattern(Kind):
     """A rule on `(t, h, w)` of a query and a key; the families below are frozen dataclasses."""
 
     __slots__ = ()
-    kind: ClassVar[str]
 
     def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
         """The rule on one grid: per term bool `[t, t]`, `[h, h]`, `[w, w]`, query axis first."""
@@ -130,17 +148,6 @@ class Pattern:
                 if other is not segment:
                     keep[rows, other.start // kv_size : -(-other.stop // kv_size)] = True
         return blocking.force(keep)
-
-    def to_dict(self) -> dict:
-        """`{"kind": …}` and every field: what a plan holds."""
-        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
-
-    @property
-    def name(self) -> str:
-        """A short tag such as `window(t=2,h=3,w=3)`; unlimited and unset fields are left out."""
-        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        inside = ",".join(f"{key}={value}" for key, value in values if value is not None)
-        return f"{self.kind}({inside})" if inside else self.kind
 
 
 def pattern_from_dict(data: Mapping) -> Pattern:

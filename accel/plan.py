@@ -7,7 +7,6 @@ are refused with the nearest known name, and nothing in it names another file or
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from accel.errors import PlanError, nearest
 from accel.estimators import ESTIMATORS, Estimator, estimator_from_dict
+from accel.files import write_atomically
 from accel.geometry import Geometry
 from accel.order import parse_order
 from accel.pattern import PATTERNS, Full, Pattern, pattern_from_dict
@@ -288,18 +288,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan file atomically; returns its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return path
+        return write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @property
     def digest(self) -> str:

@@ -29,6 +29,8 @@ from accel.schedule import Phase
 logger = logging.getLogger("accel")
 
 Heads = Float[Tensor, "batch heads tokens dim"]
+# Sees every dense call (site, run, q, k, v, out) and may put another output in its place.
+Observer = Callable[[Site, "Run", Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -59,7 +61,7 @@ class Session:
         self.records: dict[tuple[str, str], Record] = {}
         self.notices: Counter[str] = Counter()
         self.probe: Counter[str] | None = None
-        self.observer: Callable[[Site, Run, Heads, Heads, Heads, Heads], Heads] | None = None
+        self.observer: Observer | None = None
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:

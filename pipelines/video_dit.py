@@ -36,6 +36,7 @@ WAN = register(
         heads=lambda m: (m.heads, m.inner_dim // m.heads),  # type: ignore[arg-type,operator,return-value]
         first="hidden_states",
         layout=_wan_layout,
+        projection=lambda m: m.to_out[0].weight,  # type: ignore[index,union-attr,return-value]
         probe=_wan_probe,
     )
 )

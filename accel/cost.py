@@ -1,0 +1,228 @@
+"""What a choice costs on this device: a measured table, and the price of a plan by it.
+
+Every entry is a ratio to the fastest dense attention of the same shape, dtype and device, measured
+in turn with it, so that a busy machine shifts both. Prices add up over heads.
+
+The generation time that is predicted is Amdahl's: with `share` the part of a dense generation spent
+in the sites and `ratio` the mean price over all steps and sites,
+
+    speedup = 1 / (1 - share * (1 - ratio))
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accel.blocking import Blocking
+from accel.estimators import Estimator
+from accel.files import write_atomically
+from accel.kernels.attention import sparse_attention
+from accel.kernels.block_mask import BlockMask
+from accel.layout import Layout
+from accel.masks import static_keep
+from accel.plan import DENSE, RESTS, Choice, Plan
+
+KEEPS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One attention call: what a price depends on besides the choice."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    device: str
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", tuple(self.block))
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """Prices of one shape.
+
+    dense_ms: the fastest dense call; sparse: "rest/ordered" -> price at each of KEEPS; select:
+    name of an estimator -> price of one selection.
+    """
+
+    shape: Shape
+    dense_ms: float
+    sparse: Mapping[str, tuple[float, ...]]
+    select: Mapping[str, float]
+
+    def price(self, keep: float, rest: str, ordered: bool) -> float:
+        """Price of a head that keeps `keep` of its blocks: linear between the measured keeps."""
+        prices = self.sparse[f"{rest}/{'ordered' if ordered else 'natural'}"]
+        if keep <= KEEPS[0]:
+            # below the smallest keep the price falls in proportion to a fixed part that is not known
+            return prices[0]
+        for low, high, a, b in zip(KEEPS, KEEPS[1:], prices, prices[1:], strict=False):
+            if keep <= high:
+                return a + (b - a) * (keep - low) / (high - low)
+        return prices[-1]
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> "CostTable":
+        data = json.loads(path.read_text())
+        sparse = {name: tuple(prices) for name, prices in data["sparse"].items()}
+        return cls(Shape(**data["shape"]), data["dense_ms"], sparse, data["select"])
+
+
+def measure(
+    shape: Shape,
+    *,
+    estimators: tuple[Estimator, ...] = (),
+    layout: Layout | None = None,
+    rounds: int = 5,
+    progress: Callable[[Iterator[Any]], Iterator[Any]] = lambda jobs: jobs,
+) -> CostTable:
+    """Measure the prices of one shape on this device; medians over `rounds`.
+
+    Masks are random with equal counts in every row: the price depends on the keep, hardly on which
+    blocks are kept. layout is needed to time estimators.
+    """
+    device = torch.device(shape.device)
+    generator = torch.Generator().manual_seed(0)
+    size = (1, shape.heads, shape.tokens, shape.head_dim)
+    q, k, v = (
+        torch.randn(size, generator=generator).to(device, getattr(torch, shape.dtype))
+        for _ in range(3)
+    )
+    order = torch.stack([torch.randperm(shape.tokens, generator=generator)] * shape.heads)
+    jobs: dict[tuple[str, Any], Callable[[], Any]] = {}
+    for rest in RESTS:
+        for name, turn in (("natural", None), ("ordered", order.to(device))):
+            for keep in KEEPS:
+                mask = _random_mask(shape, keep, generator).to(device)
+                jobs[f"{rest}/{name}", keep] = lambda m=mask, r=rest, o=turn: sparse_attention(
+                    q, k, v, m, rest=r, order=o
+                )
+    for estimator in estimators:
+        if layout is None:
+            raise ValueError("estimators are timed on a layout; pass layout=")
+        blocking = Blocking(layout, "thw", shape.block)
+        jobs["select", estimator.kind] = lambda e=estimator, b=blocking: e.select(
+            q, k, v, blocking=b
+        )
+    dense, prices = [], {}
+    for key, job in progress(iter(jobs.items())):
+        job()  # warm up
+        pairs = [
+            (_seconds(lambda: _dense(q, k, v), device), _seconds(job, device))
+            for _ in range(rounds)
+        ]
+        dense += [a for a, _ in pairs]
+        prices[key] = median(b / a for a, b in pairs)
+    names = dict.fromkeys(name for name, _ in prices if name != "select")
+    return CostTable(
+        shape=shape,
+        dense_ms=median(dense) * 1000,
+        sparse={name: tuple(prices[name, keep] for keep in KEEPS) for name in names},
+        select={kind: price for (name, kind), price in prices.items() if name == "select"},
+    )
+
+
+def keep_of(choice: Choice, layout: Layout, block: tuple[int, int]) -> float | None:
+    """The fraction of blocks that a choice will compute; None where only the call can tell."""
+    if isinstance(choice.select, Estimator):
+        return getattr(choice.select, "keep", None)
+    return float(static_keep(choice, layout, block, torch.device("cpu")).float().mean())
+
+
+def price(plan: Plan, table: CostTable, *, layout: Layout, steps: int, share: float) -> Plan:
+    """`plan` with what the table predicts of it in `expected`.
+
+    share: part of a dense generation spent in the sites. A plan with a choice whose keep only the
+    call can tell is returned as it is.
+    """
+    keeps = {}
+    for bands in plan.sites.values():
+        for choice in {c for heads in bands for c in heads}:
+            if choice not in keeps:
+                keeps[choice] = keep_of(choice, layout, plan.block)
+    if any(k is None for k in keeps.values()):
+        return plan
+    phases = [plan.schedule.phase(step, steps) for step in range(steps)]
+    ratios: dict[str, list[float]] = {}
+    for site, bands in plan.sites.items():
+        ratios[site] = []
+        for band, heads in enumerate(bands):
+            ratio = mean(_head_price(c, keeps[c], table) for c in heads)  # type: ignore[arg-type]
+            in_band = [p for p in phases if p.band == band]
+            looks = len({p.generation for p in in_band})
+            select = mean(select_price(c, table) for c in heads)
+            ratios[site].append(ratio + (select * looks / len(in_band) if in_band else 0.0))
+    by_step = []
+    for phase in phases:
+        priced = [1.0 if phase.band is None else min(1.0, r[phase.band]) for r in ratios.values()]
+        by_step.append((sum(priced) + plan.n_sites - len(priced)) / plan.n_sites)
+    speedup = 1 / (1 - share * (1 - mean(by_step)))
+    expected = {
+        **plan.expected,
+        "attention_ratio": ratios,
+        "attention_share": share,
+        "speedup": speedup,
+        "steps": steps,
+        "device": table.shape.device,
+        "dtype": table.shape.dtype,
+        "tokens": table.shape.tokens,
+    }
+    return replace(plan, expected=expected)
+
+
+def _head_price(choice: Choice, keep: float, table: CostTable) -> float:
+    if choice == DENSE or choice.dense:
+        return 1.0
+    if keep == 0 and choice.rest == "drop":
+        return 0.0
+    return table.price(keep, choice.rest, choice.order != "thw")
+
+
+def select_price(choice: Choice, table: CostTable) -> float:
+    return table.select.get(choice.select.kind, 0.0) if choice.online else 0.0
+
+
+def _random_mask(shape: Shape, keep: float, generator: torch.Generator) -> BlockMask:
+    q_blocks, kv_blocks = (-(-shape.tokens // b) for b in shape.block)
+    count = max(1, round(keep * kv_blocks))
+    scores = torch.rand(shape.heads, q_blocks, kv_blocks, generator=generator)
+    dense = torch.zeros_like(scores, dtype=torch.bool)
+    dense.scatter_(-1, scores.topk(count, -1).indices, True)
+    return BlockMask.from_dense(
+        dense, block=shape.block, q_length=shape.tokens, kv_length=shape.tokens
+    )
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The fastest dense attention at hand: cuDNN's before flash on Hopper, torch's choice elsewhere."""
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(backends, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _seconds(job: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    job()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
