@@ -80,10 +80,11 @@ class _Call:
         valid = self.valid[..., None]
         for head in range(self.q.shape[1]):
             group = head * self.k.shape[1] // self.q.shape[1]
-            parts = (self.q[:, head], self.k[:, group], self.v[:, group])
+            parts = [self.q[:, head], self.k[:, group], self.v[:, group]]
             if self.order is not None:
-                parts = tuple(x[:, self.order] for x in parts)
-            yield head, *(torch.where(valid, x.float(), 0.0) for x in parts)
+                parts = [x[:, self.order] for x in parts]
+            q, k, v = (x.float().where(valid, 0.0) for x in parts)
+            yield head, q, k, v
 
 
 ESTIMATORS: dict[str, type["Estimator"]] = {}
@@ -124,18 +125,9 @@ class Estimator(Kind):
         lengths = lengths.clamp(max=layout.valid_length)
         order = blocking.indices(q.device)
         places = torch.arange(layout.length, device=q.device) if order is None else order
-        call = _Call(
-            q,
-            k,
-            v,
-            blocking=blocking,
-            scale=q.shape[3] ** -0.5 if scale is None else scale,
-            lse=lse,
-            lengths=lengths,
-            order=order,
-            valid=places < lengths[:, None],
-        )
-        return self._select(call)
+        valid = places < lengths[:, None]
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return self._select(_Call(q, k, v, blocking, scale, lse, lengths, order, valid))
 
     def _select(self, call: _Call) -> Selection:
         raise NotImplementedError(f"{type(self).__name__} selects nothing")

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["Grid", "Layout", "Segment"]
 
 Grid = tuple[int, int, int]
+SegmentKind = Literal["grid", "text", "pad"]
 KINDS = ("grid", "text", "pad")
 
 
@@ -33,7 +34,7 @@ class Segment:
     Tokens of a grid lie in `thw` order: columns fastest, then rows, then frames.
     """
 
-    kind: Literal["grid", "text", "pad"]
+    kind: SegmentKind
     start: int
     length: int
     grid: Grid | None = None
@@ -108,9 +109,8 @@ class Layout:
             if count < 0:
                 raise ValueError(f"{name} is a number of tokens, at least 0, got {count}")
         grids = [grid] if grid and not isinstance(grid[0], tuple | list) else grid
-        runs = [("text", text_before, None)]
-        for sizes in map(_as_grid, grids):
-            runs.append(("grid", prod(sizes), sizes))
+        runs: list[tuple[SegmentKind, int, Grid | None]] = [("text", text_before, None)]
+        runs += [("grid", prod(sizes), sizes) for sizes in map(_as_grid, grids)]
         runs += [("text", text_after, None), ("pad", padding, None)]
         segments, start = [], 0
         for kind, length, sizes in runs:

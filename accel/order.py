@@ -63,7 +63,8 @@ class Order:
 def parse_order(text: str) -> Order:
     """The order that `text` names; unknown names are refused with the nearest known one."""
     if match := _TILE.fullmatch(text.strip()):
-        return Order("tile", tuple(int(size) for size in match.groups()))
+        t, h, w = map(int, match.groups())
+        return Order("tile", (t, h, w))
     if text == "tile" or text not in (*AXIS_ORDERS, "hilbert", "morton"):
         raise ValueError(f"unknown order {text!r}; {nearest(text, ORDERS)}")
     return Order(text)

@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 Extent = int | float | None
-Term = tuple[Tensor, Tensor, Tensor]
-Class = TypeVar("Class", bound=type)
+Term = tuple[Tensor, ...]
+Class = TypeVar("Class", bound=type["Kind"])
 CHUNK_ELEMENTS = 1 << 22
 
 
@@ -86,10 +86,10 @@ def from_kind(data: Mapping, table: dict[str, type], what: str):
         raise ValueError(f"{what} from {dict(data)}: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
 class Kind:
     """A frozen dataclass that a plan holds by its `kind` and its fields."""
 
-    __slots__ = ()
     kind: ClassVar[str]
 
     def to_dict(self) -> dict:
@@ -123,11 +123,11 @@ class Pattern(Kind):
         keep = torch.zeros(blocking.q_blocks, blocking.kv_blocks, dtype=torch.bool, device=device)
         order = blocking.indices(device)
         q_size, kv_size = blocking.block
-        segments = [s for s in blocking.layout.segments if s.grid is not None]
-        for segment in segments:
+        segments = [(s, s.grid) for s in blocking.layout.segments if s.grid is not None]
+        for segment, grid in segments:
             places = torch.arange(segment.start, segment.stop, device=device)
             tokens = (places if order is None else order[places]) - segment.start
-            terms = [[a.float() for a in term] for term in self.terms(segment.grid, device)]
+            terms = [[a.float() for a in term] for term in self.terms(grid, device)]
             for first, last in _chunks(segment.start, segment.stop, q_size, segment.length):
                 own = slice(
                     max(first * q_size - segment.start, 0),
@@ -135,7 +135,7 @@ class Pattern(Kind):
                 )
                 volume = torch.zeros(last - first, segment.length, device=device)
                 volume[places[own] // q_size - first, tokens[own]] = 1
-                volume = volume.view(-1, *segment.grid)
+                volume = volume.view(-1, *grid)
                 reached = torch.zeros_like(volume)
                 for term in terms:
                     reached += torch.einsum("nthw,tx,hy,wz->nxyz", volume, *term).clamp_(max=1)
@@ -144,7 +144,7 @@ class Pattern(Kind):
                 hits.index_add_(1, places // kv_size, in_order)
                 keep[first:last] |= hits > 0
             rows = slice(segment.start // q_size, -(-segment.stop // q_size))
-            for other in segments:
+            for other, _ in segments:
                 if other is not segment:
                     keep[rows, other.start // kv_size : -(-other.stop // kv_size)] = True
         return blocking.force(keep)
@@ -243,7 +243,7 @@ class Window(Pattern):
 
 @register(PATTERNS, "multi_diagonal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MultiDiagonal(Pattern):
+class MultiDiagonal(Window):
     """The same place in all frames: `|dh| <= h`, `|dw| <= w`, and `|dt| <= t` if t is given.
 
     In natural order its map is one diagonal per frame distance (Sparse-vDiT, arXiv 2506.03065);
@@ -253,9 +253,6 @@ class MultiDiagonal(Pattern):
     t: Extent = None
     h: Extent = 0
     w: Extent = 0
-
-    __post_init__ = Window.__post_init__
-    terms = Window.terms
 
 
 @register(PATTERNS, "stripe")

@@ -82,7 +82,7 @@ def brute_top(scores, keep, blocking):
 # --- selection from scores -----------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.01, 0.1, 0.3, 0.7, 1.0]))
 def test_top_blocks_row_by_row(seed, keep):
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +90,7 @@ def test_top_blocks_row_by_row(seed, keep):
     assert torch.equal(top_blocks(scores, keep, BLOCKING), brute_top(scores, keep, BLOCKING))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.01, 0.99))
 def test_top_mass_is_the_smallest_set(seed, tau):
     generator = torch.Generator().manual_seed(seed)
@@ -312,7 +312,7 @@ def test_a_cached_lse_is_reused(estimator):
     assert not torch.equal(shifted.recall, first.recall)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from([0.05, 0.2, 0.3, 0.6, 0.7, 0.9]),
     st.sampled_from([0.2, 0.5, 0.8, 1.0]),
@@ -351,7 +351,7 @@ def test_adaptive_moves_from_sharp_heads_to_flat_ones():
 # --- antidiagonal and pooled ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride", [2, 4, 8])
+@pytest.mark.parametrize("stride", [4, 8])
 def test_antidiagonal_equals_a_naive_loop(stride):
     tau = 0.55
     q, k, v = tensors(batch=2, heads=2, kv_heads=1)
@@ -400,17 +400,16 @@ def test_pooled_equals_a_naive_loop(value_bias):
     found = Pooled(0.4, value_bias).select(q, k, v, blocking=BLOCKING).keep
     queries, keys, values = (x[:, :, : LAYOUT.valid_length] for x in ordered(BLOCKING, q, k, v))
     scores = torch.zeros(3, 4, 8, 16, dtype=torch.float64)
-    for i in range(8):
+    for h in range(4):
+        means = torch.stack([part.mean(1) for part in queries[:, h].split(16, dim=1)], dim=1)
         for j in range(16):
-            for h in range(4):
-                mean = queries[:, h, i * 16 : (i + 1) * 16].mean(1)
-                part = slice(j * 8, (j + 1) * 8)
-                key, value = keys[:, h // 2, part], values[:, h // 2, part]
-                score = (mean * key.mean(1)).sum(-1) * 12**-0.5
-                if value_bias:
-                    slope = (key - key.mean(1, keepdim=True)).mT @ value
-                    score = score + (slope.flatten(1).norm(dim=1) + 1e-5).log()
-                scores[:, h, i, j] = score
+            part = slice(j * 8, (j + 1) * 8)
+            key, value = keys[:, h // 2, part], values[:, h // 2, part]
+            score = (means * key.mean(1, keepdim=True)).sum(-1) * 12**-0.5
+            if value_bias:
+                slope = (key - key.mean(1, keepdim=True)).mT @ value
+                score = score + (slope.flatten(1).norm(dim=1) + 1e-5).log()[:, None]
+            scores[:, h, :, j] = score
     assert torch.equal(found, brute_top(scores, 0.4, BLOCKING))
 
 

@@ -96,20 +96,18 @@ def brute_force(pattern, blocking):
     coords = [tuple(c) for c in layout.coordinates().tolist()]
     order = blocking.indices()
     order = range(layout.length) if order is None else order.tolist()
-    seen = {}
-    keep = torch.zeros(blocking.q_blocks, blocking.kv_blocks, dtype=torch.bool)
+    rows = [[False] * blocking.kv_blocks for _ in range(blocking.q_blocks)]
     for i, q in enumerate(order):
+        row = rows[i // blocking.block[0]]
         for j, k in enumerate(order):
-            row, column = i // blocking.block[0], j // blocking.block[1]
-            if "pad" in (kinds[q], kinds[k]) or keep[row, column]:
+            column = j // blocking.block[1]
+            if row[column] or "pad" in (kinds[q], kinds[k]):
                 continue
             if "text" in (kinds[q], kinds[k]) or owner[q] != owner[k]:
-                keep[row, column] = True
-                continue
-            key = (owner[q], coords[q], coords[k])
-            if key not in seen:
-                seen[key] = allows(pattern, coords[q], coords[k], layout.grids[owner[q]])
-            keep[row, column] |= seen[key]
+                row[column] = True
+            else:
+                row[column] = allows(pattern, coords[q], coords[k], layout.grids[owner[q]])
+    keep = torch.tensor(rows)
     # a text token forces its block even against keys of its own kind alone
     for row in range(blocking.q_blocks):
         for column in range(blocking.kv_blocks):
