@@ -1,13 +1,11 @@
 """The mean key, the mean value and the log of the valid length of every key block."""
 
-from math import ceil
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["pool_blocks"]
+__all__ = ["in_order", "pool_blocks", "valid_positions"]
 
 
 def pool_blocks(
@@ -28,24 +26,45 @@ def pool_blocks(
     no token is valid (its means are 0). Natural tokens from ``lengths[b]`` on are not valid.
     With one order per query head there is one pooled head for each of them, else one per key head.
     """
-    batch, kv_heads, tokens, _ = k.shape
-    valid = torch.ones(batch, 1, tokens, dtype=torch.bool, device=k.device)
-    if lengths is not None:
-        valid = (torch.arange(tokens, device=k.device) < lengths[:, None])[:, None]
-    if order is not None:
-        head = torch.arange(order.shape[0], device=k.device) * kv_heads // order.shape[0]
-        valid = valid[:, 0, order]
-        if order.shape[0] == 1:
-            k, v = (x[:, :, order[0]] for x in (k, v))
-        else:
-            k, v = (x[:, head[:, None], order] for x in (k, v))
-    tail = ceil(tokens / block) * block - tokens
-    weight = pad(valid.float(), (0, tail)).unflatten(2, (-1, block))
-    count = weight.sum(3)
+    tail = -k.shape[2] % block
+    valid = valid_positions(k, lengths, order)
+    count = pad(valid.float(), (0, tail)).unflatten(2, (-1, block)).sum(3)
 
     def mean(x: Tensor) -> Tensor:
-        x = torch.where(valid[..., None], x, 0.0).float()
+        x = torch.where(valid[..., None], in_order(x, order), 0.0).float()
         total = pad(x, (0, 0, 0, tail)).unflatten(2, (-1, block)).sum(3)
         return (total / count.clamp(min=1)[..., None]).to(k.dtype)
 
-    return mean(k), mean(v), count.log().expand(-1, k.shape[1], -1)
+    k_mean, v_mean = mean(k), mean(v)
+    return k_mean, v_mean, count.log().expand(-1, k_mean.shape[1], -1)
+
+
+def in_order(
+    x: Float[Tensor, "batch heads tokens dim"], order: Int[Tensor, "orders tokens"] | None
+) -> Float[Tensor, "batch ordered_heads tokens dim"]:
+    """Position i of each head becomes its natural token ``order[·, i]``.
+
+    An order per query head turns key heads into as many heads as there are orders.
+    """
+    if order is None:
+        return x
+    batch, heads, tokens, dim = x.shape
+    out_heads = max(heads, order.shape[0])
+    head = torch.arange(out_heads, device=x.device) * heads // out_heads
+    row = torch.arange(batch, device=x.device)[:, None, None] * heads + head[:, None]
+    flat = (row * tokens + order).flatten()
+    return x.reshape(-1, dim).index_select(0, flat).view(batch, out_heads, tokens, dim)
+
+
+def valid_positions(
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    lengths: Int[Tensor, " batch"] | None,
+    order: Int[Tensor, "orders tokens"] | None,
+) -> Bool[Tensor, "batch orders tokens"]:
+    """Whether the token at each position of each order (one, if None) is not padding."""
+    batch, _, tokens, _ = k.shape
+    if lengths is None:
+        orders = 1 if order is None else order.shape[0]
+        return torch.ones(batch, orders, tokens, dtype=torch.bool, device=k.device)
+    natural = torch.arange(tokens, device=k.device)[None] if order is None else order
+    return natural < lengths[:, None, None]
