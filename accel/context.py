@@ -1,8 +1,8 @@
 """Where in a run a denoiser call stands: step, number of steps, guidance branch.
 
-Sources, in this order: what the caller says (`with accel.step(i, n): ...`), the cache context that a
-diffusers pipeline attaches to the call, and the pipeline's scheduler. All are public; none costs a
-device synchronisation.
+Sources, in this order: what the caller says (`with accel.step(i, n): ...`), the cache context that
+a diffusers pipeline attaches to the call, and the pipeline's scheduler. All are public; none costs
+a device synchronisation.
 """
 
 import threading

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -65,7 +66,7 @@ class CostTable:
         """Price of a head that keeps `keep` of its blocks: linear between the measured keeps."""
         prices = self.sparse[f"{rest}/{'ordered' if ordered else 'natural'}"]
         if keep <= KEEPS[0]:
-            # below the smallest keep the price falls in proportion to a fixed part that is not known
+            # what is left there is mostly the fixed part of a row, so the price hardly falls
             return prices[0]
         for low, high, a, b in zip(KEEPS, KEEPS[1:], prices, prices[1:], strict=False):
             if keep <= high:
@@ -108,16 +109,14 @@ def measure(
         for name, turn in (("natural", None), ("ordered", order.to(device))):
             for keep in KEEPS:
                 mask = _random_mask(shape, keep, generator).to(device)
-                jobs[f"{rest}/{name}", keep] = lambda m=mask, r=rest, o=turn: sparse_attention(
-                    q, k, v, m, rest=r, order=o
+                jobs[f"{rest}/{name}", keep] = partial(
+                    sparse_attention, q, k, v, mask, rest=rest, order=turn
                 )
     for estimator in estimators:
         if layout is None:
             raise ValueError("estimators are timed on a layout; pass layout=")
         blocking = Blocking(layout, "thw", shape.block)
-        jobs["select", estimator.kind] = lambda e=estimator, b=blocking: e.select(
-            q, k, v, blocking=b
-        )
+        jobs["select", estimator.kind] = partial(estimator.select, q, k, v, blocking=blocking)
     dense, prices = [], {}
     for key, job in progress(iter(jobs.items())):
         job()  # warm up
@@ -208,7 +207,7 @@ def _random_mask(shape: Shape, keep: float, generator: torch.Generator) -> Block
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The fastest dense attention at hand: cuDNN's before flash on Hopper, torch's choice elsewhere."""
+    """The fastest dense attention: cuDNN's before flash on Hopper, torch's choice elsewhere."""
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 

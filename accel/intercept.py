@@ -1,13 +1,13 @@
 """Taking an attention call without a fork of the model that makes it.
 
-A processor instance gets a generated subclass whose `__call__` is the same code, run in a namespace
-in which `dispatch_attention_fn` and `F.scaled_dot_product_attention` lead to the session. Everything
-else (projections, norms, rotary tables) stays the host's own code, `isinstance` and the signature
-hold, and nothing outside the instance changes.
+A processor instance gets a generated subclass whose `__call__` is the same code, run in a
+namespace in which `dispatch_attention_fn` and `F.scaled_dot_product_attention` lead to the
+session. Everything else (projections, norms, rotary tables) stays the host's own code,
+`isinstance` and the signature hold, and nothing outside the instance changes.
 
-Two conventions of diffusers are relied upon: that a processor reaches attention through one of these
-two global names of its module, and that it gets the attention module first. `tests/accel/
-test_intercept.py` checks them against the installed version.
+Two conventions of diffusers are relied upon: that a processor reaches attention through one of
+these two global names of its module, and that it gets the attention module first.
+`tests/accel/test_intercept.py` checks them against the installed version.
 
 Compiled models go through one opaque operation per site (`accel::attend`) and one at the root
 (`accel::enter`): what they do depends on step, plan and layer, and none of that is seen by the
@@ -34,25 +34,6 @@ DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
 
 
-class Taken:
-    """One intercepted attention module: its session, its site, and its own dense attention."""
-
-    def __init__(self, session: Session, site: Site, module: nn.Module) -> None:
-        self.session = session
-        self.site = site
-        self.module = weakref.ref(module)
-
-    def attend_dispatch(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dense: Callable[[], Tensor]
-    ) -> Tensor:
-        """q, k, v and the result are [batch, tokens, heads, dim], as diffusers' dispatcher has them."""
-        heads = [x.transpose(1, 2) for x in (q, k, v)]
-        out = self.session.attend(
-            self.site, *heads, lambda: dense().transpose(1, 2), masked=mask is not None
-        )
-        return out.transpose(1, 2)
-
-
 _numbers = itertools.count()
 # The operations below get numbers, because an operation cannot take an object. Entries live as long
 # as what they name.
@@ -61,7 +42,7 @@ _entries: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionar
 
 
 class Entry:
-    """What happens at the start of a denoiser call: `begin(first)` tells the session where it is."""
+    """The start of a denoiser call: `begin(first)` tells the session where it stands."""
 
     def __init__(self, begin: Callable[[Tensor], None]) -> None:
         self._begin = begin
@@ -126,14 +107,14 @@ class Taken:
         masked = mask is not None
         if not tokens_first:
             return self.session.attend(self.site, q, k, v, own, masked)
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = self.session.attend(self.site, *heads_first, lambda: own().transpose(1, 2), masked)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = self.session.attend(self.site, q, k, v, lambda: own().transpose(1, 2), masked)
         return out.transpose(1, 2)
 
     def own(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens_first: bool
     ) -> Tensor:
-        """The dense attention that the user chose for this module, for calls from a compiled graph."""
+        """The dense attention the user chose for this module, for calls from a compiled graph."""
         if not tokens_first:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         processor = self.module().processor  # type: ignore[union-attr]
@@ -204,14 +185,14 @@ class Interception:
         slot = self._slot
 
         @functools.wraps(call)
-        def __call__(self, attn, *args, **kwargs):  # type: ignore[no-untyped-def]
+        def __call__(self, attn, *args, **kwargs):
             site = getattr(attn, "_accel_site", None)
             if site is None:
                 return call(self, attn, *args, **kwargs)
             slot.site = site
             return body(self, attn, *args, **kwargs)
 
-        def __reduce_ex__(self, protocol):  # type: ignore[no-untyped-def]
+        def __reduce_ex__(self, protocol):
             # a copy or a pickle of an enabled model is the plain model
             return _plain, (original, self.__dict__)
 
@@ -245,7 +226,7 @@ class Interception:
 
 
 def _plain(original: type, state: dict[str, Any]) -> Any:
-    processor = original.__new__(original)
+    processor: Any = object.__new__(original)
     processor.__dict__.update(state)
     return processor
 
@@ -260,7 +241,7 @@ def _dispatch_shim(own: dict[str, Any], slot: _Slot) -> Callable[..., Tensor]:
     original = own[DISPATCH]
 
     @functools.wraps(original)
-    def dispatch_attention_fn(query, key, value, attn_mask=None, **kwargs):  # type: ignore[no-untyped-def]
+    def dispatch_attention_fn(query, key, value, attn_mask=None, **kwargs):
         if torch.compiler.is_compiling():
             return torch.ops.accel.attend(query, key, value, attn_mask, slot.site, True)
         return _taken[int(slot.site)].attend(  # type: ignore[arg-type]
@@ -276,7 +257,7 @@ def _dispatch_shim(own: dict[str, Any], slot: _Slot) -> Callable[..., Tensor]:
 
 
 def _sdpa_shim(slot: _Slot) -> Callable[..., Tensor]:
-    def scaled_dot_product_attention(query, key, value, attn_mask=None, **kwargs):  # type: ignore[no-untyped-def]
+    def scaled_dot_product_attention(query, key, value, attn_mask=None, **kwargs):
         if torch.compiler.is_compiling():
             return torch.ops.accel.attend(query, key, value, attn_mask, slot.site, False)
         return _taken[int(slot.site)].attend(  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""From the choices of one site to the block mask, the orders and the rests of one attention call."""
+"""From the choices of one site to the block mask, orders and rests of one attention call."""
 
 from dataclasses import dataclass
 

@@ -34,7 +34,8 @@ class Choice:
     """What one head does in one band: how its blocks are selected, in which order, and the rest.
 
     select: a pattern (known before the run) or an estimator (looks at q and k at refresh points).
-    order: name of the token order the selection lives in; rest: what stands in for the other blocks.
+    order: name of the token order the selection lives in; rest: what stands in for the blocks
+    that are not kept.
     """
 
     select: Pattern | Estimator
@@ -160,7 +161,7 @@ class Plan:
         )
 
     def choices(self, site: str, band: int) -> tuple[Choice, ...] | None:
-        """The choices of `site` in `band`, one per head; None when the plan leaves the site dense."""
+        """The choices of `site` in `band`, one per head; None when the plan leaves it dense."""
         bands = self.sites.get(site)
         return None if bands is None else bands[band]
 
@@ -259,7 +260,7 @@ class Plan:
             n_sites=_typed("n_sites", data["n_sites"], int),
             head_dim=_typed("head_dim", data["head_dim"], int),
             schedule=Schedule.from_dict(data["schedule"]),
-            block=tuple(_typed("block", data["block"], list)),  # type: ignore[arg-type]
+            block=tuple(_typed("block", data["block"], list)),
             grid=None if grid is None else _grid(_typed("grid", grid, list)),
             expected=_typed("expected", data.get("expected", {}), dict),
             provenance=_typed("provenance", data.get("provenance", {}), dict),
@@ -303,7 +304,7 @@ def _grid(value: Sequence[int]) -> Grid:
     grid = tuple(value)
     if len(grid) != 3 or any(type(n) is not int or n < 1 for n in grid):
         raise PlanError(f"a grid is three positive integers (t, h, w), got {value!r}")
-    return grid  # type: ignore[return-value]
+    return grid
 
 
 def _table(what: str, data: Any, known: set[str] | None, required: set[str]) -> Mapping[str, Any]:
@@ -339,7 +340,7 @@ def _pick(site: str, choices: list[Choice], number: Any) -> Choice:
 
 
 def _guard(read: Any, value: Any) -> Any:
-    """Bad parameters of a pattern, an estimator or an order are errors of the plan that has them."""
+    """Bad parameters of a pattern, estimator or order are errors of the plan that has them."""
     try:
         return read(value)
     except PlanError:

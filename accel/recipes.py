@@ -153,8 +153,8 @@ def pisa(
 ) -> Plan:
     """Piecewise sparse attention, zeroth order: pooled selection, the rest by its block means.
 
-    Per query block the top `keep` of q_mean . k_mean + ln ||G||; every other block stands as one key
-    with the weight of its length. 10 of 50 steps and the first layer dense; blocks are compact
+    Per query block the top `keep` of q_mean . k_mean + ln ||G||; every other block stands as one
+    key with the weight of its length. 10 of 50 steps and the first layer dense; blocks are compact
     tiles of space-time (arXiv 2602.01077). Selection is made anew in every step in the paper; here
     once per refresh point, four of them.
     """

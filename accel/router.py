@@ -39,7 +39,7 @@ class Run:
 
     where: Where | None = None
     layout: Layout | None = None
-    phase: Phase = Phase(None, 0)
+    phase: Phase = field(default_factory=lambda: Phase(None, 0))
     reason: str | None = None
     masks: dict[Any, SiteMask] = field(default_factory=dict)
     lse: dict[Any, dict[Choice, Tensor]] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class Session:
     ) -> Heads:
         """The output of one site.
 
-        dense: the user's own attention, run in dense phases; masked: whether the call brings a mask.
+        dense: the user's own attention, for dense phases; masked: the call brings a mask.
         """
         if self.probe is not None:
             self.probe[site.name] += 1
@@ -190,7 +190,8 @@ class Session:
         k: Heads,
         v: Heads,
     ) -> SiteMask:
-        assert run.layout is not None and run.where is not None
+        assert run.layout is not None
+        assert run.where is not None
         online = any(c.online for c in choices)
         # static masks are shared by all sites and branches with the same choices
         owner = (site.name, run.where.branch) if online else None

@@ -14,7 +14,7 @@ from accel.errors import PlanError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What one step is: `band` is None in a dense step; `generation` counts the refreshes so far."""
+    """What one step is: `band` is None when dense; `generation` counts the refreshes so far."""
 
     band: int | None
     generation: int

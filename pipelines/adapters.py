@@ -19,7 +19,8 @@ class Adapter:
     classes: class names it serves. is_site: whether a module (by name) is a self- or
     joint-attention of a block. heads: (heads, head dim) of such a module. first: name of the
     argument that holds the visual tokens. layout: the layout of a call, from the model and that
-    tensor. projection: the weight of a site's output projection, [features, heads * dim]. probe: small inputs for one forward, for the self-check.
+    tensor. projection: weight of a site's output projection, [features, heads * dim].
+    probe: small inputs for one forward, for the self-check.
     """
 
     classes: tuple[str, ...]

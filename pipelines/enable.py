@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from accel.context import locate
@@ -52,7 +52,8 @@ def enable(
         tokens accel would misread.
     check: run one small forward and see that every site is taken exactly once.
 
-    Only this instance changes; `disable` puts it back bit for bit. Enabling again replaces the plan.
+    Only this instance changes; `disable` puts it back bit for bit. Enabling again replaces the
+    plan.
     Raises PlanError (plan does not fit), UnsupportedModelError, MissedSiteError.
     """
     models = denoisers_of(target)
@@ -121,7 +122,7 @@ class _ContextHook(ModelHook):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = StateManager(object)
+        self.manager = StateManager(BaseState)  # type: ignore[arg-type]
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.manager.reset()

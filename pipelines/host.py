@@ -74,7 +74,9 @@ class Host:
                 path, torch_dtype=DTYPES[config.dtype], **config.load
             )
         except (ImportError, AttributeError, OSError) as error:
-            raise AccelError(f"model {config.name!r} cannot be loaded from {path!r}: {error}") from error
+            raise AccelError(
+                f"model {config.name!r} cannot be loaded from {path!r}: {error}"
+            ) from error
         self.device = config.resolved_device()
         self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)

@@ -11,8 +11,8 @@ from accel.pipelines.adapters import Adapter, register
 
 
 def _wan_layout(model: nn.Module, hidden_states: Tensor) -> Layout:
-    """Wan: [batch, channels, t, h, w] cut into patches; video tokens only, text is cross-attended."""
-    patch = model.config.patch_size  # type: ignore[union-attr]
+    """Wan: [batch, channels, t, h, w] in patches; video tokens only, text is cross-attended."""
+    patch: tuple[int, int, int] = model.config.patch_size  # type: ignore[union-attr,assignment]
     grid = [n // p for n, p in zip(hidden_states.shape[2:], patch, strict=True)]
     return Layout.of((grid[0], grid[1], grid[2]))
 
@@ -36,7 +36,7 @@ WAN = register(
         heads=lambda m: (m.heads, m.inner_dim // m.heads),  # type: ignore[arg-type,operator,return-value]
         first="hidden_states",
         layout=_wan_layout,
-        projection=lambda m: m.to_out[0].weight,  # type: ignore[index,union-attr,return-value]
+        projection=lambda m: m.to_out[0].weight,  # type: ignore[index,union-attr]
         probe=_wan_probe,
     )
 )

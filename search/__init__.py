@@ -1,1 +1,1 @@
-"""The search: what every choice costs, what it harms, and the plans that trade one for the other."""
+"""The search: what every choice costs, what it harms, and the plans between the two."""

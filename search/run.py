@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from accel.cost import CostTable, Shape, keep_of, measure, price, select_price
 from accel.errors import AccelError
+from accel.estimators import Estimator
 from accel.files import write_atomically
 from accel.layout import Layout
 from accel.metrics import psnr
@@ -127,7 +127,7 @@ class Search:
         return made
 
     def _baseline(self) -> dict[str, Any]:
-        """A dense generation of the first calibration prompt: its time, and the sites' part of it."""
+        """A dense generation of the first calibration prompt: its time and the sites' part."""
         host, prompt = self.host, self.host.config.calibration[0]
         host.generate(prompt, self.settings.seed, num_inference_steps=2)
         with enabled(host.pipe, self.dense_plan):
@@ -161,7 +161,9 @@ class Search:
             table = CostTable.load(path)
             if table.shape == shape:
                 return table
-        estimators = {c.select.kind: c.select for c in self.candidates if c.online}
+        estimators = {
+            c.select.kind: c.select for c in self.candidates if isinstance(c.select, Estimator)
+        }
         table = measure(
             shape,
             estimators=tuple(estimators.values()),
