@@ -1,0 +1,59 @@
+# Everything sets itself up: the first call makes .venv and installs, later ones are quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE := 1
+export PYTHONUTF8 := 1
+
+.PHONY: help install demo test test-all lint bench compare search clean
+
+help:
+	@echo "make demo      dense and accelerated videos side by side, a table and a report (minutes)"
+	@echo "make test      the test suite"
+	@echo "make test-all  with the wide sweeps"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     prices of attention on this device"
+	@echo "make compare   the whole comparison of the README (about an hour on 2 cores)"
+	@echo "make search    search a plan for the sample model (minutes)"
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (first call only; downloads torch and friends, a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "accel needs Python 3.10 to 3.13; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[samples,dev]'
+	@touch $@
+	@echo "== set up"
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	@echo "== dense against the searched plan and two recipes, on the trained sample model"
+	@$(BIN)/accel-compare experiment=demo
+
+test: $(STAMP)
+	@echo "== tests (GPU tests are skipped where there is none)"
+	@$(BIN)/python -P -m pytest -q -m "not slow" -ra --durations=5
+
+test-all: $(STAMP)
+	@$(BIN)/python -P -m pytest -q -ra --durations=20
+
+lint: $(STAMP)
+	@echo "== ruff and mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)
+	@$(BIN)/accel-bench
+
+compare: $(STAMP)
+	@$(BIN)/accel-compare experiment=wan-digits
+
+search: $(STAMP)
+	@$(BIN)/accel-search
+
+clean:
+	rm -rf build outputs .pytest_cache .ruff_cache .mypy_cache
