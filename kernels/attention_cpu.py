@@ -14,6 +14,7 @@ from math import log
 import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import pad
 
 from accel.kernels.block_mask import dense_rows
@@ -41,24 +42,25 @@ def forward(
     order: Int[Tensor, "orders tokens"] | None,
 ):
     """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
-    batch, heads, tokens, dim = q.shape
-    out = torch.zeros(batch, heads, tokens, dim)
-    lse = torch.full((batch, heads, tokens), -torch.inf)
+    batch, _, tokens, dim = q.shape
     counts, indices = counts.expand(batch, -1, -1), indices.expand(batch, -1, -1, -1)
     pooling = torch.tensor(pooled)[:, None].expand_as(counts)
     dense = (counts == -(-k.shape[2] // block[1])).all(2)
     sparse = ((counts > 0) | pooling) & ~dense[..., None]
+    # by position in the order, ragged query blocks filled up
+    out = torch.zeros(*counts.shape, block[0], dim)
+    lse = torch.full(out.shape[:4], -torch.inf)
     if sparse.any():
         queries = _query_blocks(in_order(q, order), block[0], scale / log(2))
         sources = _key_blocks(k, v, block[1], lengths, order)
-        rows = _Rows(queries, *sources, counts, indices, pooling)
-        parts = (x.flatten(2, 3)[:, :, :tokens] for x in rows.attend(sparse))
-        for target, part in zip((out, lse), parts, strict=True):
-            if order is None:
-                target.copy_(part)
-            else:
-                flat = torch.arange(batch * heads).view(batch, heads, 1) * tokens + order
-                target.flatten(0, 2)[flat.flatten()] = part.flatten(0, 2)
+        rows = _Rows(queries, *sources, counts, indices, pooling, sparse)
+        for target, part in zip((out, lse), rows.attend(), strict=True):
+            target.flatten(0, 2).index_copy_(0, rows.rows, part)
+    out, lse = out.flatten(2, 3)[:, :, :tokens], lse.flatten(2, 3)[:, :, :tokens]
+    if order is not None:
+        inverse = order.argsort(1)
+        out = in_order(out, inverse)
+        lse = in_order(lse[..., None], inverse)[..., 0]
     if dense.any():
         _dense_heads(q, k, v, dense, scale, lengths, out, lse)
     return out.to(q.dtype), lse
@@ -113,82 +115,95 @@ def _key_blocks(k: Tensor, v: Tensor, block: int, lengths: Tensor | None, order:
 
 
 class _Rows:
-    """The rows (batch element, head, query block) of one call and where their keys are."""
+    """The rows (batch element, head, query block) of one call, sorted into steps of like rows."""
 
-    def __init__(self, queries, keys, values, valid, counts, indices, pooling):
-        self.shape = queries.shape[:4]
-        self.queries, self.keys, self.values = queries.flatten(0, 2), keys, values
-        batch, heads, q_blocks, _ = self.shape
-        kv_heads, self.kv_blocks = valid.shape[0] // batch, valid.shape[1]
-        # the key head of each row, and its listed blocks among all blocks
+    def __init__(self, queries, keys, values, valid, counts, indices, pooling, active):
+        batch, heads, _, self.q_block, width = queries.shape
+        self.keys, self.values, self.kv_blocks = keys, values, valid.shape[1]
+        kv_heads = valid.shape[0] // batch
+        # the key head of every head
         head = torch.arange(batch)[:, None] * kv_heads + torch.arange(heads) * kv_heads // heads
-        self.head = head[..., None].expand(batch, heads, q_blocks).flatten()
+        q_norm = vector_norm(queries[..., :-1], dim=4).amax((2, 3))
+        k_norm = vector_norm(keys[:-1, :, :-1], dim=2).view(batch * kv_heads, -1).amax(1)
+        free = (q_norm * k_norm[head] < FREE_LOGIT)[..., None].expand_as(counts)
+
+        self.rows = active.flatten().nonzero()[:, 0]
+        rank = (free * 2 + pooling) * (self.kv_blocks + 1) + counts
+        rank, by_rank = rank.flatten()[self.rows].sort(descending=True)
+        self.rows = self.rows[by_rank]
+        self.steps = self._steps(rank.tolist())
+        self.queries = queries.reshape(-1, self.q_block, width).index_select(0, self.rows)
         listed = torch.arange(indices.shape[3]) < counts[..., None]
-        blocks = indices + head[..., None, None] * self.kv_blocks
-        self.blocks = torch.where(listed, blocks, len(keys) - 1).flatten(0, 2)
-        self.counts, self.pooling = counts.flatten(), pooling.flatten()
-        q_norm = self.queries[..., :-1].square().sum(2).view(batch * heads, -1).amax(1)
-        k_norm = keys[:-1, :, :-1].square().sum(2).view(batch * kv_heads, -1).amax(1)
-        free = (q_norm * k_norm[head.flatten()]).sqrt() < FREE_LOGIT
-        self.free = free[:, None].expand(-1, q_blocks).flatten()
-        if pooling.any():
-            self._pool(valid)
-            kept = dense_rows(counts, indices, self.kv_blocks).flatten(0, 2)
-            bias = valid.log2()[self.head]
-            self.mean_bias = bias.masked_fill_(kept, -torch.inf)
-
-    def _pool(self, valid: Tensor) -> None:
-        weight = 1 / valid.clamp(min=1)[..., None]
-        self.mean_keys, self.mean_values = (
-            x[:-1].sum(1).view(*valid.shape, -1) * weight for x in (self.keys, self.values)
+        blocks = torch.where(
+            listed, indices + head[..., None, None] * self.kv_blocks, len(keys) - 1
         )
+        self.blocks = blocks.flatten(0, 2).index_select(0, self.rows)
+        if pooling.any():
+            self.head = head[..., None].expand_as(counts).flatten()[self.rows]
+            self.means = [
+                x[:-1].sum(1).view(*valid.shape, -1) / valid.clamp(min=1)[..., None]
+                for x in (keys, values)
+            ]
+            kept = dense_rows(counts, indices, self.kv_blocks).flatten(0, 2)[self.rows]
+            self.mean_bias = valid.log2()[self.head].masked_fill_(kept, -torch.inf)
 
-    def steps(self, active: Tensor):
-        """Rows to compute together, how many blocks wide, and whether free and pooling."""
-        rows = active.flatten().nonzero()[:, 0]
-        rank = (self.free * 2 + self.pooling)[rows] * (self.kv_blocks + 1) + self.counts[rows]
-        rank, by_rank = rank.sort(descending=True)
-        rows, ranks, start = rows[by_rank], rank.tolist(), 0
+    def _steps(self, ranks: list[int]) -> list[tuple[int, int, int, bool, bool]]:
+        """(first row, last row + 1, list width, needs no pivot, pools) of every step."""
+        steps, start = [], 0
         while start < len(ranks):
             kind, width = divmod(ranks[start], self.kv_blocks + 1)
             free, pooling = kind >= 2, kind % 2 == 1
-            columns = width * self.keys.shape[1] + self.kv_blocks * pooling
-            stop = start + max(1, CHUNK_LOGITS // (columns * self.shape[3]))
+            columns = width * self.keys.shape[1] + pooling * self.kv_blocks
+            stop = start + max(1, CHUNK_LOGITS // (self.q_block * columns))
             # a list may have a sixteenth of padding
             least = ranks[start] - width // 16
             while stop > len(ranks) or ranks[stop - 1] < least:
                 stop -= 1
-            yield rows[start:stop], width, free, pooling
+            steps.append((start, stop, width, free, pooling))
             start = stop
+        return steps
 
-    def attend(self, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The result ``[batch, heads, q_blocks, block, dim]`` and the LSE of the active rows."""
-        dim = self.values.shape[2]
-        out = torch.zeros(len(self.queries), self.shape[3], dim)
-        lse = torch.full(out.shape[:2], -torch.inf)
-        for rows, width, free, pooling in self.steps(active):
-            out[rows], lse[rows] = self.step(rows, width, free, pooling)
-        return out.view(*self.shape, dim), lse.view(self.shape)
-
-    def step(self, rows: Tensor, width: int, free: bool, pooling: bool) -> tuple[Tensor, Tensor]:
-        queries = self.queries[rows]
-        blocks = self.blocks[rows, :width].flatten()
-        keys, values = (
-            x.index_select(0, blocks).view(len(rows), width * x.shape[1], x.shape[2])
-            for x in (self.keys, self.values)
+    def attend(self) -> tuple[Tensor, Tensor]:
+        """``Σ p v / Σ p`` ``[rows, q_block, dim]`` and the LSE of the sorted rows."""
+        out = torch.empty(len(self.rows), self.q_block, self.values.shape[2])
+        total, pivot = torch.empty(out.shape[:2]), torch.zeros(out.shape[:2])
+        # one allocation for all steps: fresh pages cost as much as a pass over the logits
+        blocks = max((stop - start) * width for start, stop, width, *_ in self.steps)
+        extra = max(
+            (stop - start) * pooling * self.kv_blocks for start, stop, *_, pooling in self.steps
         )
+        keys, values = (torch.empty(blocks, *x.shape[1:]) for x in (self.keys, self.values))
+        logits = torch.empty(self.q_block * (blocks * self.keys.shape[1] + extra))
+        for step in self.steps:
+            self._step(step, keys, values, logits, out, total, pivot)
+        lse = (total.log2() + pivot).mul_(log(2))
+        return out.div_(total.masked_fill_(total == 0, 1)[..., None]), lse
+
+    def _step(self, step, keys, values, logits, out, total, pivot) -> None:
+        start, stop, width, free, pooling = step
+        queries, out, total = self.queries[start:stop], out[start:stop], total[start:stop]
+        blocks = self.blocks[start:stop, :width].flatten()
+        tokens = width * self.keys.shape[1]
+        keys, values = (
+            torch.index_select(source, 0, blocks, out=x[: len(blocks)])
+            .view(-1, x.shape[2])
+            .unflatten(0, (len(queries), tokens))
+            for source, x in ((self.keys, keys), (self.values, values))
+        )
+        columns = tokens + pooling * self.kv_blocks
+        logits = logits[: len(queries) * self.q_block * columns].view(-1, self.q_block, columns)
+        torch.bmm(queries, keys.mT, out=logits[..., :tokens])
         if pooling:
-            means = self.mean_keys[self.head[rows]]
-            means[..., -1] = self.mean_bias[rows]
-            keys = torch.cat([keys, means], 1)
-            values = torch.cat([values, self.mean_values[self.head[rows]]], 1)
-        logits = queries @ keys.mT
-        if free:
-            weights = logits.exp2_()
-        else:
+            mean_keys, mean_values = (x.index_select(0, self.head[start:stop]) for x in self.means)
+            mean_keys[..., -1] = self.mean_bias[start:stop]
+            torch.bmm(queries, mean_keys.mT, out=logits[..., tokens:])
+        if not free:
             # the pivot of a row without a key only has to be finite
-            pivot = logits.amax(2, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
-            weights = logits.sub_(pivot).exp2_()
-        total = weights.sum(2)
-        lse = total.log2() if free else total.log2() + pivot[..., 0]
-        return (weights @ values).div_(total.masked_fill(total == 0, 1)[..., None]), lse * log(2)
+            highest = logits.amax(2).clamp_(min=torch.finfo(torch.float32).min)
+            pivot[start:stop] = highest
+            logits.sub_(highest[..., None])
+        weights = logits.exp2_()
+        torch.sum(weights, 2, out=total)
+        torch.bmm(weights[..., :tokens], values, out=out)
+        if pooling:
+            out.baddbmm_(weights[..., tokens:], mean_values)
