@@ -20,19 +20,23 @@ import itertools
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from math import isclose
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accel.errors import UnsupportedModelError
 from accel.geometry import Site
 from accel.router import Session
 
 DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
-
+SITE = "_accel_site"
+REDUCE = "__reduce_ex__"
 
 _numbers = itertools.count()
 # The operations below get numbers, because an operation cannot take an object. Entries live as long
@@ -70,18 +74,46 @@ def _(first: Tensor, entry: int) -> Tensor:
 
 @torch.library.custom_op("accel::attend", mutates_args=())
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Tensor, tokens_first: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    site: Tensor,
+    tokens_first: bool,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
 ) -> Tensor:
     taken = _taken[int(site)]
-    out = taken.attend(q, k, v, mask, tokens_first, lambda: taken.own(q, k, v, mask, tokens_first))
+    how = How(mask, dropout, causal, scale, gqa)
+    out = taken.attend(q, k, v, how, tokens_first, lambda: taken.own(q, k, v, how, tokens_first))
     return out.clone(memory_format=torch.contiguous_format)
 
 
 @_attend.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Tensor, tokens_first: bool
-) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+class How(NamedTuple):
+    """The settings of an attention call, in the order of diffusers' dispatcher and of SDPA."""
+
+    mask: Tensor | None
+    dropout: float
+    causal: bool
+    scale: float | None
+    gqa: bool
+
+    def obstacle(self, dim: int) -> str | None:
+        """What no sparse kernel can do of them."""
+        if self.mask is not None:
+            return "the call has an attention mask that the layout does not explain"
+        if self.causal or self.dropout > 0:
+            return "the call is causal or drops out, which the sparse kernels do not"
+        if self.scale is not None and not isclose(self.scale, dim**-0.5):
+            return f"the call scales its logits by {self.scale}, not by {dim}**-0.5"
+        return None
 
 
 class Taken:
@@ -99,31 +131,32 @@ class Taken:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | None,
+        how: How,
         tokens_first: bool,
         own: Callable[[], Tensor],
     ) -> Tensor:
         """tokens_first: [batch, tokens, heads, dim], as diffusers' dispatcher has it."""
-        masked = mask is not None
+        obstacle = how.obstacle(q.shape[-1])
         if not tokens_first:
-            return self.session.attend(self.site, q, k, v, own, masked)
+            return self.session.attend(self.site, q, k, v, own, obstacle)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = self.session.attend(self.site, q, k, v, lambda: own().transpose(1, 2), masked)
+        out = self.session.attend(self.site, q, k, v, lambda: own().transpose(1, 2), obstacle)
         return out.transpose(1, 2)
 
-    def own(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens_first: bool
-    ) -> Tensor:
+    def own(self, q: Tensor, k: Tensor, v: Tensor, how: How, tokens_first: bool) -> Tensor:
         """The dense attention the user chose for this module, for calls from a compiled graph."""
+        mask, dropout, causal, scale, gqa = how
         if not tokens_first:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, causal, scale=scale, enable_gqa=gqa
+            )
         processor = self.module().processor  # type: ignore[union-attr]
         dispatch = _original_globals(type(processor))[DISPATCH]
         return dispatch(
             q,
             k,
             v,
-            attn_mask=mask,
+            *how,
             backend=getattr(processor, "_attention_backend", None),
             parallel_config=getattr(processor, "_parallel_config", None),
         )
@@ -143,32 +176,47 @@ class Interception:
         self._namespaces: dict[str, types.ModuleType] = {}
         self._taken: list[Taken] = []
         self._slot = _Slot()
-        for site, module in modules.items():
-            taken = Taken(session, site, module)
-            self._taken.append(taken)
-            module._accel_site = torch.tensor(taken.number)
-            self._rebind(module.processor)
+        try:
+            for site, module in modules.items():
+                taken = Taken(session, site, module)
+                self._taken.append(taken)
+                module.__dict__[SITE] = torch.tensor(taken.number)
+                copy_plainly(module, SITE)
+                self._rebind(site, module.processor)
+        except BaseException:
+            self.undo()
+            raise
+
+    def serve(self, session: Session) -> None:
+        """Hand the sites to another session; nothing that a compiled graph depends on changes."""
+        for taken in self._taken:
+            taken.session = session
 
     def undo(self) -> None:
         for processor, original in self._rebound:
             if isinstance(processor, original):
                 processor.__class__ = original
         for module in self._modules:
-            module.__dict__.pop("_accel_site", None)
+            module.__dict__.pop(SITE, None)
+            module.__dict__.pop(REDUCE, None)
         for name in self._namespaces:
             sys.modules.pop(name, None)
         self._rebound.clear()
 
     @property
     def intact(self) -> bool:
-        """Whether every site still has the processor that was rebound here."""
-        ours = {id(p) for p, _ in self._rebound}
-        return all(id(m.processor) in ours for m in self._modules)
+        """Whether every site still has a processor that was rebound here."""
+        return all(type(m.processor) in self._generated.values() for m in self._modules)
 
-    def _rebind(self, processor: Any) -> None:
+    def _rebind(self, site: Site, processor: Any) -> None:
         original = type(processor)
         if any(processor is p for p, _ in self._rebound):
             return
+        if not isinstance(getattr(original, "__call__", None), types.FunctionType):  # noqa: B004
+            raise UnsupportedModelError(
+                f"the attention processor of {site.name} is a {original.__name__}, which cannot be"
+                " taken; reset it with model.set_default_attn_processor()"
+            )
         # one generated class for all layers: a class of its own each would recompile per layer
         if original not in self._generated:
             self._generated[original] = self._generate(original)
@@ -186,7 +234,7 @@ class Interception:
 
         @functools.wraps(call)
         def __call__(self, attn, *args, **kwargs):
-            site = getattr(attn, "_accel_site", None)
+            site = getattr(attn, SITE, None)
             if site is None:
                 return call(self, attn, *args, **kwargs)
             slot.site = site
@@ -225,6 +273,20 @@ class Interception:
         return module
 
 
+def copy_plainly(module: nn.Module, *names: str, hooks: tuple[int, ...] = ()) -> None:
+    """Make copies and pickles of `module` without its attributes `names` and forward pre-hooks."""
+
+    def reduce(protocol):
+        parts = list(type(module).__reduce_ex__(module, protocol))
+        parts[2] = {k: v for k, v in parts[2].items() if k not in (*names, REDUCE)}
+        for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+            kept = ((k, v) for k, v in parts[2][kind].items() if k not in hooks)
+            parts[2][kind] = OrderedDict(kept)
+        return tuple(parts)
+
+    module.__dict__[REDUCE] = reduce
+
+
 def _plain(original: type, state: dict[str, Any]) -> Any:
     processor: Any = object.__new__(original)
     processor.__dict__.update(state)
@@ -236,39 +298,65 @@ class _Slot:
 
     site: Tensor | None = None
 
+    @property
+    def taken(self) -> Taken:
+        return _taken[int(self.site)]  # type: ignore[arg-type]
+
 
 def _dispatch_shim(own: dict[str, Any], slot: _Slot) -> Callable[..., Tensor]:
     original = own[DISPATCH]
 
     @functools.wraps(original)
-    def dispatch_attention_fn(query, key, value, attn_mask=None, **kwargs):
+    def dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+        *args,
+        **kwargs,
+    ):
+        how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if torch.compiler.is_compiling():
-            return torch.ops.accel.attend(query, key, value, attn_mask, slot.site, True)
-        return _taken[int(slot.site)].attend(  # type: ignore[arg-type]
+            return torch.ops.accel.attend(query, key, value, how[0], slot.site, True, *how[1:])
+        return slot.taken.attend(
             query,
             key,
             value,
-            attn_mask,
+            How(*how),
             True,
-            lambda: original(query, key, value, attn_mask=attn_mask, **kwargs),
+            lambda: original(query, key, value, *how, *args, **kwargs),
         )
 
     return dispatch_attention_fn
 
 
 def _sdpa_shim(slot: _Slot) -> Callable[..., Tensor]:
-    def scaled_dot_product_attention(query, key, value, attn_mask=None, **kwargs):
+    def scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
+        how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if torch.compiler.is_compiling():
-            return torch.ops.accel.attend(query, key, value, attn_mask, slot.site, False)
-        return _taken[int(slot.site)].attend(  # type: ignore[arg-type]
+            return torch.ops.accel.attend(query, key, value, how[0], slot.site, False, *how[1:])
+        return slot.taken.attend(
             query,
             key,
             value,
-            attn_mask,
+            How(*how),
             False,
             # resolved at the call, so that a user's replacement of SDPA stays in force
             lambda: F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, **kwargs
+                query, key, value, *how[:3], scale=scale, enable_gqa=enable_gqa
             ),
         )
 

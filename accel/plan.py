@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Choice:
     def from_dict(cls, data: Any) -> "Choice":
         data = _table("a choice", data, {"select", "order", "rest"}, {"select"})
         select = _table("select", data["select"], None, {"kind"})
-        kind = select["kind"]
+        kind = _typed("select kind", select["kind"], str)
         if kind in PATTERNS:
             chosen: Pattern | Estimator = _guard(pattern_from_dict, select)
         elif kind in ESTIMATORS:
@@ -122,6 +123,8 @@ class Plan:
                 f"block must be two powers of two from 16 to {MAX_BLOCK}, got {self.block!r}"
             )
         object.__setattr__(self, "block", block)
+        sites = {s: tuple(tuple(heads) for heads in bands) for s, bands in self.sites.items()}
+        object.__setattr__(self, "sites", sites)
         if self.grid is not None:
             object.__setattr__(self, "grid", _grid(self.grid))
         for site, bands in self.sites.items():
@@ -132,6 +135,17 @@ class Plan:
                 )
             if len({len(heads) for heads in bands}) != 1 or not bands[0]:
                 raise PlanError(f"site {site!r} does not have the same heads in every band")
+        ratios = _typed("expected.attention_ratio", self.expected.get("attention_ratio", {}), dict)
+        for site, bands in ratios.items():
+            if not isinstance(bands, list) or not all(_finite(ratio) for ratio in bands):
+                raise PlanError(
+                    f"expected.attention_ratio[{site!r}] must be numbers, got {bands!r}"
+                )
+            if len(bands) != self.schedule.n_bands:
+                raise PlanError(
+                    f"expected.attention_ratio[{site!r}] has {len(bands)} bands, the schedule has"
+                    f" {self.schedule.n_bands}"
+                )
 
     @classmethod
     def uniform(cls, name: str, geometry: Geometry, choice: Choice, **settings: Any) -> "Plan":
@@ -276,8 +290,13 @@ class Plan:
         if size > MAX_FILE_BYTES:
             raise PlanError(f"{path} has {size} bytes; plans have at most {MAX_FILE_BYTES}")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text, parse_constant=_refuse_constant, parse_int=_bounded_int)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+        except RecursionError as error:
+            raise PlanError(f"{path} is nested too deeply to be a plan") from error
+        except (OSError, ValueError) as error:
             raise PlanError(
                 f"{path} is not a whole JSON file ({error}); it may have been cut short: fetch or"
                 " make it again"
@@ -286,18 +305,38 @@ class Plan:
             return cls.from_dict(data)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+        except RecursionError as error:
+            raise PlanError(f"{path} is nested too deeply to be a plan") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan file atomically; returns its path."""
-        return write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        try:
+            content = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        except ValueError as error:
+            raise PlanError(f"plan {self.name!r} holds a number that is not finite") from error
+        return write_atomically(path, content + "\n")
 
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits that name what the plan does (not what was measured of it)."""
-        data = self.to_dict()
+        data = replace(self, sites=dict(sorted(self.sites.items()))).to_dict()
         for key in ("expected", "provenance", "name"):
             data.pop(key)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _refuse_constant(word: str) -> None:
+    raise PlanError(f"{word} is not a number that a plan may hold")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > 15:
+        raise PlanError(f"{digits[:15]}... is too large a number for a plan")
+    return int(digits)
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value)
 
 
 def _grid(value: Sequence[int]) -> Grid:
@@ -346,4 +385,4 @@ def _guard(read: Any, value: Any) -> Any:
     except PlanError:
         raise
     except (TypeError, ValueError, KeyError) as error:
-        raise PlanError(str(error)) from error
+        raise PlanError(f"{error!s:.500}") from error

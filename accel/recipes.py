@@ -31,7 +31,9 @@ def recipe(name: str, geometry: Geometry, **parameters: Any) -> Plan:
         raise PlanError(f"there is no recipe {name!r}; {nearest(name, RECIPES)}")
     try:
         plan = RECIPES[name](geometry, **parameters)
-    except TypeError as error:
+    except PlanError:
+        raise
+    except (TypeError, ValueError) as error:
         raise PlanError(f"recipe {name!r}: {error}") from error
     return plan
 

@@ -35,7 +35,10 @@ Observer = Callable[[Site, "Run", Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(slots=True)
 class Run:
-    """What one generation keeps between steps. A fresh one replaces it when a run begins."""
+    """What one generation keeps between steps. A fresh one replaces it when a run begins.
+
+    where, layout: the last ones known; first_step, first_branches: where the run began.
+    """
 
     where: Where | None = None
     layout: Layout | None = None
@@ -44,6 +47,7 @@ class Run:
     masks: dict[Any, SiteMask] = field(default_factory=dict)
     lse: dict[Any, dict[Choice, Tensor]] = field(default_factory=dict)
     recalls: dict[Any, Tensor] = field(default_factory=dict)
+    first_step: int | None = None
     first_branches: set[str] = field(default_factory=set)
 
 
@@ -79,7 +83,7 @@ class Session:
             self.records.clear()
             self.notices.clear()
         run = self.run
-        run.where, run.layout, run.reason = where, layout, None
+        run.layout, run.reason = layout or run.layout, None
         if where is None:
             run.phase = Phase(None, 0)
             if self.probe is None:
@@ -88,7 +92,10 @@ class Session:
                     " `with accel.step(i, n):`"
                 )
             return
-        if where.step == 0:
+        run.where = where
+        if run.first_step is None:
+            run.first_step = where.step
+        if where.step == run.first_step:
             run.first_branches.add(where.branch)
         run.phase = self.plan.schedule.phase(where.step, where.total)
         if layout is None:
@@ -97,23 +104,30 @@ class Session:
     def _is_new_run(self, layout: Layout | None, where: Where | None) -> bool:
         """Whether this call belongs to another generation than the one before it.
 
-        The step went back, the number of steps or the layout changed, or step 0 of a branch comes
-        a second time (a run that was interrupted in its first step).
+        The step went back, the number of steps or the layout changed, or the first step of a branch
+        comes a second time (a run that was interrupted in its first step).
         """
         run = self.run
-        if run.layout is not None and layout != run.layout:
+        if None not in (layout, run.layout) and layout != run.layout:
             return True
         if where is None or run.where is None:
             return False
-        again = where.step == 0 and where.branch in run.first_branches
+        again = where.step == run.first_step and where.branch in run.first_branches
         return where.step < run.where.step or where.total != run.where.total or again
 
     def attend(
-        self, site: Site, q: Heads, k: Heads, v: Heads, dense: Callable[[], Heads], masked: bool
+        self,
+        site: Site,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+        dense: Callable[[], Heads],
+        obstacle: str | None,
     ) -> Heads:
         """The output of one site.
 
-        dense: the user's own attention, for dense phases; masked: the call brings a mask.
+        dense: the user's own attention, for dense phases; obstacle: what about this call no sparse
+        kernel can do.
         """
         if self.probe is not None:
             self.probe[site.name] += 1
@@ -121,7 +135,7 @@ class Session:
         run = self.run
         choices = None
         if not run.phase.dense and run.phase.band is not None:
-            choices = self._sparse_choices(site, run, q, masked)
+            choices = self._sparse_choices(site, run, q, k, obstacle)
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
         if choices is None:
@@ -148,7 +162,7 @@ class Session:
         return out
 
     def _sparse_choices(
-        self, site: Site, run: Run, q: Heads, masked: bool
+        self, site: Site, run: Run, q: Heads, k: Heads, obstacle: str | None
     ) -> tuple[Choice, ...] | None:
         """The choices of a sparse call, or None where the call has to be dense."""
         assert run.phase.band is not None
@@ -158,12 +172,15 @@ class Session:
         reason = run.reason
         if reason is None and torch.is_grad_enabled() and q.requires_grad:
             reason = "the call needs gradients, which the sparse kernels do not give"
-        if reason is None and masked:
-            reason = "the call has an attention mask that the layout does not explain"
+        reason = reason or obstacle
+        if reason is None and q.shape[2] != k.shape[2]:
+            reason = f"{site.name} has {q.shape[2]} queries and {k.shape[2]} keys"
         if reason is None and run.layout is not None and run.layout.length != q.shape[2]:
+            grids = " and ".join(map(str, run.layout.grids)) or "no grid"
             reason = (
-                f"{site.name} has {q.shape[2]} tokens, but the grid {run.layout.grid} and its text"
-                f" make {run.layout.length}; pass layout= to accel.enable"
+                f"{site.name} has {q.shape[2]} tokens, but the layout ({grids}, with"
+                f" {run.layout.text_tokens} of text) makes {run.layout.length}; pass layout= to"
+                " accel.enable"
             )
         ratios = self.plan.expected.get("attention_ratio", {}).get(site.name)
         if reason is None and ratios is not None and ratios[run.phase.band] >= 1:
@@ -203,7 +220,7 @@ class Session:
                 stale = [o for o in run.masks if o[0] == owner]
                 for old in stale:
                     del run.masks[old]
-            lse = run.lse.setdefault(owner, {})
+            lse = run.lse.setdefault((owner, q.shape[0], q.device), {})
             chosen = run.masks[key] = site_mask(
                 choices, q, k, v, layout=run.layout, block=self.plan.block, lse=lse
             )

@@ -87,6 +87,10 @@ class Summary:
         return "\n".join(lines)
 
 
+def _band(phase: str) -> int:
+    return -1 if phase == DENSE_LABEL else int(phase.split()[1])
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -97,7 +101,7 @@ def _row(session: Session, site: str, phase: str, record: Record) -> Row:
     ratios = session.plan.expected.get("attention_ratio", {}).get(site)
     predicted = None
     if dense is not None and dense.seconds and ratios is not None and phase != DENSE_LABEL:
-        predicted = median(dense.seconds) * 1000 * ratios[int(phase.split()[1])]
+        predicted = median(dense.seconds) * 1000 * ratios[_band(phase)]
     recalls = [r.cpu() for r in record.recall]
     return Row(
         site=site,
@@ -122,7 +126,9 @@ def summarise(sessions: Sequence[Session]) -> Summary:
         mark = f"#{number + 1}." if len(sessions) > 1 else ""
         order = {s.name: i for i, s in enumerate(session.geometry.sites)}
         keys = sorted(
-            session.records, key=lambda key: (order[key[0]], key[1] != DENSE_LABEL, key[1])
+            # a call that was interrupted left a record without an entry
+            (key for key, record in session.records.items() if record.calls),
+            key=lambda key: (order[key[0]], _band(key[1])),
         )
         for site, phase in keys:
             row = _row(session, site, phase, session.records[site, phase])

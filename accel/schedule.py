@@ -97,7 +97,10 @@ class Schedule:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise PlanError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise PlanError(f"{name} is too large a number") from error
 
 
 def _steps(fraction: float, total: int) -> int:

@@ -3,19 +3,20 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from accel.context import locate
 from accel.errors import AccelError, MissedSiteError, PlanError, nearest
 from accel.geometry import Geometry
-from accel.intercept import Entry, Interception
+from accel.intercept import REDUCE, Entry, Interception, copy_plainly
 from accel.layout import Layout
 from accel.pipelines.adapters import adapter_of, denoisers_of, self_check_inputs, sites_of
 from accel.plan import Plan
@@ -30,7 +31,7 @@ PlanLike = Plan | str | os.PathLike[str] | Mapping[str, Any]
 LayoutLike = Layout | Callable[[nn.Module, Tensor], Layout] | None
 
 HANDLE = "_accel"
-HOOK = "accel_context"
+CONTEXT = "cache_context"
 HUB_FILE = "accel_plan.json"
 
 
@@ -57,24 +58,30 @@ def enable(
     Raises PlanError (plan does not fit), UnsupportedModelError, MissedSiteError.
     """
     models = denoisers_of(target)
-    chosen = [_resolve(plan, model, index) for index, model in enumerate(models)]
-    done = []
+    if layout is not None and not isinstance(layout, Layout) and not callable(layout):
+        raise AccelError(f"layout is an accel.Layout or a function that gives one, not {layout!r}")
+    chosen = [_resolve(plan, model, index, len(models)) for index, model in enumerate(models)]
+    undo: list[Callable[[], None]] = []
     try:
         for model, one in zip(models, chosen, strict=True):
-            before = getattr(model, HANDLE, None)
-            if before is not None:
-                logger.warning(
-                    "accel was enabled with plan %r; it is replaced by %r",
-                    before.session.plan.name,
-                    one.name,
-                )
-                before.remove()
-            done.append(Handle(model, one, getattr(target, "scheduler", None), strict, layout))
+            session = Session(
+                one, Geometry(type(model).__name__, tuple(sites_of(model))), strict=strict
+            )
+            settings = Settings(session, getattr(target, "scheduler", None), layout)
+            handle: Handle | None = getattr(model, HANDLE, None)
+            if handle is None:
+                handle = Handle(model, settings)
+                undo.append(handle.remove)
+            else:
+                before = handle.session.plan.name
+                logger.warning("accel was enabled with plan %r; now it is %r", before, one.name)
+                undo.append(partial(handle.use, handle.settings))
+                handle.use(settings)
             if check:
-                _self_check(done[-1], model)
+                _self_check(handle, model)
     except BaseException:
-        for handle in done:
-            handle.remove()
+        for step in reversed(undo):
+            step()
         raise
     return target
 
@@ -115,76 +122,66 @@ def session_of(model: nn.Module) -> Session:
     return handle.session
 
 
-class _ContextHook(ModelHook):
-    """Receives the cache context that a pipeline attaches to a denoiser call; does nothing else."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Settings:
+    """What one call of `enable` asked for."""
 
-    _is_stateful = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.manager = StateManager(BaseState)  # type: ignore[arg-type]
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.manager.reset()
-        return module
-
-    @property
-    def context(self) -> Any:
-        try:
-            return self.manager.context
-        except ValueError:
-            return None
+    session: Session
+    scheduler: Any
+    layout: LayoutLike
 
 
 class Handle:
-    """Everything that `enable` put on one denoiser, and how to take it away."""
+    """Everything that `enable` put on one denoiser, and how to take it away.
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, scheduler: Any, strict: bool, layout: LayoutLike
-    ) -> None:
+    On the model itself these are attributes of the instance: the handle, a forward pre-hook, a
+    `cache_context` that also tells the handle, and a `__reduce_ex__` that leaves them all out.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._model = model
         self._sites = sites_of(model)
-        geometry = Geometry(type(model).__name__, tuple(self._sites))
-        self.session = Session(plan, geometry, strict=strict)
-        self._scheduler = scheduler
         self._adapter = adapter_of(model)
-        self._layout = layout
-        self._context = _ContextHook()
+        self._context: Any = None
+        self.settings = settings
         self.first = self._adapter.first
         self.entry = Entry(self._begin)
         self._interception = Interception(self.session, self._sites)
-        self._add_context_hook()
         self._pre_hook = model.register_forward_pre_hook(_on_call, with_kwargs=True)
-        setattr(model, HANDLE, self)
+        if hasattr(model, CONTEXT):
+            model.__dict__[CONTEXT] = self._listening(getattr(model, CONTEXT))
+        model.__dict__[HANDLE] = self
+        copy_plainly(model, HANDLE, CONTEXT, hooks=(self._pre_hook.id,))
 
-    def __deepcopy__(self, memo: Any) -> None:
-        """A copy of an enabled model is the plain model."""
+    @property
+    def session(self) -> Session:
+        return self.settings.session
 
-    def __reduce__(self) -> Any:
-        return type(None), ()
+    def use(self, settings: Settings) -> None:
+        """Go on with another plan; compiled graphs stay valid."""
+        self.settings = settings
+        self._interception.serve(settings.session)
 
     def remove(self) -> None:
-        model = self._model
-        if getattr(model, HANDLE, None) is not self:
-            return
-        delattr(model, HANDLE)
+        for name in (HANDLE, CONTEXT, REDUCE):
+            self._model.__dict__.pop(name, None)
         self._pre_hook.remove()
-        forward = model.__dict__.get("forward")
-        registry = HookRegistry.check_if_exists_or_initialize(model)
-        registry.remove_hook(HOOK, recurse=False)
-        _restore_forward(model, forward)
         self._interception.undo()
 
-    def _add_context_hook(self) -> None:
-        """Register for the cache context without the wrapper around `forward` that comes with it.
+    def _listening(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """`cache_context` as the model has it, which pipelines open around every call."""
 
-        The wrapper would serve no purpose here, and a deep copy of the model would call through it
-        into the original.
-        """
-        forward = self._model.__dict__.get("forward")
-        registry = HookRegistry.check_if_exists_or_initialize(self._model)
-        registry.register_hook(self._context, HOOK)
-        _restore_forward(self._model, forward)
+        @wraps(own)
+        @contextmanager
+        def cache_context(name: str, **where: Any) -> Iterator[None]:
+            with own(name, **where):
+                self._context = SimpleNamespace(name=name, **where)
+                try:
+                    yield
+                finally:
+                    self._context = None
+
+        return cache_context
 
     def _begin(self, first: Tensor) -> None:
         if not self._interception.intact:
@@ -193,15 +190,13 @@ class Handle:
             )
             self._interception.undo()
             self._interception = Interception(self.session, self._sites)
-        read = self._layout if self._layout is not None else self._adapter.layout
+        read = self.settings.layout or self._adapter.layout
         layout = read if isinstance(read, Layout) else read(self._model, first)
-        self.session.begin(layout, locate(self._context.context, self._scheduler))
-
-
-def _restore_forward(model: nn.Module, forward: Any) -> None:
-    model.__dict__.pop("forward", None)
-    if forward is not None:
-        model.__dict__["forward"] = forward
+        if layout is not None and not isinstance(layout, Layout):
+            raise AccelError(
+                f"the function given as layout= must give a Layout, not {layout!r:.80}"
+            )
+        self.session.begin(layout, locate(self._context, self.settings.scheduler))
 
 
 def _on_call(
@@ -213,15 +208,20 @@ def _on_call(
         return None
     if handle.first in kwargs:
         return args, {**kwargs, handle.first: handle.entry(kwargs[handle.first])}
+    if not args:
+        return None  # the model says itself what it lacks
     return (handle.entry(args[0]), *args[1:]), kwargs
 
 
 def _self_check(handle: Handle, model: nn.Module) -> None:
     """One small dense forward must meet every site exactly once."""
+    # a cache that is enabled on the model asks for a context
+    context = getattr(model, CONTEXT, nullcontext)("accel")
     with (
         handle.session.probing() as seen,
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
+        context,
     ):
         model(**self_check_inputs(model))
     wrong = {s.name: seen[s.name] for s in handle.session.geometry.sites if seen[s.name] != 1}
@@ -235,12 +235,12 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
         )
 
 
-def _resolve(plan: PlanLike, model: nn.Module, index: int) -> Plan:
-    name = "transformer" if index == 0 else f"transformer_{index + 1}"
+def _resolve(plan: PlanLike, model: nn.Module, index: int, count: int) -> Plan:
     if isinstance(plan, Mapping):
-        if name not in plan:
-            raise PlanError(f"there is no plan for {name!r} among {sorted(plan)}")
-        plan = plan[name]
+        names = ["transformer", "transformer_2"][:count]
+        if sorted(plan) != names:
+            raise PlanError(f"plans must be given for {names}, got {sorted(plan)}")
+        plan = plan[names[index]]
     if isinstance(plan, str) and plan in RECIPES:
         plan = recipe(plan, Geometry(type(model).__name__, tuple(sites_of(model))))
     elif isinstance(plan, (str, os.PathLike)):
@@ -260,5 +260,11 @@ def _plan_file(plan: str | os.PathLike[str]) -> Path:
     if text.count("/") == 1 and not text.startswith((".", "/")):
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(text, HUB_FILE))
+        try:
+            return Path(hf_hub_download(text, HUB_FILE))
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                f"there is no plan file {text!r} here, and no {HUB_FILE} of a hub repository of"
+                f" that name can be had: {error!s:.300}"
+            ) from error
     raise PlanError(f"there is no recipe and no plan file {text!r}; {nearest(text, RECIPES)}")
