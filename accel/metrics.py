@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from math import inf, log10
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from accel.errors import AccelError
 
-__all__ = ["PSNR_CAP_DB", "Classifier", "capped", "flicker", "psnr", "ssim"]
+__all__ = ["PSNR_CAP_DB", "Classifier", "capped", "flicker", "import_cv2", "psnr", "ssim"]
 
 Frames = Float[np.ndarray, "_frames _height _width 3"]
 
@@ -74,7 +75,7 @@ def flicker(video: Frames) -> float:
     """
     if len(video) < 2:
         return 0.0
-    cv2 = _import_cv2()
+    cv2 = import_cv2()
     height, width = video.shape[1:3]
     grey = (video.mean(3) * 255).round().clip(0, 255).astype(np.uint8)
     columns, rows = np.meshgrid(
@@ -159,12 +160,13 @@ def _check_pair(a: Frames, b: Frames) -> None:
         raise ValueError(f"the two videos differ in shape: {a.shape} and {b.shape}")
 
 
-def _import_cv2():
+def import_cv2() -> ModuleType:
+    """OpenCV, or the error that says how to get it."""
     try:
         import cv2
     except ImportError as error:
         raise AccelError(
-            f"temporal flicker needs OpenCV, which cannot be imported ({error}); on a bare server"
+            f"OpenCV is needed here, but cannot be imported ({error}); on a bare server"
             " install libgl1, or use the package opencv-python-headless"
         ) from error
     return cv2

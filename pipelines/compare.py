@@ -1,0 +1,54 @@
+"""`accel-compare`: dense, plans and published recipes side by side: speed, memory, quality."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from accel.command import run_command
+from accel.files import write_atomically
+from accel.pipelines.compare_run import Comparison
+from accel.pipelines.compare_settings import CompareSettings, named_plans
+from accel.pipelines.compare_table import as_markdown, as_text
+from accel.pipelines.host import ModelConfig
+
+
+def compare(config: dict[str, Any], command: str) -> None:
+    """Run the comparison that `config` describes, print its table and say where the report is.
+
+    command: what was typed, for the report.
+    """
+    settings = CompareSettings(
+        plans=named_plans(config["plan"]),
+        recipes=tuple(config["recipes"]),
+        prompts=config["prompts"],
+        dtypes=(config["dtype"],) if config["dtype"] else tuple(config["dtypes"]),
+        rounds=config["rounds"],
+        timing_prompts=config["timing_prompts"],
+        seed=config["seed"],
+        arms_timeout_s=config["arms_timeout_s"],
+        command=command,
+    )
+    folder = Path(config["out"])
+    results = Comparison(ModelConfig(**config["model"]), settings, folder).run()
+    print(as_text(results))
+    table = write_atomically(folder / "results.md", as_markdown(results))
+    print(f"results: {folder / 'results.json'}\ntable: {table}")
+    if config["report"]:
+        from accel.pipelines.report import write_report
+
+        print(f"report: {write_report(folder)}")
+
+
+@hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="compare")
+def main(config: DictConfig) -> None:
+    """Entry point of the console script."""
+    typed = shlex.join(["accel-compare", *HydraConfig.get().overrides.task])
+    run_command(lambda: compare(OmegaConf.to_container(config, resolve=True), typed))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""One arm of a comparison: a process with its own pipeline that obeys commands, a JSON line each.
+
+    python -m accel.pipelines.compare_arm arms/sparsed/spec.json
+
+On stdin {"do": "start"}, {"do": "generate", ...}, {"do": "look", ...}; on stdout one answer each,
+{"ok": ...} or {"error": ...}. Whatever libraries print goes to stderr. It ends with its stdin.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any, TextIO
+
+import torch
+
+from accel.errors import AccelError
+from accel.pipelines.adapters import denoisers_of
+from accel.pipelines.enable import enable, session_of, summary
+from accel.pipelines.host import Host, ModelConfig
+from accel.pipelines.look import look
+from accel.pipelines.video_files import save_frames
+from accel.plan import Plan
+from accel.schedule import Schedule
+
+COMMANDS = ("start", "generate", "look")
+
+
+class Arm:
+    """The pipeline of one arm. plan: a plan file, the name of a recipe, or None for dense."""
+
+    def __init__(self, model: dict[str, Any], plan: str | None) -> None:
+        self._config = ModelConfig(**model)
+        self._plan = plan
+        self._host: Host | None = None
+
+    @property
+    def host(self) -> Host:
+        if self._host is None:
+            raise AccelError("the arm was not started")
+        return self._host
+
+    @property
+    def schedule(self) -> Schedule:
+        """When steps are dense; always, without a plan."""
+        plans = self.plans
+        return plans[0].schedule if plans else Schedule(dense_start=1.0)
+
+    @property
+    def plans(self) -> list[Plan]:
+        if self._plan is None:
+            return []
+        return [session_of(model).plan for model in denoisers_of(self.host.pipe)]
+
+    def start(self) -> dict[str, Any]:
+        """Load, enable, and generate once with few steps, a sparse one among them."""
+        begun = time.perf_counter()
+        self._host = Host(self._config)
+        if self._plan is not None:
+            enable(self._host.pipe, self._plan)
+        loaded = time.perf_counter()
+        steps = warm_up_steps(self.schedule, self.host.steps)
+        self.host.generate(self._config.prompts[0], 0, num_inference_steps=steps)
+        if self.host.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.host.device)
+        plan = self.plans[0] if self.plans else None
+        return {
+            "load_s": loaded - begun,
+            "warm_up_s": time.perf_counter() - loaded,
+            "device": device_name(self.host.device),
+            "plan": None if plan is None else plan.name,
+            "digest": None if plan is None else plan.digest,
+            "predicted_speedup": None if plan is None else plan.expected.get("speedup"),
+        }
+
+    def generate(
+        self, prompt: str, seed: int, steps: int | None = None, save: str | None = None
+    ) -> dict[str, Any]:
+        """One generation with its times in seconds; its frames go to the file `save`."""
+        steps = self.host.steps if steps is None else steps
+        clock = StepClock(self.host.device)
+        begun = clock.now()
+        video = self.host.generate(
+            prompt, seed, num_inference_steps=steps, callback_on_step_end=clock
+        )
+        seconds = clock.now() - begun
+        if save is not None:
+            save_frames(save, video)
+        dense = [self.schedule.phase(step, steps).dense for step in range(1, steps)]
+        return {
+            "seconds": seconds,
+            "step_seconds": {
+                "all": _median(clock.steps),
+                "dense": _median(s for s, d in zip(clock.steps, dense, strict=False) if d),
+                "sparse": _median(s for s, d in zip(clock.steps, dense, strict=False) if not d),
+            },
+            "peak_memory_bytes": peak_memory_bytes(self.host.device),
+            "summary": None if self._plan is None else summary(self.host.pipe).to_dict(),
+        }
+
+    def look(self, prompt: str, seed: int, save: str) -> dict[str, Any]:
+        """Attention maps of a few heads with what the plan keeps of them; see `look`."""
+        return look(self.host, self.plans, prompt, seed, Path(save))
+
+
+class StepClock:
+    """Diffusers' `callback_on_step_end`: the time of every step but the first.
+
+    The first step is left out because nothing marks where the text encoder ends.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: float | None = None
+        self.steps: list[float] = []
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict:
+        """Called by the pipeline `pipe` after every step; hands back its `state` unchanged."""
+        now = self.now()
+        if self._last is not None:
+            self.steps.append(now - self._last)
+        self._last = now
+        return state
+
+    def now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def warm_up_steps(schedule: Schedule, limit: int) -> int:
+    """The fewest steps, at least two, of which one is sparse; two for a schedule without any."""
+    for steps in range(2, limit + 1):
+        if any(not schedule.phase(step, steps).dense for step in range(steps)):
+            return steps
+    return 2
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the device's allocations; on the CPU, of the resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the parent's memory before the start too
+        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """The graphics card, or the processor with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return median(found) if found else None
+
+
+def serve(arm: Any, lines: Iterable[str], answers: TextIO) -> None:
+    """Obey every line; an error is an answer too, and the arm goes on."""
+    for line in lines:
+        command = json.loads(line)
+        name = command.pop("do")
+        try:
+            if name not in COMMANDS:
+                raise AccelError(f"an arm does {', '.join(COMMANDS)}, not {name!r}")
+            do: Callable[..., dict[str, Any]] = getattr(arm, name)
+            answer: dict[str, Any] = {"ok": do(**command)}
+        except Exception as error:  # whatever a model raises is reported, and ends this arm alone
+            traceback.print_exc()
+            known = isinstance(error, AccelError)
+            answer = {"error": str(error) if known else f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def main() -> None:
+    """Serve the arm that the specification file describes."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    serve(Arm(spec["model"], spec["plan"]), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What a comparison is asked for, checked before anything is spent on it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accel.errors import AccelError, PlanError, nearest
+from accel.pipelines.compare_book import ArmSpec
+from accel.pipelines.host import DTYPES, ModelConfig, find_path
+from accel.recipes import RECIPES
+
+DENSE = ArmSpec("dense")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What a comparison is asked for; see `configs/compare.yaml`."""
+
+    plans: Mapping[str, str]
+    recipes: Sequence[str]
+    prompts: int | Sequence[str]
+    dtypes: Sequence[str]
+    rounds: int = 3
+    timing_prompts: int = 2
+    seed: int = 0
+    arms_timeout_s: float = 1800
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name in self.recipes:
+            if name not in RECIPES:
+                raise PlanError(f"there is no recipe {name!r}; {nearest(name, RECIPES)}")
+        for name in ("rounds", "timing_prompts"):
+            if getattr(self, name) < 1:
+                raise AccelError(f"{name} is {getattr(self, name)}; it is at least 1")
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise AccelError(f"dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")
+
+    @property
+    def arms(self) -> tuple[ArmSpec, ...]:
+        """Dense, the plans, the recipes; their names are folders, so each is there once."""
+        arms = [DENSE, *(ArmSpec.of(name, find_path(p)) for name, p in self.plans.items())]
+        arms += [ArmSpec.of(name, name) for name in self.recipes]
+        names = [arm.name for arm in arms]
+        for name in names:
+            if names.count(name) > 1 or not name or set(name) & set("/\\:"):
+                raise AccelError(f"an arm cannot be called {name!r}; name it: plan={{name: path}}")
+        return tuple(arms)
+
+    def prompts_of(self, model: ModelConfig) -> tuple[str, ...]:
+        if not isinstance(self.prompts, int):
+            return tuple(self.prompts)
+        if not 1 <= self.prompts <= len(model.prompts):
+            raise AccelError(
+                f"prompts is {self.prompts}; model {model.name!r} has {len(model.prompts)}, or give"
+                " a list of texts"
+            )
+        return model.prompts[: self.prompts]
+
+
+def named_plans(plan: Any) -> dict[str, str]:
+    """`plan` of the configuration (nothing, a path, a list, or names with paths) by name."""
+    if plan is None or plan == "":
+        return {}
+    if isinstance(plan, str):
+        plan = [plan]
+    if not isinstance(plan, Mapping):
+        named = {Path(str(path)).stem: str(path) for path in plan}
+        if len(named) != len(plan):
+            raise AccelError(
+                f"two plans have the same name among {list(plan)}; plan={{name: path}}"
+            )
+        plan = named
+    for name, path in plan.items():
+        if str(path).endswith(".json") and not Path(find_path(str(path))).is_file():
+            raise AccelError(f"plan {name!r}: there is no file {str(path)!r}")
+    return {str(name): str(path) for name, path in plan.items()}

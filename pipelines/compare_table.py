@@ -1,0 +1,146 @@
+"""The results of a comparison as rows of text: for the terminal, Markdown and the report."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its head, what it means, and the text of an arm's results."""
+
+    head: str
+    meaning: str
+    text: Callable[[Mapping[str, Any]], str]
+
+
+def _number(form: str, *path: str) -> Callable[[Mapping[str, Any]], str]:
+    """The number at `path` of the results, or a dash."""
+
+    def text(results: Mapping[str, Any]) -> str:
+        value: Any = results
+        for key in path:
+            value = None if value is None else value.get(key)
+        return "-" if value is None else form.format(value)
+
+    return text
+
+
+def _seconds(results: Mapping[str, Any]) -> str:
+    found = results.get("seconds")
+    if not found:
+        return "-"
+    return f"{found['median']:.2f} [{found['p20']:.2f}, {found['p80']:.2f}]"
+
+
+def _step(results: Mapping[str, Any]) -> str:
+    steps = results.get("step_seconds") or {}
+    parts = [steps.get(phase) for phase in ("dense", "sparse")]
+    return " / ".join("-" if s is None else f"{1000 * s:.0f}" for s in parts)
+
+
+def _pair(form: str, name: str) -> Callable[[Mapping[str, Any]], str]:
+    def text(results: Mapping[str, Any]) -> str:
+        found = results.get(name)
+        return f"{found['mean']:{form}} ({found['worst']:{form}})" if found else "-"
+
+    return text
+
+
+def _memory(results: Mapping[str, Any]) -> str:
+    peak = results.get("peak_memory_bytes")
+    return "-" if peak is None else f"{peak / 2**30:.2f}"
+
+
+COLUMNS = (
+    Column(
+        "speed-up",
+        "median over prompts and rounds of dense time / this arm's time, of generations made one"
+        " after the other",
+        _number("{:.2f}x", "speedup"),
+    ),
+    Column(
+        "predicted",
+        "the speed-up that the plan expects from measured kernel costs",
+        _number("{:.2f}x", "predicted_speedup"),
+    ),
+    Column("seconds", "time of one generation: median [20th, 80th percentile]", _seconds),
+    Column("step ms", "median time of one step: dense / sparse", _step),
+    Column(
+        "memory GiB",
+        "peak: of the GPU's allocations, or of the resident memory of the process",
+        _memory,
+    ),
+    Column("keep", "mean fraction of blocks computed in sparse steps", _number("{:.3f}", "keep")),
+    Column(
+        "PSNR dB",
+        "against dense with the same prompt and noise: mean (worst)",
+        _pair(".1f", "psnr"),
+    ),
+    Column("SSIM", "structural similarity to dense: mean (worst)", _pair(".3f", "ssim")),
+    Column(
+        "flicker",
+        "change between frames that motion does not explain, as a multiple of dense; lower is"
+        " steadier",
+        _number("{:.2f}x", "flicker_ratio"),
+    ),
+    Column(
+        "accuracy",
+        "share of videos in which a classifier sees what the prompt names",
+        _number("{:.0%}", "accuracy"),
+    ),
+)
+
+
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The head and one row per arm; columns that no arm has anything for are left out."""
+    arms = results["arms"]
+    texts = {c.head: [c.text(arm) for arm in arms.values()] for c in COLUMNS}
+    shown = [head for head, column in texts.items() if set(column) - {"-", "- / -"}]
+    rows = [["arm", *shown]]
+    for i, name in enumerate(arms):
+        rows.append([name, *(texts[head][i] for head in shown)])
+    return rows
+
+
+def failures(results: Mapping[str, Any]) -> list[str]:
+    """One line for every arm that failed, and one for every reason why calls ran dense."""
+    lines = []
+    for name, arm in results["arms"].items():
+        if arm.get("error"):
+            lines.append(f"{name} failed: {arm['error']}")
+        lines += [f"{name} ran dense {n} times: {why}" for why, n in arm["notices"].items()]
+        if arm["speedup"] is not None and not arm["paired_in_one_sitting"]:
+            lines.append(
+                f"{name}: its times and those of dense were measured at different times; remove"
+                " the output folder to measure them side by side"
+            )
+    return lines
+
+
+def as_text(results: Mapping[str, Any]) -> str:
+    """An aligned table with what went wrong below it."""
+    rows = rows_of(results)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([*lines, *failures(results)])
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The same table for a README, with what it was measured on."""
+    settings = results["settings"]
+    head, *body = rows_of(results)
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' + '---:|' * (len(head) - 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in body]
+    about = (
+        f"{settings['model']}, {results['device']}, {settings['dtype']}, {settings['steps']} steps,"
+        f" {len(settings['prompts'])} prompts, {settings['rounds']} rounds, {results['date']}"
+    )
+    notes = [f"- {line}" for line in failures(results)]
+    return "\n".join([*lines, "", about, *([""] if notes else []), *notes]) + "\n"
