@@ -39,12 +39,11 @@ Key = tuple[str, int]  # site, band
 
 @dataclass(slots=True)
 class Profile:
-    """Mean errors [candidates, heads] and kept fractions [candidates] of every site and band."""
+    """Mean errors [candidates, heads] of every site and band."""
 
     candidates: tuple[Choice, ...]
     errors: dict[Key, Tensor] = field(default_factory=dict)
     counts: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
-    keeps: dict[int, float] = field(default_factory=dict)
 
     def add(self, key: Key, errors: Tensor) -> None:
         self.counts[key] += 1
@@ -54,7 +53,6 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         return {
             "candidates": [c.to_dict() for c in self.candidates],
-            "keeps": [self.keeps[i] for i in range(len(self.candidates))],
             "errors": [
                 {"site": s, "band": b, "count": self.counts[s, b], "errors": e.tolist()}
                 for (s, b), e in self.errors.items()
@@ -64,7 +62,6 @@ class Profile:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Profile":
         profile = cls(tuple(Choice.from_dict(c) for c in data["candidates"]))
-        profile.keeps = dict(enumerate(data["keeps"]))
         for entry in data["errors"]:
             profile.errors[entry["site"], entry["band"]] = torch.tensor(entry["errors"])
             profile.counts[entry["site"], entry["band"]] = entry["count"]
@@ -117,8 +114,6 @@ class Calibrator:
         key = (site.name, band, where.branch)
         if key not in self._masks:
             self._masks[key] = self._select(run.layout, q, k, v)
-            for index, keep in enumerate(self._masks[key]):
-                self.profile.keeps.setdefault(index, float(keep.float().mean()))
             errors = self._errors(site, run.layout, key, q, k, v, out)
             self.profile.add((site.name, band), errors)
             self._choose(key, errors, run.layout, q)

@@ -12,17 +12,23 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
-from accel.cost import CostTable, Shape, keep_of, measure, price, select_price
+from accel.cost import CostTable, keep_of, price, select_price
 from accel.errors import AccelError
-from accel.estimators import Estimator
 from accel.files import write_atomically
 from accel.layout import Layout
 from accel.metrics import psnr
 from accel.pipelines.adapters import adapter_of, denoisers_of, geometry_of, sites_of
 from accel.pipelines.enable import enabled, session_of
 from accel.pipelines.host import Host, ModelConfig
+from accel.pipelines.pricing import (
+    Baseline,
+    dense_plan,
+    load_or_measure_baseline,
+    load_or_measure_costs,
+)
 from accel.plan import DENSE, Choice, Plan
 from accel.schedule import Schedule
 from accel.search.front import Point, Times, front, within
@@ -51,7 +57,7 @@ class SearchSettings:
             )
         object.__setattr__(self, "block", tuple(self.block))
 
-    def digest(self, model: ModelConfig) -> str:
+    def digest(self, model: ModelConfig, weights: str) -> str:
         """Names what a calibration depends on; the budget is not part of it."""
         parts = {
             "space": self.space,
@@ -61,6 +67,7 @@ class SearchSettings:
             "tolerance": self.tolerance,
             "seed": self.seed,
             "model": {**asdict(model), "prompts": ()},
+            "weights": weights,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -81,32 +88,50 @@ def candidates_of(space: Mapping[str, Any]) -> tuple[Choice, ...]:
     return tuple(found)
 
 
+def fingerprint(model: nn.Module) -> str:
+    """Eight hexadecimal digits of the weights: another training has other ones."""
+    sums = [float(p.double().sum()) for p in model.parameters()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
+
+
 class Search:
     """The stages of a search; what each makes is kept in `folder` and not made again."""
 
     def __init__(self, model: ModelConfig, settings: SearchSettings, folder: Path) -> None:
         self.settings = settings
         self.folder = folder
-        self.digest = settings.digest(model)
         self.candidates = candidates_of(settings.space)
         self.host = Host(model)
         self.denoiser = denoisers_of(self.host.pipe)[0]
+        self.digest = settings.digest(model, fingerprint(self.denoiser))
         self.geometry = geometry_of(self.denoiser)
-        self.dense_plan = Plan.uniform(
-            "dense", self.geometry, DENSE, schedule=settings.schedule, block=settings.block
+        # dense everywhere, but in the bands of the plan to come: what the calibration observes
+        self.dense_plan = replace(
+            dense_plan(self.geometry),
+            sites={
+                s.name: ((DENSE,) * s.heads,) * settings.schedule.n_bands
+                for s in self.geometry.sites
+            },
+            schedule=settings.schedule,
         )
 
     def run(self) -> tuple[Plan, list[Point]]:
         """The plan within the budget, and the front it lies on."""
-        baseline = self._stage("baseline", self._baseline)
-        layout = Layout.of(tuple(baseline["grid"]))
-        table = self._costs(layout)
-        keeps = [keep_of(c, layout, self.settings.block) for c in self.candidates]
-        unknown = [c.name for c, k in zip(self.candidates, keeps, strict=True) if k is None]
-        if unknown:
-            raise AccelError(f"{unknown[0]} has no keep of its own, so it cannot be priced")
-        profile = self._profile(layout, table, baseline)
-        points = front(profile, self._times(profile, table, baseline))
+        path = self.folder / f"baseline-{self.digest}.json"
+        prompt, seed = self.host.config.calibration[0], self.settings.seed
+        baseline = load_or_measure_baseline(self.host, prompt, seed, path)
+        layout = baseline.layout
+        table = load_or_measure_costs(
+            self.host,
+            layout,
+            self.settings.block,
+            self.candidates,
+            self.folder / f"costs-{self.digest}.json",
+            self.settings.cost_rounds,
+        )
+        prices = self._prices(layout, table)
+        profile = self._profile(prices, baseline)
+        points = front(profile, self._times(prices, table, baseline))
         plan = self._plan(within(points, self.settings.budget), table, layout, baseline)
         if self.settings.validate:
             plan = self._validated(plan, baseline)
@@ -117,74 +142,17 @@ class Search:
         draw_front(points, plan, self.folder / "front.png")
         return plan, points
 
-    def _stage(self, name: str, make: Any) -> Any:
-        """What an earlier run with the same settings left behind, or a fresh one."""
-        path = self.folder / f"{name}-{self.digest}.json"
-        if path.is_file():
-            return json.loads(path.read_text())
-        made = make()
-        write_atomically(path, json.dumps(made))
-        return made
+    def _prices(self, layout: Layout, table: CostTable) -> list[float]:
+        """Of a head under each candidate, as a ratio to a dense head; selections not included."""
+        prices = []
+        for choice in self.candidates:
+            keep = keep_of(choice, layout, self.settings.block)
+            if keep is None:
+                raise AccelError(f"{choice.name} has no keep of its own, so it cannot be priced")
+            prices.append(table.price(keep, choice.rest, choice.order != "thw"))
+        return prices
 
-    def _baseline(self) -> dict[str, Any]:
-        """A dense generation of the first calibration prompt: its time and the sites' part."""
-        host, prompt = self.host, self.host.config.calibration[0]
-        host.generate(prompt, self.settings.seed, num_inference_steps=2)
-        with enabled(host.pipe, self.dense_plan):
-            start = time.perf_counter()
-            host.generate(prompt, self.settings.seed)
-            seconds = time.perf_counter() - start
-            session = session_of(self.denoiser)
-            by_site = {s.name: 0.0 for s in self.geometry.sites}
-            for (site, _), record in session.records.items():
-                record.settle()
-                by_site[site] += sum(record.seconds)
-            layout = session.run.layout
-        if layout is None or not layout.grids:
-            raise AccelError("the layout of the model's call could not be read; see accel.enable")
-        branches = len(session.run.first_branches)
-        share = {site: s / seconds for site, s in by_site.items()}
-        return {"seconds": seconds, "share": share, "grid": layout.grid, "branches": branches}
-
-    def _costs(self, layout: Layout) -> CostTable:
-        site = self.geometry.sites[0]
-        shape = Shape(
-            tokens=layout.length,
-            heads=site.heads,
-            head_dim=site.head_dim,
-            dtype=self.host.config.dtype,
-            device=str(self.host.device.type),
-            block=self.settings.block,
-        )
-        path = self.folder / f"cost-{self.digest}.json"
-        if path.is_file():
-            table = CostTable.load(path)
-            if table.shape == shape:
-                return table
-        estimators = {
-            c.select.kind: c.select for c in self.candidates if isinstance(c.select, Estimator)
-        }
-        table = measure(
-            shape,
-            estimators=tuple(estimators.values()),
-            layout=layout,
-            rounds=self.settings.cost_rounds,
-            progress=lambda jobs: tqdm(list(jobs), desc="measuring costs", unit="price"),
-        )
-        table.save(path)
-        return table
-
-    def _prices(self, profile: Profile, table: CostTable) -> list[float]:
-        keeps = [
-            profile.keeps.get(i, keep_of(c, Layout.of((1, 1, 1)), (16, 16)) if c.online else 1.0)
-            for i, c in enumerate(self.candidates)
-        ]
-        return [
-            table.price(k or 1.0, c.rest, c.order != "thw")
-            for k, c in zip(keeps, self.candidates, strict=True)
-        ]
-
-    def _profile(self, layout: Layout, table: CostTable, baseline: Mapping[str, Any]) -> Profile:
+    def _profile(self, prices: list[float], baseline: Baseline) -> Profile:
         """The calibration, one generation for each prompt; a finished prompt is not repeated."""
         path = self.folder / f"profile-{self.digest}.json"
         done: list[str] = []
@@ -192,12 +160,9 @@ class Search:
         if path.is_file():
             saved = json.loads(path.read_text())
             done, profile = saved["done"], Profile.from_dict(saved["profile"])
-        profile.keeps = {
-            i: keep_of(c, layout, self.settings.block) or 1.0 for i, c in enumerate(self.candidates)
-        }
         prompts = [p for p in self.host.config.calibration if p not in done]
         bands = self.settings.schedule.n_bands
-        jobs = len(prompts) * len(self.geometry.sites) * bands * 2 * baseline["branches"]
+        jobs = len(prompts) * len(self.geometry.sites) * bands * 2 * baseline.branches
         with tqdm(total=jobs, desc="calibrating", unit="site") as bar:
             sites = sites_of(self.denoiser)
             projection = adapter_of(self.denoiser).projection
@@ -205,7 +170,7 @@ class Search:
                 profile,
                 self.settings.schedule,
                 self.settings.block,
-                self._prices(profile, table),
+                prices,
                 {site.name: projection(module).detach() for site, module in sites.items()},
                 rows=self.settings.rows,
                 tolerance=self.settings.tolerance,
@@ -220,12 +185,12 @@ class Search:
                 write_atomically(path, json.dumps({"done": done, "profile": profile.to_dict()}))
         return profile
 
-    def _times(self, profile: Profile, table: CostTable, baseline: Mapping[str, Any]) -> Times:
+    def _times(self, prices: list[float], table: CostTable, baseline: Baseline) -> Times:
         steps, schedule = self.host.steps, self.settings.schedule
         phases = [schedule.phase(s, steps) for s in range(steps)]
         heads = {s.name: s.heads for s in self.geometry.sites}
         return Times(
-            head={s: share / steps / heads[s] for s, share in baseline["share"].items()},
+            head={s: share / steps / heads[s] for s, share in baseline.share.items()},
             steps=[sum(p.band == b for p in phases) for b in range(schedule.n_bands)],
             looks=[
                 select_price(c, table)
@@ -233,12 +198,10 @@ class Search:
                 / schedule.n_bands
                 for c in self.candidates
             ],
-            price=self._prices(profile, table),
+            price=prices,
         )
 
-    def _plan(
-        self, point: Point, table: CostTable, layout: Layout, baseline: Mapping[str, Any]
-    ) -> Plan:
+    def _plan(self, point: Point, table: CostTable, layout: Layout, baseline: Baseline) -> Plan:
         model = self.host.config
         plan = Plan.of(
             f"{model.name}-{self.settings.budget:g}",
@@ -261,10 +224,9 @@ class Search:
                 "versions": {n: version(n) for n in ("torch", "diffusers", "accel-suite")},
             },
         )
-        share = sum(baseline["share"].values())
-        return price(plan, table, layout=layout, steps=self.host.steps, share=share)
+        return price(plan, table, layout=layout, steps=self.host.steps, share=baseline.total_share)
 
-    def _validated(self, plan: Plan, baseline: Mapping[str, Any]) -> Plan:
+    def _validated(self, plan: Plan, baseline: Baseline) -> Plan:
         """The plan with what it measures on the calibration prompts, dense and sparse in turn."""
         host, seed = self.host, self.settings.seed
         ratios, quality = [], []
@@ -280,7 +242,7 @@ class Search:
         measured = {
             "measured_speedup": median(ratios),
             "measured_psnr": mean(quality),
-            "dense_seconds": baseline["seconds"],
+            "dense_seconds": baseline.seconds,
         }
         return replace(plan, expected={**plan.expected, **measured})
 

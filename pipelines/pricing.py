@@ -1,0 +1,124 @@
+"""What plans will cost here: one dense generation with timed sites, and a table of prices."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from accel.cost import CostTable, Shape, measure, price
+from accel.errors import AccelError
+from accel.estimators import Estimator
+from accel.files import write_atomically
+from accel.geometry import Geometry
+from accel.layout import Layout
+from accel.pipelines.adapters import denoisers_of, geometry_of
+from accel.pipelines.enable import enabled, session_of
+from accel.pipelines.host import Host
+from accel.plan import DENSE, Choice, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """A dense generation: its seconds, the part of them in each site, its layout and branches."""
+
+    seconds: float
+    share: dict[str, float]
+    layout: Layout
+    branches: int
+    steps: int
+
+    @property
+    def total_share(self) -> float:
+        return sum(self.share.values())
+
+
+def dense_plan(geometry: Geometry) -> Plan:
+    """A plan under which every site runs the user's own dense attention, and is timed."""
+    return Plan.uniform("dense", geometry, DENSE)
+
+
+def measure_baseline(host: Host, prompt: str, seed: int) -> Baseline:
+    """One dense generation after a short warm-up, with every site's attention timed."""
+    model = denoisers_of(host.pipe)[0]
+    host.generate(prompt, seed, num_inference_steps=2)
+    with enabled(host.pipe, dense_plan(geometry_of(model))):
+        start = time.perf_counter()
+        host.generate(prompt, seed)
+        seconds = time.perf_counter() - start
+        session = session_of(model)
+        share = {site.name: 0.0 for site in session.geometry.sites}
+        for (site, _), record in session.records.items():
+            record.settle()
+            share[site] += sum(record.seconds) / seconds
+        run = session.run
+    if run.layout is None or not run.layout.grids:
+        raise AccelError("the layout of the model's call could not be read; see accel.enable")
+    return Baseline(seconds, share, run.layout, len(run.first_branches), host.steps)
+
+
+def load_or_measure_baseline(host: Host, prompt: str, seed: int, path: Path) -> Baseline:
+    """The baseline kept in `path`, or a new one, which is kept there."""
+    if path.is_file():
+        data = json.loads(path.read_text())
+        return Baseline(layout=Layout.of(tuple(data.pop("grid"))), **data)
+    made = measure_baseline(host, prompt, seed)
+    data = asdict(made)
+    data.pop("layout")
+    write_atomically(path, json.dumps({**data, "grid": made.layout.grid}))
+    return made
+
+
+def load_or_measure_costs(
+    host: Host,
+    layout: Layout,
+    block: tuple[int, int],
+    choices: Iterable[Choice],
+    path: Path,
+    rounds: int = 5,
+) -> CostTable:
+    """The table kept in `path` when it is of this shape and has these estimators, or a new one."""
+    site = geometry_of(host.pipe).sites[0]
+    shape = Shape(
+        tokens=layout.length,
+        heads=site.heads,
+        head_dim=site.head_dim,
+        dtype=host.config.dtype,
+        device=host.device.type,
+        block=block,
+    )
+    wanted = {c.select.kind: c.select for c in choices if isinstance(c.select, Estimator)}
+    if path.is_file():
+        table = CostTable.load(path)
+        if table.shape == shape and set(wanted) <= set(table.select):
+            return table
+
+    def progress(jobs: Iterator[Any]) -> Iterator[Any]:
+        return iter(tqdm(list(jobs), desc="measuring costs", unit="price"))
+
+    table = measure(
+        shape,
+        estimators=tuple(wanted.values()),
+        layout=layout,
+        rounds=rounds,
+        progress=progress,
+    )
+    table.save(path)
+    return table
+
+
+def priced(host: Host, plan: Plan, baseline: Baseline, folder: Path, rounds: int = 5) -> Plan:
+    """`plan` with its predicted time in `expected`; tables are kept in `folder`, one per block."""
+    choices = {c for bands in plan.sites.values() for heads in bands for c in heads}
+    path = folder / f"costs-{plan.block[0]}x{plan.block[1]}.json"
+    table = load_or_measure_costs(host, baseline.layout, plan.block, choices, path, rounds)
+    return price(
+        plan,
+        table,
+        layout=baseline.layout,
+        steps=baseline.steps,
+        share=baseline.total_share,
+    )
