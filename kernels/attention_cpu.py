@@ -58,12 +58,13 @@ def forward(
             target.flatten(0, 2).index_copy_(0, rows.rows, part)
     out, lse = out.flatten(2, 3)[:, :, :tokens], lse.flatten(2, 3)[:, :, :tokens]
     if order is not None:
-        inverse = order.argsort(1)
+        natural = torch.arange(tokens).expand_as(order)
+        inverse = torch.empty_like(order).scatter_(1, order, natural)
         out = in_order(out, inverse)
         lse = in_order(lse[..., None], inverse)[..., 0]
     if dense.any():
         _dense_heads(q, k, v, dense, scale, lengths, out, lse)
-    return out.to(q.dtype), lse
+    return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
 def _dense_heads(q, k, v, dense, scale, lengths, out, lse) -> None:
@@ -83,12 +84,12 @@ def _dense_heads(q, k, v, dense, scale, lengths, out, lse) -> None:
 
 
 def _query_blocks(q: Tensor, block: int, scale: float) -> Tensor:
-    """``[batch, heads, q_blocks, block, dim + 1]``: scaled queries, then 1."""
-    batch, heads, tokens, dim = q.shape
-    x = torch.zeros(batch, heads, tokens + -tokens % block, dim + 1)
-    torch.mul(q.float(), scale, out=x[:, :, :tokens, :dim])
-    x[..., dim] = 1
-    return x.unflatten(2, (-1, block))
+    """``[batch, heads, q_blocks, dim + 1, block]``: scaled queries as columns, then a row of 1."""
+    q = pad(q.float(), (0, 0, 0, -q.shape[2] % block)).unflatten(2, (-1, block))
+    x = torch.empty(*q.shape[:3], q.shape[4] + 1, block)
+    torch.mul(q.mT, scale, out=x[..., :-1, :])
+    x[..., -1, :] = 1
+    return x
 
 
 def _key_blocks(k: Tensor, v: Tensor, block: int, lengths: Tensor | None, order: Tensor | None):
@@ -118,12 +119,12 @@ class _Rows:
     """The rows (batch element, head, query block) of one call, sorted into steps of like rows."""
 
     def __init__(self, queries, keys, values, valid, counts, indices, pooling, active):
-        batch, heads, _, self.q_block, width = queries.shape
+        batch, heads, _, width, self.q_block = queries.shape
         self.keys, self.values, self.kv_blocks = keys, values, valid.shape[1]
         kv_heads = valid.shape[0] // batch
         # the key head of every head
         head = torch.arange(batch)[:, None] * kv_heads + torch.arange(heads) * kv_heads // heads
-        q_norm = vector_norm(queries[..., :-1], dim=4).amax((2, 3))
+        q_norm = queries[..., :-1, :].square().sum(3).amax((2, 3)).sqrt()
         k_norm = vector_norm(keys[:-1, :, :-1], dim=2).view(batch * kv_heads, -1).amax(1)
         free = (q_norm * k_norm[head] < FREE_LOGIT)[..., None].expand_as(counts)
 
@@ -132,7 +133,7 @@ class _Rows:
         rank, by_rank = rank.flatten()[self.rows].sort(descending=True)
         self.rows = self.rows[by_rank]
         self.steps = self._steps(rank.tolist())
-        self.queries = queries.reshape(-1, self.q_block, width).index_select(0, self.rows)
+        self.queries = queries.view(-1, width, self.q_block).index_select(0, self.rows)
         listed = torch.arange(indices.shape[3]) < counts[..., None]
         blocks = torch.where(
             listed, indices + head[..., None, None] * self.kv_blocks, len(keys) - 1
@@ -191,19 +192,20 @@ class _Rows:
             for source, x in ((self.keys, keys), (self.values, values))
         )
         columns = tokens + pooling * self.kv_blocks
-        logits = logits[: len(queries) * self.q_block * columns].view(-1, self.q_block, columns)
-        torch.bmm(queries, keys.mT, out=logits[..., :tokens])
+        # keys by queries: sums over keys then run along whole vectors of queries
+        logits = logits[: len(queries) * columns * self.q_block].view(-1, columns, self.q_block)
+        torch.bmm(keys, queries, out=logits[:, :tokens])
         if pooling:
             mean_keys, mean_values = (x.index_select(0, self.head[start:stop]) for x in self.means)
             mean_keys[..., -1] = self.mean_bias[start:stop]
-            torch.bmm(queries, mean_keys.mT, out=logits[..., tokens:])
+            torch.bmm(mean_keys, queries, out=logits[:, tokens:])
         if not free:
             # the pivot of a row without a key only has to be finite
-            highest = logits.amax(2).clamp_(min=torch.finfo(torch.float32).min)
+            highest = logits.amax(1).clamp_(min=torch.finfo(torch.float32).min)
             pivot[start:stop] = highest
-            logits.sub_(highest[..., None])
+            logits.sub_(highest[:, None])
         weights = logits.exp2_()
-        torch.sum(weights, 2, out=total)
-        torch.bmm(weights[..., :tokens], values, out=out)
+        torch.sum(weights, 1, out=total)
+        torch.bmm(weights[:, :tokens].mT, values, out=out)
         if pooling:
-            out.baddbmm_(weights[..., tokens:], mean_values)
+            out.baddbmm_(weights[:, tokens:].mT, mean_values)

@@ -98,6 +98,8 @@ def run(backend: Backend, q, k, v, mask: BlockMask, **options):
     assert out.shape == q.shape
     assert out.dtype == q.dtype
     assert lse.dtype == torch.float32
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
     return out.cpu(), lse.cpu()
 
 
