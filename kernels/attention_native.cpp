@@ -1,0 +1,495 @@
+// Block-sparse attention and block mass on the CPU, fp32, as a plain C library.
+//
+// Vectors run over queries. A task owns up to 64 of them, transposed to [dim][query], and meets the
+// keys one row at a time: scores are tiles of (keys x queries), each a broadcast key element times
+// a vector of queries. So keys and values need no packing and no padding, softmax maxima and sums
+// are vertical, any block size is a list of row ranges ("runs"), and padding keys are left out
+// instead of masked. Everything is in base 2: log2(e) * scale is folded into the queries.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+// A tile holds TILE accumulators in registers and leaves room for a row of B and a broadcast.
+#if defined(__AVX512F__)
+constexpr int W = 16, COLUMNS = 4, TILE = 24;
+#elif defined(__AVX2__)
+constexpr int W = 8, COLUMNS = 2, TILE = 12;
+#elif defined(__aarch64__)
+constexpr int W = 4, COLUMNS = 4, TILE = 24;
+#else
+constexpr int W = 4, COLUMNS = 2, TILE = 12;
+#endif
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+
+constexpr int LANES = 64;         // queries of a task, a multiple of every W
+#ifndef STEP
+#define STEP 128
+#endif
+#ifndef SPREAD
+#define SPREAD 2
+#endif
+constexpr int STEP_KEYS = STEP;    // keys between two softmax updates: scores stay in L1/L2
+constexpr float LOWEST = -1e30f;  // a pivot that no logit undercuts, finite so that no NaN arises
+constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
+
+inline vec splat(float x) { return x - vec{}; }
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// 2^x for x <= 127, relative error 1e-7; 0 from x = -126.5 on, -inf included.
+inline vec exp2(vec x) {
+    // adding MAGIC rounds to an integer and leaves it, biased like an exponent, in the low bits
+    const vec MAGIC = splat(12582912.0f + 127.0f);
+    x = larger(x, splat(-127.0f));
+    vec shifted = x + MAGIC;
+    vec f = x - (shifted - MAGIC);
+    vec power = (vec)((ivec)shifted << 23);
+    vec p = splat(0.0013277939287945628f);
+    p = p * f + 0.009675757959485054f;
+    p = p * f + 0.05550709739327431f;
+    p = p * f + 0.24022114276885986f;
+    p = p * f + 0.6931469440460205f;
+    p = p * f + 1.0000001192092896f;
+    return p * power;
+}
+
+// Memory for n floats, aligned to a cache line.
+struct Buffer {
+    std::unique_ptr<float, void (*)(void*)> memory{nullptr, std::free};
+    float* data = nullptr;
+
+    explicit Buffer(int64_t n) {
+        if (n == 0) return;
+        memory.reset(static_cast<float*>(std::malloc((n + 16) * sizeof(float))));
+        if (!memory) std::abort();
+        auto address = reinterpret_cast<uintptr_t>(memory.get());
+        data = reinterpret_cast<float*>((address + 63) & ~uintptr_t(63));
+    }
+    float& operator[](int64_t i) { return data[i]; }
+    const float& operator[](int64_t i) const { return data[i]; }
+    explicit operator bool() const { return data; }
+};
+
+// Consecutive key rows and their values; bias, if any, is added to their logits.
+struct Run {
+    const float *k, *v, *bias;
+    int64_t k_stride, v_stride, rows;
+};
+
+// scores[key][lane] = bias[key] + k[key] . q[:, lane], and its maximum over keys in top[lane].
+struct Scores {
+    const Run& run;
+    int64_t dim, lanes;
+    const float* q;
+    float *scores, *top;
+    int64_t ahead;  // distance in floats to the keys of the next run, to fetch them early
+
+    template <int R, int C>
+    inline __attribute__((always_inline)) void tile(int64_t row, int64_t lane) const {
+        vec acc[R][C];
+        const float* a[R];
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++) {
+            a[r] = run.k + (row + r) * run.k_stride;
+            vec start = run.bias ? splat(run.bias[row + r]) : vec{};
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) acc[r][c] = start;
+            if (lane == 0)
+                for (int64_t d = 0; d < dim; d += 16) {
+                    __builtin_prefetch(run.v + (row + r) * run.v_stride + d);
+                    __builtin_prefetch(a[r] + ahead + d);
+                }
+        }
+        const float* b = q + lane;
+        for (int64_t d = 0; d < dim; d++, b += lanes) {
+            vec x[C];
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) x[c] = load(b + c * W);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                for (int c = 0; c < C; c++) acc[r][c] += splat(a[r][d]) * x[c];
+        }
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            vec best = load(top + lane + c * W);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; r++) {
+                store(scores + (row + r) * lanes + lane + c * W, acc[r][c]);
+                best = larger(best, acc[r][c]);
+            }
+            store(top + lane + c * W, best);
+        }
+    }
+};
+
+// out[d][lane] = factor[lane] * out[d][lane] + sum over keys of v[key][d] * weights[key][lane].
+struct Values {
+    const Run& run;
+    int64_t lanes;
+    const float *weights, *factor;
+    float* out;
+
+    template <int R, int C>
+    inline __attribute__((always_inline)) void tile(int64_t row, int64_t lane) const {
+        vec acc[R][C];
+        float* target = out + row * lanes + lane;
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            vec by = factor ? load(factor + lane + c * W) : splat(1.0f);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; r++) acc[r][c] = by * load(target + r * lanes + c * W);
+        }
+        const float *a = run.v + row, *b = weights + lane;
+        for (int64_t n = 0; n < run.rows; n++, a += run.v_stride, b += lanes) {
+            vec x[C];
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) x[c] = load(b + c * W);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                for (int c = 0; c < C; c++) acc[r][c] += splat(a[r]) * x[c];
+        }
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) store(target + r * lanes + c * W, acc[r][c]);
+    }
+};
+
+template <int R, int C, class Op>
+void last_rows(const Op& op, int64_t rows, int64_t row, int64_t lane) {
+    if constexpr (R > 0) {
+        if (rows == R) op.template tile<R, C>(row, lane);
+        else last_rows<R - 1, C>(op, rows, row, lane);
+    }
+}
+
+// C vectors of queries from `lane` on, in tiles of as many rows as the registers hold.
+template <int C, class Op>
+void sweep_lanes(const Op& op, int64_t rows, int64_t lane) {
+    constexpr int R = std::min(TILE / C, 12);
+    int64_t row = 0;
+    for (; row + R <= rows; row += R) op.template tile<R, C>(row, lane);
+    last_rows<R - 1, C>(op, rows - row, row, lane);
+}
+
+template <class Op>
+void sweep(const Op& op, int64_t rows) {
+    int64_t lane = 0;
+    for (; lane + COLUMNS * W <= op.lanes; lane += COLUMNS * W)
+        sweep_lanes<COLUMNS>(op, rows, lane);
+    int64_t columns = (op.lanes - lane) / W;
+    if constexpr (COLUMNS > 3)
+        if (columns == 3) sweep_lanes<3>(op, rows, lane);
+    if constexpr (COLUMNS > 2)
+        if (columns == 2) sweep_lanes<2>(op, rows, lane);
+    if (columns == 1) sweep_lanes<1>(op, rows, lane);
+}
+
+}  // namespace
+
+// Everything is fp32 with unit stride along dim, or int32 and contiguous where not said otherwise.
+extern "C" {
+struct Problem {
+    const float *q, *k, *v;
+    const int32_t *counts, *indices;  // [mask_batch, heads, q_blocks(, width)]
+    const int32_t* lengths;           // [batch] valid keys, or null: all
+    const int64_t* order;             // [orders, tokens], or null: natural
+    const uint8_t* pooled;            // [heads]: not-kept blocks stand in by their mean
+    const float* known_lse;           // block mass: [batch, heads, q_tokens], or null
+    float *out, *lse, *mass;          // lse and mass are contiguous
+    int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, token
+    int64_t batch, heads, kv_heads, q_tokens, kv_tokens, dim;
+    int64_t q_block, kv_block, mask_batch, width, orders, threads;
+    double scale;
+};
+}
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Where the valid keys of every block lie, for every batch element and head that differs in them.
+class Keys {
+  public:
+    Keys(const Problem& p, bool values, bool means)
+        : p(p), values(values), blocks(ceil_div(p.kv_tokens, p.kv_block)),
+          heads(p.orders > 1 ? p.heads : p.kv_heads), pack(p.order || spread()),
+          keys(pack ? p.batch * heads * p.kv_tokens * p.dim : 0),
+          packed(pack && values ? p.batch * heads * p.kv_tokens * p.dim : 0),
+          means(means ? 2 * units() * p.dim : 0), counts(units()) {}
+
+    int64_t units() const { return p.batch * heads * blocks; }
+    // Block 0 of query head h.
+    int64_t unit(int64_t b, int64_t h) const { return (b * heads + h * heads / p.heads) * blocks; }
+
+    // Count and, where needed, gather and average the valid rows of one block.
+    void prepare(int64_t unit) {
+        const int64_t row = unit / blocks, b = row / heads, h = row % heads;
+        const int64_t first = unit % blocks * p.kv_block;
+        const int64_t last = std::min(first + p.kv_block, p.kv_tokens);
+        const int64_t valid = p.lengths ? p.lengths[b] : p.kv_tokens;
+        if (!pack && !means) {
+            counts[unit] = std::clamp<int64_t>(valid - first, 0, last - first);
+            return;
+        }
+        const int64_t* ids = p.order ? p.order + (p.orders > 1 ? h * p.kv_tokens : 0) : nullptr;
+        const float* source[2] = {natural(p.k, p.k_stride, b, h), nullptr};
+        if (values) source[1] = natural(p.v, p.v_stride, b, h);
+        const int64_t stride[2] = {p.k_stride[2], p.v_stride[2]};
+        float* target[2] = {&keys[(row * p.kv_tokens + first) * p.dim],
+                            &packed[(row * p.kv_tokens + first) * p.dim]};
+        float* mean = &means[2 * unit * p.dim];
+        int64_t n = 0;
+        if (means) std::fill_n(mean, 2 * p.dim, 0.0f);
+        for (int64_t i = first; i < last; i++) {
+            const int64_t id = ids ? ids[i] : i;
+            if (id >= valid) continue;
+            for (int x = 0; x <= values; x++) {
+                const float* from = source[x] + id * stride[x];
+                if (pack) std::memcpy(target[x] + n * p.dim, from, p.dim * sizeof(float));
+                if (means)
+                    for (int64_t d = 0; d < p.dim; d++) mean[x * p.dim + d] += from[d];
+            }
+            n++;
+        }
+        if (means && n)
+            for (int64_t d = 0; d < 2 * p.dim; d++) mean[d] /= static_cast<float>(n);
+        counts[unit] = n;
+    }
+
+    int64_t count(int64_t unit) const { return counts[unit]; }
+    const float* mean_key(int64_t unit) const { return &means[2 * unit * p.dim]; }
+    const float* mean_value(int64_t unit) const { return mean_key(unit) + p.dim; }
+
+    // The valid rows of a block; without values, keys stand for them.
+    Run run(int64_t unit) const {
+        const int64_t row = unit / blocks, first = unit % blocks * p.kv_block;
+        if (pack) {
+            const int64_t at = (row * p.kv_tokens + first) * p.dim;
+            return {&keys[at], &(values ? packed : keys)[at], nullptr, p.dim, p.dim, counts[unit]};
+        }
+        const int64_t b = row / heads, h = row % heads;
+        const float* k = natural(p.k, p.k_stride, b, h) + first * p.k_stride[2];
+        if (!values) return {k, k, nullptr, p.k_stride[2], p.k_stride[2], counts[unit]};
+        const float* v = natural(p.v, p.v_stride, b, h) + first * p.v_stride[2];
+        return {k, v, nullptr, p.k_stride[2], p.v_stride[2], counts[unit]};
+    }
+
+  private:
+    // Rows far apart, as in [batch, tokens, heads, dim], collide in the first-level cache.
+    bool spread() const {
+        return p.k_stride[2] > SPREAD * p.dim || (values && p.v_stride[2] > SPREAD * p.dim);
+    }
+    const float* natural(const float* x, const int64_t* stride, int64_t b, int64_t h) const {
+        return x + b * stride[0] + h * p.kv_heads / heads * stride[1];
+    }
+
+    const Problem& p;
+    const bool values;
+
+  public:
+    const int64_t blocks;
+
+  private:
+    const int64_t heads;
+    const bool pack;
+    Buffer keys, packed, means;
+    std::vector<int64_t> counts;
+};
+
+// The queries of one task, their pivots, weights and sums: one per thread, for many tasks.
+struct Workspace {
+    const Problem& p;
+    const int64_t lanes;
+    Buffer q, scores, out, pivot, top, factor, total;
+    std::vector<int64_t> ids;  // natural token of every lane that holds one
+
+    Workspace(const Problem& p, int64_t lanes, int64_t columns)
+        : p(p), lanes(lanes), q(p.dim * lanes), scores(STEP_KEYS * lanes), out(columns * lanes),
+          pivot(lanes), top(lanes), factor(lanes), total(lanes) {}
+
+    // Positions first .. last - 1 of head h as columns, and no key seen yet.
+    void begin(int64_t b, int64_t h, int64_t first, int64_t last) {
+        const int64_t* order = p.order ? p.order + (p.orders > 1 ? h * p.q_tokens : 0) : nullptr;
+        const float* base = p.q + b * p.q_stride[0] + h * p.q_stride[1];
+        const float by = static_cast<float>(p.scale) * LOG2_E;
+        ids.resize(last - first);
+        for (int64_t i = 0; i < last - first; i++) {
+            ids[i] = order ? order[first + i] : first + i;
+            const float* from = base + ids[i] * p.q_stride[2];
+            for (int64_t d = 0; d < p.dim; d++) q[d * lanes + i] = from[d] * by;
+        }
+        for (int64_t i = last - first; i < lanes; i++)
+            for (int64_t d = 0; d < p.dim; d++) q[d * lanes + i] = 0;
+        std::fill_n(&pivot[0], lanes, LOWEST);
+        std::fill_n(&total[0], lanes, 0.0f);
+    }
+
+    // The scores of a run behind `row` others of this step.
+    void score(const Run& run, int64_t row, int64_t ahead) {
+        sweep(Scores{run, p.dim, lanes, &q[0], &scores[row * lanes], &top[0], ahead}, run.rows);
+    }
+
+    // Scores of this step to weights under a new pivot; `factor` takes old sums to it.
+    void weigh(int64_t rows) {
+        for (int64_t i = 0; i < lanes; i += W) {
+            const vec old = load(&pivot[i]), now = larger(old, load(&top[i]));
+            const vec by = exp2(old - now);
+            store(&pivot[i], now);
+            store(&factor[i], by);
+            store(&total[i], load(&total[i]) * by + exponentials(i, rows, now, true));
+        }
+    }
+
+    // Sum over the first `rows` keys of 2^(score - pivot) for the lanes i .. i + W - 1.
+    vec exponentials(int64_t i, int64_t rows, vec pivot, bool keep) {
+        vec sum{};
+        for (int64_t n = 0; n < rows; n++) {
+            vec x = exp2(load(&scores[n * lanes + i]) - pivot);
+            if (keep) store(&scores[n * lanes + i], x);
+            sum += x;
+        }
+        return sum;
+    }
+
+    float lse(int64_t lane) const { return (pivot[lane] + std::log2(total[lane])) * LN_2; }
+};
+
+// Lanes of a task: as many as a query block has, in whole vectors.
+int64_t task_lanes(const Problem& p) { return std::min<int64_t>(LANES, round_up(p.q_block, 16)); }
+
+// All runs of one task: kept blocks, neighbours joined, then the means of the others.
+class RunList {
+  public:
+    RunList(const Problem& p, const Keys& keys)
+        : p(p), keys(keys), means(2 * keys.blocks * p.dim), bias(keys.blocks) {}
+
+    std::vector<Run> runs;
+
+    void collect(int64_t b, int64_t h, int64_t i) {
+        const int64_t q_blocks = ceil_div(p.q_tokens, p.q_block);
+        const int64_t row = ((p.mask_batch > 1 ? b : 0) * p.heads + h) * q_blocks + i;
+        const int32_t* list = p.indices + row * p.width;
+        const int64_t count = p.counts[row], unit = keys.unit(b, h);
+        runs.clear();
+        for (int64_t n = 0; n < count; n++) append(keys.run(unit + list[n]));
+        if (!p.pooled[h] || count == keys.blocks) return;
+        float *k = &means[0], *v = &means[keys.blocks * p.dim];
+        int64_t others = 0;
+        for (int64_t j = 0, n = 0; j < keys.blocks; j++) {
+            if (n < count && list[n] == j) {
+                n++;
+            } else if (keys.count(unit + j)) {
+                std::copy_n(keys.mean_key(unit + j), p.dim, k + others * p.dim);
+                std::copy_n(keys.mean_value(unit + j), p.dim, v + others * p.dim);
+                bias[others++] = std::log2(static_cast<float>(keys.count(unit + j)));
+            }
+        }
+        append({k, v, &bias[0], p.dim, p.dim, others});
+    }
+
+  private:
+    // Cut to what one step takes; joined with the run before where memory continues.
+    void append(Run run) {
+        if (!runs.empty() && !run.bias) {
+            Run& last = runs.back();
+            const int64_t more = std::min(STEP_KEYS - last.rows, run.rows);
+            if (last.k + last.rows * last.k_stride == run.k) {
+                last.rows += more;
+                advance(run, more);
+            }
+        }
+        while (run.rows > 0) {
+            runs.push_back(run);
+            runs.back().rows = std::min<int64_t>(run.rows, STEP_KEYS);
+            advance(run, runs.back().rows);
+        }
+    }
+    static void advance(Run& run, int64_t rows) {
+        run.k += rows * run.k_stride;
+        run.v += rows * run.v_stride;
+        if (run.bias) run.bias += rows;
+        run.rows -= rows;
+    }
+
+    const Problem& p;
+    const Keys& keys;
+    Buffer means, bias;
+};
+
+void attend(const Problem& p, Workspace& space, const std::vector<Run>& runs) {
+    float* out = &space.out[0];
+    std::fill_n(out, p.dim * space.lanes, 0.0f);
+    for (size_t first = 0, last; first < runs.size(); first = last) {
+        int64_t rows = 0;
+        std::fill_n(&space.top[0], space.lanes, -std::numeric_limits<float>::infinity());
+        for (last = first; last < runs.size() && rows + runs[last].rows <= STEP_KEYS; last++) {
+            const int64_t ahead = last + 1 < runs.size() ? runs[last + 1].k - runs[last].k : 0;
+            space.score(runs[last], rows, ahead);
+            rows += runs[last].rows;
+        }
+        space.weigh(rows);
+        rows = 0;
+        for (size_t n = first; n < last; n++) {
+            const float* factor = n == first ? &space.factor[0] : nullptr;
+            const float* weights = &space.scores[rows * space.lanes];
+            sweep(Values{runs[n], space.lanes, weights, factor, out}, p.dim);
+            rows += runs[n].rows;
+        }
+    }
+}
+
+// Quotients and LSE to the natural places of the queries.
+void finish(const Problem& p, Workspace& space, int64_t b, int64_t h) {
+    float* base = p.out + b * p.out_stride[0] + h * p.out_stride[1];
+    for (size_t i = 0; i < space.ids.size(); i++) {
+        const float by = space.total[i] > 0 ? 1 / space.total[i] : 0;
+        float* to = base + space.ids[i] * p.out_stride[2];
+        for (int64_t d = 0; d < p.dim; d++) to[d] = space.out[d * space.lanes + i] * by;
+        p.lse[(b * p.heads + h) * p.q_tokens + space.ids[i]] = space.lse(i);
+    }
+}
+
+}  // namespace
+
+extern "C" int accel_attention(const Problem* problem) {
+    const Problem& p = *problem;
+    const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
+    const int64_t parts = ceil_div(p.q_block, lanes), rows = p.batch * p.heads * q_blocks;
+    Keys keys(p, true, std::any_of(p.pooled, p.pooled + p.heads, [](auto x) { return x; }));
+    std::atomic<int64_t> next_unit{0}, next_task{0};
+#pragma omp parallel num_threads(p.threads)
+    {
+        for (int64_t unit; (unit = next_unit++) < keys.units();) keys.prepare(unit);
+        Workspace space(p, lanes, p.dim);
+        RunList list(p, keys);
+#pragma omp barrier
+        for (int64_t task; (task = next_task++) < rows * parts;) {
+            const int64_t row = task / parts, i = row % q_blocks;
+            const int64_t b = row / q_blocks / p.heads, h = row / q_blocks % p.heads;
+            const int64_t first = i * p.q_block + task % parts * lanes;
+            const int64_t end = std::min({first + lanes, (i + 1) * p.q_block, p.q_tokens});
+            if (first >= end) continue;
+            space.begin(b, h, first, end);
+            list.collect(b, h, i);
+            attend(p, space, list.runs);
+            finish(p, space, b, h);
+        }
+    }
+    return 0;
+}
