@@ -82,7 +82,8 @@ class Choice:
             known = [*PATTERNS, *ESTIMATORS]
             raise PlanError(f"select kind {kind!r} is unknown; {nearest(str(kind), known)}")
         order = _typed("choice.order", data.get("order", "thw"), str)
-        return cls(chosen, _guard(lambda o: parse_order(o) and o, order), data.get("rest", "drop"))
+        rest = _typed("choice.rest", data.get("rest", "drop"), str)
+        return cls(chosen, _guard(lambda o: parse_order(o) and o, order), rest)
 
 
 DENSE = Choice(Full())
@@ -115,14 +116,7 @@ class Plan:
             raise PlanError(f"plan {self.name!r} names no site")
         if len(self.sites) > MAX_SITES:
             raise PlanError(f"plan {self.name!r} names {len(self.sites)} sites, over {MAX_SITES}")
-        block = tuple(self.block)
-        if len(block) != 2 or any(
-            type(b) is not int or not 16 <= b <= MAX_BLOCK or b & (b - 1) for b in block
-        ):
-            raise PlanError(
-                f"block must be two powers of two from 16 to {MAX_BLOCK}, got {self.block!r}"
-            )
-        object.__setattr__(self, "block", block)
+        object.__setattr__(self, "block", _block(self.block))
         sites = {s: tuple(tuple(heads) for heads in bands) for s, bands in self.sites.items()}
         object.__setattr__(self, "sites", sites)
         if self.grid is not None:
@@ -274,7 +268,7 @@ class Plan:
             n_sites=_typed("n_sites", data["n_sites"], int),
             head_dim=_typed("head_dim", data["head_dim"], int),
             schedule=Schedule.from_dict(data["schedule"]),
-            block=tuple(_typed("block", data["block"], list)),
+            block=_block(_typed("block", data["block"], list)),
             grid=None if grid is None else _grid(_typed("grid", grid, list)),
             expected=_typed("expected", data.get("expected", {}), dict),
             provenance=_typed("provenance", data.get("provenance", {}), dict),
@@ -339,11 +333,19 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and isfinite(value)
 
 
-def _grid(value: Sequence[int]) -> Grid:
+def _grid(value: Sequence[Any]) -> Grid:
     grid = tuple(value)
     if len(grid) != 3 or any(type(n) is not int or n < 1 for n in grid):
         raise PlanError(f"a grid is three positive integers (t, h, w), got {value!r}")
     return grid
+
+
+def _block(value: Sequence[Any]) -> tuple[int, int]:
+    if len(value) != 2 or any(
+        type(b) is not int or not 16 <= b <= MAX_BLOCK or b & (b - 1) for b in value
+    ):
+        raise PlanError(f"block must be two powers of two from 16 to {MAX_BLOCK}, got {value!r}")
+    return value[0], value[1]
 
 
 def _table(what: str, data: Any, known: set[str] | None, required: set[str]) -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ from accel.schedule import Phase
 logger = logging.getLogger("accel")
 
 Heads = Float[Tensor, "batch heads tokens dim"]
+KeyHeads = Float[Tensor, "batch kv_heads kv_tokens dim"]
 # Sees every dense call (site, run, q, k, v, out) and may put another output in its place.
 Observer = Callable[[Site, "Run", Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -119,8 +120,8 @@ class Session:
         self,
         site: Site,
         q: Heads,
-        k: Heads,
-        v: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
         dense: Callable[[], Heads],
         obstacle: str | None,
     ) -> Heads:
@@ -162,7 +163,7 @@ class Session:
         return out
 
     def _sparse_choices(
-        self, site: Site, run: Run, q: Heads, k: Heads, obstacle: str | None
+        self, site: Site, run: Run, q: Heads, k: KeyHeads, obstacle: str | None
     ) -> tuple[Choice, ...] | None:
         """The choices of a sparse call, or None where the call has to be dense."""
         assert run.phase.band is not None
@@ -204,8 +205,8 @@ class Session:
         run: Run,
         choices: tuple[Choice, ...],
         q: Heads,
-        k: Heads,
-        v: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
     ) -> SiteMask:
         assert run.layout is not None
         assert run.where is not None

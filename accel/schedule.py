@@ -5,7 +5,7 @@ composition and stay dense (SVG, STA, Radial Attention and AdaSpa spend 10 to 30
 there); a dense tail is optional (the hybrid schedules of xDiT and ComfyUI).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,10 +44,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("bands", "refresh"):
-            points = getattr(self, name)
-            if isinstance(points, str) or not hasattr(points, "__iter__"):
-                raise PlanError(f"schedule.{name} is a list of numbers in (0, 1), got {points!r}")
-            points = tuple(_number(f"schedule.{name}", p) for p in points)
+            points = _numbers(f"schedule.{name}", getattr(self, name))
             if any(not 0 < p < 1 for p in points) or list(points) != sorted(set(points)):
                 raise PlanError(
                     f"schedule.{name} must ascend strictly inside (0, 1), got {list(points)}"
@@ -84,14 +81,19 @@ class Schedule:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Schedule":
+    def from_dict(cls, data: Any) -> "Schedule":
         if not isinstance(data, Mapping):
             raise PlanError(f"schedule must be a table, got {type(data).__name__}")
-        known = ("dense_start", "dense_end", "bands", "refresh")
+        readers: dict[str, Callable[[str, Any], Any]] = {
+            "dense_start": _number,
+            "dense_end": _number,
+            "bands": _numbers,
+            "refresh": _numbers,
+        }
         for key in data:
-            if key not in known:
-                raise PlanError(f"schedule has no key {key!r}; {nearest(str(key), known)}")
-        return cls(**data)
+            if key not in readers:
+                raise PlanError(f"schedule has no key {key!r}; {nearest(str(key), readers)}")
+        return cls(**{key: readers[key](f"schedule.{key}", data[key]) for key in data})
 
 
 def _number(name: str, value: Any) -> float:
@@ -101,6 +103,12 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except OverflowError as error:
         raise PlanError(f"{name} is too large a number") from error
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise PlanError(f"{name} is a list of numbers in (0, 1), got {values!r}")
+    return tuple(_number(name, value) for value in values)
 
 
 def _steps(fraction: float, total: int) -> int:

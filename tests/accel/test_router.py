@@ -1,0 +1,310 @@
+"""A session by itself: random queries and keys, no model."""
+
+import logging
+import re
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import accel.router
+from accel.context import Where
+from accel.errors import AccelError
+from accel.estimators import AdaptiveBlockMass, BlockMassTopK
+from accel.geometry import Geometry, Site
+from accel.layout import Layout
+from accel.pattern import Full, Window
+from accel.plan import Choice, Plan
+from accel.router import Session
+from accel.schedule import Schedule
+
+LAYOUT = Layout.of((3, 4, 7))
+A, B = Site("a", 2, 8), Site("b", 2, 8)
+GEOMETRY = Geometry("M", (A, B))
+STATIC = Choice(Window(t=0))
+ONLINE = Choice(BlockMassTopK(keep=0.5))
+
+
+def session(*choices, strict=False, sites=(A, B), expected=None, **schedule):
+    schedule = Schedule(**{"dense_start": 0.0, **schedule})
+    heads = choices * 2 if len(choices) == 1 else choices
+    plan = Plan(
+        name="p",
+        model="M",
+        sites={s.name: (heads,) * schedule.n_bands for s in sites},
+        n_sites=2,
+        head_dim=8,
+        schedule=schedule,
+        block=(16, 16),
+        expected=expected or {},
+    )
+    return Session(plan, GEOMETRY, strict=strict)
+
+
+def qkv(batch=1, seed=0, tokens=84):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, 2, tokens, 8, generator=generator) for _ in range(3))
+
+
+def attend(session, site=A, tensors=None, obstacle=None):
+    q, k, v = tensors or qkv()
+    dense = scaled_dot_product_attention(q, k, v)
+    return session.attend(site, q, k, v, lambda: dense, obstacle), dense
+
+
+def run(session, steps, total=10, branches=("",), tensors=None, layout=LAYOUT):
+    outs = []
+    for step in steps:
+        for branch in branches:
+            session.begin(layout, Where(step, total, branch))
+            outs += [attend(session, site, tensors)[0] for site in (A, B)]
+    return outs
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Every selection of blocks that is made, as (choices, layout)."""
+    made = []
+    select = accel.router.site_mask
+
+    def spy(choices, q, k, v, *, layout, block, lse):
+        made.append((choices, layout))
+        return select(choices, q, k, v, layout=layout, block=block, lse=lse)
+
+    monkeypatch.setattr(accel.router, "site_mask", spy)
+    return made
+
+
+class TestMasks:
+    def test_static_masks_are_shared_by_sites_branches_and_steps(self, looks):
+        run(session(STATIC), range(10), branches=("cond", "uncond"))
+        assert len(looks) == 1
+
+    def test_online_masks_belong_to_a_site_and_a_branch(self, looks):
+        run(session(ONLINE), range(10), branches=("cond", "uncond"))
+        assert len(looks) == 4
+
+    def test_online_masks_are_made_anew_at_refresh_points_alone(self, looks):
+        one = session(ONLINE, dense_start=0.2, refresh=(0.1, 0.5, 0.8))
+        counts = []
+        for step in range(10):
+            run(one, [step])
+            counts.append(len(looks) // 2)
+        assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+        assert len(one.run.masks) == 2, "masks of earlier generations are let go"
+
+    def test_a_static_head_beside_an_online_one(self, looks):
+        one = session(STATIC, ONLINE, refresh=(0.5,))
+        run(one, range(10))
+        assert len(looks) == 4
+
+    def test_bands_with_the_same_choices_share_their_masks(self, looks):
+        run(session(ONLINE, bands=(0.5,)), range(10))
+        assert len(looks) == 2
+
+    def test_a_refresh_reuses_the_rows_that_it_found(self, monkeypatch):
+        given = []
+        find = AdaptiveBlockMass._select
+
+        def spy(self, call):
+            given.append(call.lse is not None)
+            return find(self, call)
+
+        monkeypatch.setattr(AdaptiveBlockMass, "_select", spy)
+        run(session(Choice(AdaptiveBlockMass(keep=0.5)), refresh=(0.5,)), range(10))
+        assert given == [False, False, True, True]
+
+    def test_another_batch_size_gets_masks_of_its_own(self):
+        one = session(ONLINE, refresh=(0.5,))
+        run(one, [0], tensors=qkv(batch=2))
+        alone = session(ONLINE)
+        run(alone, [0], tensors=qkv(batch=1))
+        expected = run(alone, [1], tensors=qkv(batch=1))
+        for out, same in zip(run(one, [1], tensors=qkv(batch=1)), expected, strict=True):
+            assert torch.equal(out, same)
+
+    def test_adaptive_rows_of_another_batch_size_are_not_reused(self):
+        one = session(Choice(AdaptiveBlockMass(keep=0.5)), refresh=(0.5,))
+        run(one, [0], tensors=qkv(batch=2))
+        assert run(one, [6], tensors=qkv(batch=3))[0].shape[0] == 3
+
+
+class TestRuns:
+    """A new run starts from nothing: what it gives does not depend on what was before."""
+
+    FRESH = 5
+
+    def after(self, before, looks, **second):
+        """Outputs of a run at FRESH steps with other tensors, after what `before` does."""
+        one = session(ONLINE, **second.pop("plan", {}))
+        before(one)
+        looks.clear()
+        outs = run(one, range(self.FRESH), total=self.FRESH, tensors=qkv(seed=1), **second)
+        other = session(ONLINE)
+        alone = run(other, range(self.FRESH), total=self.FRESH, tensors=qkv(seed=1), **second)
+        assert all(torch.equal(a, b) for a, b in zip(outs, alone, strict=True))
+        assert {key: (r.calls, r.keep) for key, r in one.records.items()} == {
+            key: (r.calls, r.keep) for key, r in other.records.items()
+        }
+        return one
+
+    def test_a_whole_run(self, looks):
+        self.after(lambda s: run(s, range(5), total=5), looks)
+
+    def test_a_run_of_another_length(self, looks):
+        self.after(lambda s: run(s, [0], total=3), looks)
+
+    @pytest.mark.parametrize("step", [0, 1, 4])
+    def test_an_interrupted_run(self, looks, step):
+        self.after(lambda s: run(s, range(step + 1), total=5), looks)
+
+    def test_another_layout(self, looks):
+        self.after(
+            lambda s: run(s, [0], total=5, layout=Layout.of((3, 7, 4))),
+            looks,
+        )
+
+    def test_an_unknown_step_between(self, looks):
+        def before(one):
+            run(one, range(3), total=5)
+            one.begin(LAYOUT, None)
+
+        self.after(before, looks)
+
+    def test_an_unknown_layout_between(self, looks):
+        def before(one):
+            run(one, [0], total=5, layout=Layout.of((3, 7, 4)))
+            one.begin(None, Where(0, 5))
+
+        self.after(before, looks)
+
+    def test_branches_of_the_first_step_are_one_run(self, looks):
+        one = session(ONLINE)
+        run(one, range(3), branches=("cond", "uncond"))
+        assert one.records["a", "band 0"].calls == 6
+        assert len(looks) == 4
+
+    def test_a_run_that_begins_late_and_is_interrupted_there(self, looks):
+        one = session(ONLINE)
+        run(one, [6])
+        looks.clear()
+        run(one, [6], tensors=qkv(seed=1))
+        assert len(looks) == 2
+
+
+class TestDense:
+    def test_dense_phases_give_what_the_user_chose(self):
+        one = session(STATIC, dense_start=0.5, dense_end=0.2)
+        for step in range(10):
+            one.begin(LAYOUT, Where(step, 10))
+            out, dense = attend(one)
+            assert (out is dense) == (step < 5 or step >= 8)
+        assert not one.notices
+
+    def test_full_choices_and_sites_left_out_are_dense_without_a_notice(self):
+        one = session(Choice(Full()), sites=(A,))
+        one.begin(LAYOUT, Where(0, 1))
+        for site in (A, B):
+            out, dense = attend(one, site)
+            assert out is dense
+        assert not one.notices
+
+    REASONS = {
+        "mask": ({"obstacle": "the call has a mask"}, {}, "the call has a mask"),
+        "other tokens": (
+            {"tensors": qkv(tokens=80)},
+            {},
+            "a has 80 tokens, but the layout ((3, 4, 7), with 0 of text) makes 84; pass layout=",
+        ),
+        "other keys": (
+            {"tensors": (qkv()[0], *qkv(tokens=70)[1:])},
+            {},
+            "a has 84 queries and 70 keys",
+        ),
+        "gradients": (
+            {"tensors": tuple(x.requires_grad_() for x in qkv())},
+            {},
+            "the call needs gradients",
+        ),
+        "predicted": (
+            {},
+            {"expected": {"attention_ratio": {"a": [1.2]}}},
+            "dense attention is predicted to be faster at a",
+        ),
+    }
+
+    @pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
+    @pytest.mark.parametrize(("call", "settings", "reason"), REASONS.values(), ids=REASONS)
+    def test_what_has_to_run_dense_says_so_once(self, caplog, call, settings, reason, strict):
+        one = session(STATIC, strict=strict, **settings)
+        one.begin(LAYOUT, Where(0, 2))
+        if strict:
+            with pytest.raises(AccelError, match=re.escape(f"strict: {reason}")):
+                attend(one, **call)
+            return
+        with caplog.at_level(logging.WARNING, logger="accel"):
+            for _ in range(3):
+                out, dense = attend(one, **call)
+                assert out is dense
+        assert len(caplog.records) == 1
+        assert reason in caplog.text
+        assert [(reason in text, n) for text, n in one.notices.items()] == [(True, 3)]
+
+    @pytest.mark.parametrize(
+        ("layout", "where", "reason"),
+        [
+            pytest.param(LAYOUT, None, "the step is unknown", id="no step"),
+            pytest.param(None, Where(0, 1), "the layout of the call is unknown", id="no layout"),
+            pytest.param(
+                Layout.of(text_after=9), Where(0, 1), "the layout (no grid, with 9", id="text"
+            ),
+        ],
+    )
+    def test_a_call_that_cannot_be_placed(self, layout, where, reason):
+        one = session(STATIC)
+        one.begin(layout, where)
+        out, dense = attend(one)
+        assert out is dense
+        assert [reason in text for text in one.notices] == [True]
+        with pytest.raises(AccelError, match=re.escape(reason)):
+            run_strict = session(STATIC, strict=True)
+            run_strict.begin(layout, where)
+            attend(run_strict)
+
+    def test_a_layout_that_was_known_before_is_not_used_for_a_call_without(self):
+        one = session(STATIC)
+        one.begin(LAYOUT, Where(0, 2))
+        one.begin(None, Where(1, 2))
+        out, dense = attend(one)
+        assert out is dense
+
+    def test_a_site_predicted_to_be_faster_is_sparse(self):
+        one = session(STATIC, expected={"attention_ratio": {"a": [0.9]}})
+        one.begin(LAYOUT, Where(0, 1))
+        assert attend(one)[0] is not attend(one)[1]
+
+
+def test_an_observer_sees_dense_calls_and_may_replace_them():
+    one = session(STATIC, dense_start=0.5)
+    seen = []
+
+    def observe(site, run, q, k, v, out):
+        seen.append((site, run.where.step))
+        return out * 0
+
+    one.observer = observe
+    outs = run(one, range(10))
+    assert seen == [(site, step) for step in range(5) for site in (A, B)]
+    assert [bool(out.any()) for out in outs] == [False] * 10 + [True] * 10
+
+
+def test_a_probe_counts_and_leaves_no_record():
+    one = session(STATIC)
+    with one.probing() as seen:
+        one.begin(LAYOUT, None)
+        out, dense = attend(one)
+    assert out is dense
+    assert seen == {"a": 1}
+    assert not one.records
+    assert not one.notices
+    assert one.probe is None

@@ -1,0 +1,37 @@
+"""What all tests share: one thread, no network, and a reason where there is no GPU."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_path(tmp_path_factory):
+    """The directory of a tiny random WanPipeline."""
+    from tiny_wan import build_tiny_wan
+
+    return build_tiny_wan(tmp_path_factory.mktemp("models") / "tiny-wan")
+
+
+@pytest.fixture
+def pipe(tiny_wan_path):
+    """A tiny random WanPipeline of its own."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(tiny_wan_path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
