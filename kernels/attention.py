@@ -55,14 +55,14 @@ def sparse_attention(
     _check_mask(mask, q, k)
     if backend not in ("auto", "triton", "cpu", "reference"):
         raise ValueError(f"backend must be auto, triton, cpu or reference, got {backend!r}")
-    backend = resolve_backend(backend, q.device)
-    if backend == "reference":
+    chosen = resolve_backend(backend, q.device)
+    if chosen == "reference":
         out, lse = sparse_attention_reference(
             q, k, v, mask, rest=rest, scale=scale, kv_length=kv_length, order=order, return_lse=True
         )
         out, lse = out.to(q.dtype), lse.float()
     else:
-        if backend == "triton":
+        if chosen == "triton":
             from accel.kernels.attention_triton import forward
         else:
             from accel.kernels.attention_cpu import forward

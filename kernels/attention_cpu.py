@@ -92,7 +92,9 @@ def _query_blocks(q: Tensor, block: int, scale: float) -> Tensor:
     return x
 
 
-def _key_blocks(k: Tensor, v: Tensor, block: int, lengths: Tensor | None, order: Tensor | None):
+def _key_blocks(
+    k: Tensor, v: Tensor, block: int, lengths: Tensor | None, order: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys with their bias column, values, and the valid tokens of each block.
 
     keys ``[batch * heads * blocks + 1, block, dim + 1]``, values alike without the column; the
