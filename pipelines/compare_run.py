@@ -132,7 +132,7 @@ class Comparison:
         except ArmFailed as error:
             self._errors[arm] = str(error)
             del self._workers[arm]
-            print(f"{arm.name} failed: {error}", file=sys.stderr)
+            tqdm.write(f"{arm.name} failed: {error}", file=sys.stderr)
             return False
         self.book.write(arm, name, answer, prompt)
         return True

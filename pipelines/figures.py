@@ -1,0 +1,201 @@
+"""The pictures of a comparison report: pure functions from measurements to SVG and PNG bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from accel.pipelines.video_files import to_bytes
+from accel.records import DENSE_LABEL
+
+ACCENT, OTHER, INK, FAINT = "#0f766e", "#64748b", "#1e293b", "#cbd5e1"
+FRAMES_SHOWN = 6
+AMPLIFIED = 4
+MAX_OUTLINES = 4000  # more lines than that hide the map
+UNIFORM_RANGE = 2.0  # attention maps span 10^-2 to 10^2 times uniform attention
+
+Frames = Float[np.ndarray, "_frames _height _width 3"]
+
+
+def trade_off(arms: Mapping[str, Any], shown: str) -> bytes:
+    """Speed-up against PSNR (mean, and a whisker down to the worst video); `shown` in colour."""
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes: Axes = figure.subplots()
+    points = {n: a for n, a in arms.items() if a.get("psnr") and a.get("speedup")}
+    for turn, (name, arm) in enumerate(sorted(points.items(), key=lambda p: p[1]["psnr"]["mean"])):
+        x, quality = arm["speedup"], arm["psnr"]
+        colour = ACCENT if name == shown else OTHER
+        axes.plot([x, x], [quality["worst"], quality["mean"]], color=colour, lw=1.5, alpha=0.6)
+        axes.plot([x], [quality["mean"]], "o", ms=9 if name == shown else 7, color=colour)
+        axes.plot([x], [quality["worst"]], "_", ms=8, color=colour)
+        right = turn % 2 == 0
+        axes.annotate(
+            name,
+            (x, quality["mean"]),
+            xytext=(9 if right else -9, 4),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            color=colour,
+            weight="bold" if name == shown else "normal",
+        )
+    axes.axvline(1, color=FAINT, lw=1.5, zorder=0)
+    axes.annotate(
+        "dense", (1, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), color=OTHER,
+        textcoords="offset points",
+    )  # fmt: skip
+    axes.margins(x=0.18, y=0.15)
+    axes.set_xlabel("speed-up over dense (times)")
+    axes.set_ylabel("PSNR against dense (dB)")
+    _plain(axes)
+    return _svg(figure)
+
+
+def keep_and_recall(arms: Mapping[str, Any]) -> bytes:
+    """For every arm: blocks kept by layer and band as a heat map, and recall by layer beside it."""
+    shown = {name: _by_layer(arm["summary"]) for name, arm in arms.items() if arm.get("summary")}
+    layers = max(len(table["sites"]) for table in shown.values())
+    figure = Figure(
+        figsize=(2.5 * len(shown) + 0.8, 2 * (0.9 + 0.16 * max(layers, 6))), layout="constrained"
+    )
+    grid = figure.subplots(2, len(shown), squeeze=False, sharey=True)
+    image = None
+    for column, (name, table) in enumerate(shown.items()):
+        axes = grid[0, column]
+        keep = np.ma.masked_invalid(table["keep"])
+        image = axes.imshow(keep, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+        for (row, band), value in np.ndenumerate(table["keep"]):
+            if layers <= 12 and not np.isnan(value):
+                colour = "white" if value > 0.55 else INK
+                axes.text(band, row, f"{value:.2f}", ha="center", va="center", color=colour, size=8)
+        axes.set_title(name, color=INK, size=11, weight="bold")
+        axes.set_xticks(range(len(table["bands"])), table["bands"], size=8)
+        rows = np.arange(len(table["sites"]))
+        _recall(grid[1, column], rows, table["recall"], table["worst"])
+    for axes in grid[:, 0]:
+        axes.set_ylabel("layer")
+        axes.set_yticks(range(layers) if layers <= 12 else range(0, layers, 5))
+    if image is not None:
+        figure.colorbar(image, ax=grid[0].tolist(), label="blocks kept", shrink=0.9)
+    return _svg(figure)
+
+
+def _recall(axes: Axes, rows: Any, recall: Any, worst: Any) -> None:
+    axes.hlines(rows, worst, recall, color=FAINT, lw=3)
+    axes.plot(worst, rows, "|", color=OTHER, ms=8, label="worst head")
+    axes.plot(recall, rows, "o", color=ACCENT, ms=5, label="mean")
+    axes.set_xlim(0, 1.03)
+    axes.set_xlabel("recall", size=9)
+    axes.tick_params(labelsize=8)
+    _plain(axes)
+
+
+def _by_layer(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of a run summary as tables: keep `[layer, band]`; recall, mean over bands, by layer."""
+    rows = [r for r in summary["rows"] if r["phase"] != DENSE_LABEL]
+    sites = list(dict.fromkeys(r["site"] for r in summary["rows"]))
+    bands = sorted({r["phase"] for r in rows})
+    keep = np.full((len(sites), max(1, len(bands))), np.nan)
+    recall, worst = np.full(len(sites), np.nan), np.full(len(sites), np.nan)
+    for row in rows:
+        keep[sites.index(row["site"]), bands.index(row["phase"])] = row["keep"]
+    for index, site in enumerate(sites):
+        found = [r for r in rows if r["site"] == site and r["recall"] is not None]
+        if found:
+            recall[index] = np.mean([r["recall"] for r in found])
+            worst[index] = min(r["worst_recall"] for r in found)
+    return {"sites": sites, "bands": bands, "keep": keep, "recall": recall, "worst": worst}
+
+
+def attention_maps(
+    maps: Sequence[Mapping[str, Any]],
+    mass: Sequence[Float[np.ndarray, "_rows _columns"]],
+    keep: Sequence[Bool[np.ndarray, "_q_blocks _kv_blocks"]],
+) -> bytes:
+    """Heads of a few layers: mean attention between cells as a multiple of uniform attention.
+
+    What is not kept lies under a veil, and kept blocks have an outline.
+    """
+    sites = list(dict.fromkeys(m["site"] for m in maps))
+    heads = max(sum(m["site"] == site for m in maps) for site in sites)
+    figure = Figure(figsize=(2.9 * heads + 0.9, 3.1 * len(sites)), layout="constrained")
+    grid = figure.subplots(len(sites), heads, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    image = None
+    for one, weights, kept in zip(maps, mass, keep, strict=True):
+        row = sites.index(one["site"])
+        column = [m["head"] for m in maps if m["site"] == one["site"]].index(one["head"])
+        axes = grid[row, column]
+        extent = (0, one["tokens"], one["tokens"], 0)
+        relative = np.log10(np.maximum(weights * one["tokens"], 1e-9))
+        image = axes.imshow(
+            relative, cmap="magma", vmin=-UNIFORM_RANGE, vmax=UNIFORM_RANGE, extent=extent,
+            interpolation="nearest",
+        )  # fmt: skip
+        _draw_kept(axes, kept, one["block"], one["tokens"])
+        axes.set_title(
+            f"{one['site']}  head {one['head']}\n{one['choice']}\n"
+            f"keeps {kept.mean():.0%}, recall {one['recall']:.0%}",
+            size=8, color=INK, loc="left",
+        )  # fmt: skip
+    if image is not None:
+        bar = figure.colorbar(image, ax=grid.ravel().tolist(), shrink=0.5, aspect=30)
+        ticks = [-2, -1, 0, 1, 2]
+        bar.set_ticks(ticks, labels=["1/100", "1/10", "uniform", "10 x", "100 x"])
+    return _png(figure, dpi=110)
+
+
+def _draw_kept(axes: Axes, kept: Any, block: Sequence[int], tokens: int) -> None:
+    """A veil over the blocks that are not kept, and lines where kept meets not kept."""
+    rows, columns = kept.shape
+    y = np.minimum(np.arange(rows + 1) * block[0], tokens)
+    x = np.minimum(np.arange(columns + 1) * block[1], tokens)
+    veil = np.where(kept, np.nan, 1.0)
+    axes.pcolormesh(x, y, veil, cmap="gray_r", vmin=0, vmax=2, alpha=0.55, linewidth=0)
+    across = np.argwhere(np.diff(kept.astype(np.int8), axis=1))
+    down = np.argwhere(np.diff(kept.astype(np.int8), axis=0))
+    if len(across) + len(down) <= MAX_OUTLINES:
+        style = {"color": "#5eead4", "lw": 0.6}
+        axes.vlines(x[across[:, 1] + 1], y[across[:, 0]], y[across[:, 0] + 1], **style)
+        axes.hlines(y[down[:, 0] + 1], x[down[:, 1]], x[down[:, 1] + 1], **style)
+    axes.set_xlim(0, tokens)
+    axes.set_ylim(tokens, 0)
+
+
+def strip(video: Frames) -> bytes:
+    """Evenly spaced frames side by side, at their own size, as PNG."""
+    chosen = np.linspace(0, len(video) - 1, min(FRAMES_SHOWN, len(video))).round().astype(int)
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(list(to_bytes(video[chosen])), axis=1)).save(
+        buffer, "png", optimize=True
+    )
+    return buffer.getvalue()
+
+
+def difference(video: Frames, reference: Frames) -> Frames:
+    """`4 |video - reference|`, clipped at 1."""
+    return (AMPLIFIED * np.abs(video - reference)).clip(0, 1)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e2e8f0", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK)
+
+
+def _svg(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _png(figure: Figure, dpi: int) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

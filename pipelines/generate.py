@@ -1,0 +1,45 @@
+"""`accel-generate`: one video from one prompt, with a plan or without."""
+
+import time
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from accel.command import run_command
+from accel.errors import AccelError
+from accel.pipelines.enable import enable, summary
+from accel.pipelines.host import Host, ModelConfig, find_path
+from accel.pipelines.video_files import checked_path, write_video
+
+
+def generate(config: dict[str, Any]) -> None:
+    """Generate what `config` describes, write the file, and say what the plan did."""
+    prompt = "" if config["prompt"] is None else str(config["prompt"]).strip()
+    if not prompt:
+        raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
+    model = ModelConfig(**config["model"])
+    path = checked_path(config["out"])
+    host = Host(model)
+    if config["plan"]:
+        enable(host.pipe, find_path(config["plan"]), strict=config["strict"])
+    overrides = {} if config["steps"] is None else {"num_inference_steps": config["steps"]}
+    begun = time.perf_counter()
+    host.pipe.set_progress_bar_config(disable=False)
+    video = host.generate(prompt, config["seed"], **overrides)
+    seconds = time.perf_counter() - begun
+    write_video(path, video, fps=model.fps, min_side=config["min_side"])
+    if config["plan"]:
+        print(summary(host.pipe))
+    frames, height, width, _ = video.shape
+    print(f"{path}: {frames} frames of {width} x {height}, generated in {seconds:.1f} s")
+
+
+@hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="generate")
+def main(config: DictConfig) -> None:
+    """Entry point of the console script."""
+    run_command(lambda: generate(OmegaConf.to_container(config, resolve=True)))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
