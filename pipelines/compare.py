@@ -13,7 +13,7 @@ from accel.files import write_atomically
 from accel.pipelines.compare_run import Comparison
 from accel.pipelines.compare_settings import CompareSettings, named_plans
 from accel.pipelines.compare_table import as_markdown, as_text
-from accel.pipelines.host import ModelConfig
+from accel.pipelines.model_settings import model_config
 
 
 def compare(config: dict[str, Any], command: str) -> None:
@@ -33,7 +33,7 @@ def compare(config: dict[str, Any], command: str) -> None:
         command=command,
     )
     folder = Path(config["out"])
-    results = Comparison(ModelConfig(**config["model"]), settings, folder).run()
+    results = Comparison(model_config(config["model"]), settings, folder).run()
     print(as_text(results))
     table = write_atomically(folder / "results.md", as_markdown(results))
     print(f"results: {folder / 'results.json'}\ntable: {table}")

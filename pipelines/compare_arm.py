@@ -14,15 +14,16 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from accel.errors import AccelError
 from accel.pipelines.adapters import denoisers_of
 from accel.pipelines.enable import enable, session_of, summary
-from accel.pipelines.host import Host, ModelConfig
+from accel.pipelines.host import Host
 from accel.pipelines.look import look
+from accel.pipelines.model_settings import model_config
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
 from accel.schedule import Schedule
@@ -34,7 +35,7 @@ class Arm:
     """The pipeline of one arm. plan: a plan file, the name of a recipe, or None for dense."""
 
     def __init__(self, model: dict[str, Any], plan: str | None) -> None:
-        self._config = ModelConfig(**model)
+        self._config = model_config(model)
         self._plan = plan
         self._host: Host | None = None
 
@@ -171,8 +172,8 @@ def _median(values: Iterable[float]) -> float | None:
     return median(found) if found else None
 
 
-def serve(arm: Any, lines: Iterable[str], answers: TextIO) -> None:
-    """Obey every line; an error is an answer too, and the arm goes on."""
+def serve(arm: Any, lines: Iterable[str], say: Callable[[str], Any]) -> None:
+    """Obey every line and `say` the answer; an error is one too, and the arm goes on."""
     for line in lines:
         command = json.loads(line)
         name = command.pop("do")
@@ -185,15 +186,19 @@ def serve(arm: Any, lines: Iterable[str], answers: TextIO) -> None:
             traceback.print_exc()
             known = isinstance(error, AccelError)
             answer = {"error": str(error) if known else f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+        say(json.dumps(answer))
 
 
 def main() -> None:
     """Serve the arm that the specification file describes."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w")  # what libraries print shall not be taken for one
     os.dup2(2, 1)
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    serve(Arm(spec["model"], spec["plan"]), sys.stdin, answers)
+    serve(
+        Arm(spec["model"], spec["plan"]),
+        sys.stdin,
+        lambda text: print(text, file=answers, flush=True),
+    )
 
 
 if __name__ == "__main__":

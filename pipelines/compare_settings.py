@@ -24,7 +24,7 @@ class CompareSettings:
     rounds: int = 3
     timing_prompts: int = 2
     seed: int = 0
-    arms_timeout_s: float = 1800
+    arms_timeout_s: int | float = 1800
     command: str = ""
 
     def __post_init__(self) -> None:

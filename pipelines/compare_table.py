@@ -140,7 +140,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines += [f"| {' | '.join(row)} |" for row in body]
     about = (
         f"{settings['model']}, {results['device']}, {settings['dtype']}, {settings['steps']} steps,"
-        f" {len(settings['prompts'])} prompts, {settings['rounds']} rounds, {results['date']}"
+        f" prompts: {len(settings['prompts'])}, rounds: {settings['rounds']}, {results['date']}"
     )
     notes = [f"- {line}" for line in failures(results)]
     return "\n".join([*lines, "", about, *([""] if notes else []), *notes]) + "\n"

@@ -50,7 +50,7 @@ class Worker:
             self._answers.put(line)
         self._answers.put(None)
 
-    def ask(self, command: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    def ask(self, command: dict[str, Any], timeout_s: int | float) -> dict[str, Any]:
         """The answer to one command; raises ArmFailed, after which the process is gone."""
         try:
             assert self._process.stdin is not None

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from accel.command import run_command
 from accel.errors import AccelError
 from accel.pipelines.enable import enable, summary
-from accel.pipelines.host import Host, ModelConfig, find_path
+from accel.pipelines.host import Host, find_path
+from accel.pipelines.model_settings import model_config
 from accel.pipelines.video_files import checked_path, write_video
 
 
@@ -18,7 +19,7 @@ def generate(config: dict[str, Any]) -> None:
     prompt = "" if config["prompt"] is None else str(config["prompt"]).strip()
     if not prompt:
         raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
-    model = ModelConfig(**config["model"])
+    model = model_config(config["model"])
     path = checked_path(config["out"])
     host = Host(model)
     if config["plan"]:

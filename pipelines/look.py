@@ -24,7 +24,7 @@ from accel.plan import DENSE, Plan
 from accel.router import Run
 from accel.schedule import Phase, Schedule
 
-MAX_SITES, MAX_HEADS = 4, 4
+MAX_SITES, MAX_HEADS = 3, 4
 MAX_CELLS = 160  # per side of a map, as far as the blocks of the plan allow
 
 
@@ -33,7 +33,7 @@ class _Seen(Exception):
 
 
 def look(host: Host, plans: list[Plan], prompt: str, seed: int, path: Path) -> dict[str, Any]:
-    """Write the maps of up to 4 x 4 sites and heads to `path` (npz); says what was looked at.
+    """Write the maps of up to 3 sites with 4 heads each to `path` (npz); says what was looked at.
 
     Step: the middle of the sparse ones; branch: the conditional one. Of a pipeline with two
     denoisers, the one that is at work in that step.

@@ -58,7 +58,7 @@ def _head(results: Mapping[str, Any], shown: str) -> str:
     about = (
         f"{results['device']} · {settings['dtype']} · {settings['steps']} steps ·"
         f" {frames.get('num_frames', 1)} frames of {frames.get('width')} x {frames.get('height')} ·"
-        f" {len(settings['prompts'])} prompts, {settings['rounds']} rounds · {results['date'][:10]}"
+        f" prompts: {len(settings['prompts'])}, rounds: {settings['rounds']} · {results['date'][:10]}"
     )
     return (
         f"<header><h1>{escape(settings['model'])}</h1><p class=about>{escape(about)}</p>"
@@ -175,8 +175,8 @@ def _maps(folder: Path, shown: str) -> str:
         f"Attention and kept blocks of {shown}",
         f"<div class=plot>{picture}</div><p>Rows are queries, columns keys, in the token order of"
         f" the head; step {seen['step'] + 1} of {seen['steps']}, conditional branch, of a dense run"
-        " up to there. Bright is more attention, logarithmic, against uniform attention. Veiled"
-        " blocks are not computed; the masks are those of the refresh that holds at this step.</p>",
+        " up to there. Bright is more attention, logarithmic, against uniform attention. Below"
+        " each map, only the blocks that the plan computes, by the masks that hold at this step.</p>",
     )
 
 
@@ -190,7 +190,8 @@ def _about(results: Mapping[str, Any]) -> str:
         "call": _listed(settings["call"]),
         "prompts": "; ".join(settings["prompts"]),
         "noise": f"seed {settings['seed']} + number of the prompt",
-        "rounds": f"{settings['rounds']}, of {settings['timing_prompts']} prompts after the first",
+        "rounds": f"{settings['rounds']}; those after the first repeat the timing of"
+        f" {settings['timing_prompts']} prompts",
         "versions": _listed(results["versions"]),
         "date": results["date"],
     }

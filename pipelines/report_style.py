@@ -18,8 +18,9 @@ section { background: white; border: 1px solid var(--line); border-radius: 12px;
 .tile span { color: var(--soft); font-size: 13px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; white-space: nowrap; }
-th { font-size: 12.5px; font-weight: 600; color: var(--soft);
+table { font-size: 13.5px; }
+th, td { padding: 7px 8px; text-align: right; white-space: nowrap; }
+th { font-size: 12px; font-weight: 600; color: var(--soft);
   border-bottom: 2px solid var(--line); }
 td { border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
@@ -35,16 +36,16 @@ summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; }
 dt { font-weight: 600; } dd { margin: 0; }
 .plot img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
-.moving { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 14px; }
-figure { margin: 0; } figure img { width: 100%; border-radius: 8px; display: block; }
+.moving { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 14px; }
+figure { margin: 0; max-width: 240px; } figure img { width: 100%; border-radius: 8px; display: block; }
 figcaption { font-size: 13px; font-weight: 600; text-align: center; margin-top: 4px; }
 .strips { display: grid; grid-template-columns: max-content 1fr 1fr; gap: 6px 12px;
   align-items: center; margin-top: 22px; font-size: 13px; }
 .strips > span { color: var(--soft); }
 .strips img { width: 100%; display: block; border-radius: 4px; }
 .strips i { color: var(--soft); }
-pre { background: #0f172a; color: #e2e8f0; padding: 14px 18px; border-radius: 8px; overflow-x: auto;
-  font-size: 13px; }
+pre { background: #0f172a; color: #e2e8f0; padding: 14px 18px; border-radius: 8px;
+  white-space: pre-wrap; font-size: 13px; }
 @media (max-width: 640px) {
   .strips { grid-template-columns: 1fr; } .strips > span { display: none; }
 }

@@ -1,0 +1,276 @@
+"""Comparisons: isolated arms, paired times, what is made once, and what goes wrong in one arm."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+from tiny_wan import tiny_wan_config
+
+from accel.errors import AccelError, PlanError
+from accel.pipelines.compare_arm import Arm, StepClock, serve, warm_up_steps
+from accel.pipelines.compare_book import ArmSpec, Book, Job
+from accel.pipelines.compare_run import Comparison
+from accel.pipelines.compare_settings import DENSE, CompareSettings, named_plans
+from accel.pipelines.compare_table import as_markdown, as_text
+from accel.pipelines.compare_worker import ArmFailed, Worker
+from accel.pipelines.model_settings import model_config
+from accel.schedule import Schedule
+
+
+class InProcess:
+    """An arm without a process: the same commands, answers and failures, through JSON."""
+
+    asked: list[tuple[str, str, str]]
+
+    def __init__(self, folder, spec):
+        self._name = folder.name
+        self._arm = Arm(json.loads(json.dumps(spec))["model"], spec["plan"])
+
+    def ask(self, command, timeout_s):
+        assert timeout_s > 0
+        self.asked.append((self._name, command["do"], command.get("prompt", "")))
+        answers = []
+        serve(self._arm, [json.dumps(command)], answers.append)
+        answer = json.loads(answers[0])
+        if "error" in answer:
+            raise ArmFailed(answer["error"])
+        return answer["ok"]
+
+    def close(self):
+        self._arm = None
+
+
+@pytest.fixture(scope="module")
+def model(tiny_wan_path):
+    return model_config(tiny_wan_config(tiny_wan_path))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Two recipes, and a plan that was made for another model."""
+    choice = {"select": {"kind": "full"}}
+    plan = {
+        "schema": 1,
+        "name": "foreign",
+        "model": "AnotherTransformer",
+        "n_sites": 1,
+        "head_dim": 24,
+        "grid": None,
+        "block": [64, 64],
+        "schedule": {},
+        "choices": [choice],
+        "sites": {"blocks.0.attn1": [[0, 0]]},
+    }
+    path = tmp_path_factory.mktemp("plans") / "foreign.json"
+    path.write_text(json.dumps(plan))
+    return CompareSettings(
+        plans={"foreign": str(path)},
+        recipes=("sparsed", "pisa"),
+        prompts=2,
+        dtypes=("float32",),
+        rounds=2,
+        timing_prompts=1,
+        command="accel-compare plan=foreign.json",
+    )
+
+
+def run(model, settings, folder):
+    """The results, and what the arms were asked for."""
+    asked = []
+    launch = type("Launch", (InProcess,), {"asked": asked})
+    return Comparison(model, settings, folder, launch).run(), asked
+
+
+@pytest.fixture(scope="module")
+def compared(model, settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    results, asked = run(model, settings, folder)
+    return folder, results, asked
+
+
+def test_results_hold_every_arm_with_its_measurements(compared):
+    folder, results, _ = compared
+    assert results == json.loads((folder / "results.json").read_text())
+    assert results["schema"] == 1
+    assert list(results["arms"]) == ["dense", "foreign", "sparsed", "pisa"]
+    dense, sparsed = results["arms"]["dense"], results["arms"]["sparsed"]
+    assert dense["speedup"] == 1
+    assert dense["psnr"] is None
+    assert dense["keep"] == 1
+    assert sparsed["seconds"]["p20"] <= sparsed["seconds"]["median"] <= sparsed["seconds"]["p80"]
+    assert sparsed["pairs"] == 3  # two prompts, and one of them again
+    assert sparsed["paired_in_one_sitting"]
+    assert sparsed["step_seconds"]["sparse"] > 0
+    assert sparsed["step_seconds"]["dense"] is None  # step 1 of 4, which is not timed
+    assert sparsed["peak_memory_bytes"] > 2**20
+    assert 20 < sparsed["psnr"]["worst"] <= sparsed["psnr"]["mean"] <= 100
+    assert 0.5 < sparsed["ssim"]["worst"] <= 1
+    assert 0 < sparsed["keep"] < 1
+    assert sparsed["accuracy"] is None
+    assert sparsed["summary"]["plan"] == "sparsed"
+    assert results["device"].endswith("threads")
+    assert set(results["versions"]) >= {"python", "torch", "diffusers"}
+    assert results["settings"]["dtype"] == "float32"
+
+
+def test_an_arm_that_fails_is_reported_and_stops_no_other(compared):
+    _, results, asked = compared
+    foreign = results["arms"]["foreign"]
+    assert "AnotherTransformer" in foreign["error"]
+    assert foreign["speedup"] is None
+    assert [a for a in asked if a[0] == "foreign"] == [("foreign", "start", "")]
+    assert all("error" not in results["arms"][name] for name in ("dense", "sparsed", "pisa"))
+
+
+def test_the_same_comparison_again_makes_nothing_but_what_is_missing(compared, model, settings):
+    folder, before, _ = compared
+    kept = replace(settings, plans={})
+    (folder / "arms" / "sparsed" / "p01.npz").unlink()
+    _, asked = run(model, kept, folder)
+    generated = [(arm, prompt) for arm, do, prompt in asked if do == "generate"]
+    assert generated == [("sparsed", "a two moving right")]
+    after, asked = run(model, kept, folder)
+    assert [a for a in asked if a[1] == "generate"] == []
+    assert after["arms"]["sparsed"]["psnr"] == before["arms"]["sparsed"]["psnr"]
+
+
+def test_tables_name_every_arm_and_what_went_wrong(compared):
+    _, results, _ = compared
+    text, markdown = as_text(results), as_markdown(results)
+    lines = text.splitlines()
+    assert len({len(line) for line in lines[:5]}) == 1
+    assert any(line.startswith("foreign failed: ") for line in lines[5:])
+    assert markdown.splitlines()[0].startswith("| arm | speed-up |")
+    assert "float32, 4 steps, prompts: 2, rounds: 2" in markdown
+
+
+def test_measurements_of_other_noise_or_another_plan_are_not_taken_over(model, tmp_path):
+    def book(seed=0, **changes):
+        return Book(tmp_path, replace(model, **changes), ("a one",), seed, "now")
+
+    arm = ArmSpec.of("window", "window")
+    book().write(arm, "p00-r1", {"seconds": 1.0}, 0)
+    job = Job(arm, 0, 1)
+    assert book().result(job)["seconds"] == 1.0
+    assert book(seed=1).result(job) is None
+    assert book(dtype="bfloat16").result(job) is None
+    assert book().result(Job(ArmSpec.of("window", "radial"), 0, 1)) is None
+
+
+def test_the_precision_in_which_dense_is_fastest_is_taken(model, settings, tmp_path):
+    class Probed:
+        """bfloat16 has the slower start and the faster steps; float16 does not run."""
+
+        def __init__(self, folder, spec):
+            self._dtype = spec["model"]["dtype"]
+
+        def ask(self, command, timeout_s):
+            if self._dtype == "float16":
+                raise ArmFailed("no float16 here")
+            step = {"float32": 0.5, "bfloat16": 0.25}[self._dtype]
+            return {"seconds": 6 - 4 * step, "step_seconds": {"all": step}}
+
+        def close(self):
+            self._dtype = None
+
+    long = replace(model, call={**model.call, "num_inference_steps": 40})
+    wanted = replace(settings, dtypes=("float32", "bfloat16", "float16"))
+    comparison = Comparison(long, wanted, tmp_path, Probed)
+    assert comparison.probe["seconds"] == {"float32": 22.0, "bfloat16": 14.0}
+    assert comparison.probe["errors"] == {"float16": "no float16 here"}
+    assert comparison.model.dtype == "bfloat16"
+
+
+def test_arms_take_turns_in_being_first(model, settings, tmp_path):
+    jobs = Comparison(model, replace(settings, rounds=3), tmp_path, InProcess).jobs
+    firsts = [jobs[i].arm.name for i in range(0, len(jobs), 4)]
+    assert firsts == ["dense", "foreign", "foreign", "sparsed"]
+    assert [(j.prompt, j.round) for j in jobs[::4]] == [(0, 0), (1, 0), (0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [(Schedule(), 2), (Schedule(dense_end=0.2), 3), (Schedule(dense_start=1.0), 2)],
+)
+def test_warming_up_has_a_sparse_step_where_there_is_one(schedule, steps):
+    assert warm_up_steps(schedule, limit=10) == steps
+
+
+def test_steps_are_timed_between_callbacks():
+    import torch
+
+    clock, state = StepClock(torch.device("cpu")), {"latents": 1}
+    assert [clock(None, i, 0, state) for i in range(3)] == [state] * 3
+    assert len(clock.steps) == 2
+
+
+ECHO = """
+import sys, json, time
+for line in sys.stdin:
+    do = json.loads(line)["do"]
+    if do == "die": print("no memory left", file=sys.stderr); sys.exit(3)
+    if do == "hang": time.sleep(60)
+    print(json.dumps({"error": "bad"} if do == "fail" else {"ok": {"done": do}}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [("fail", "^bad$"), ("die", "code 3: no memory left"), ("hang", r"within 0.5 s \(arms_timeo")],
+)
+def test_a_worker_that_fails_says_how(tmp_path, do, message):
+    worker = Worker(tmp_path, {}, (sys.executable, "-c", ECHO))
+    assert worker.ask({"do": "start"}, 60) == {"done": "start"}
+    with pytest.raises(ArmFailed, match=message):
+        worker.ask({"do": do}, 0.5 if do == "hang" else 60)
+    worker.close()
+
+
+def test_an_arm_answers_errors_and_goes_on(model):
+    answers = []
+    lines = ['{"do": "generate", "prompt": "a one", "seed": 0}', '{"do": "__init__"}']
+    serve(Arm(tiny_wan_config(model.path), None), lines, answers.append)
+    first, second = map(json.loads, answers)
+    assert first == {"error": "the arm was not started"}
+    assert "not '__init__'" in second["error"]
+
+
+def test_wrong_settings_are_refused_before_anything_runs(model, settings, tmp_path):
+    with pytest.raises(PlanError, match="did you mean 'sparsed'"):
+        replace(settings, recipes=("sparsd",))
+    with pytest.raises(AccelError, match="rounds is 0"):
+        replace(settings, rounds=0)
+    with pytest.raises(AccelError, match="did you mean 'float32'"):
+        replace(settings, dtypes=("float23",))
+    with pytest.raises(AccelError, match="has 2"):
+        replace(settings, prompts=3).prompts_of(model)
+    with pytest.raises(AccelError, match="cannot be called 'dense'"):
+        _ = replace(settings, plans={"dense": "a"}).arms
+    with pytest.raises(AccelError, match="no file"):
+        named_plans("nowhere.json")
+
+
+def test_plans_are_named_by_their_files_or_by_the_user(tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        path.touch()
+    assert named_plans(None) == {}
+    assert list(named_plans(str(paths[0]))) == ["a"]
+    assert list(named_plans(list(map(str, paths)))) == ["a", "b"]
+    assert list(named_plans({"mild": str(paths[0])})) == ["mild"]
+    with pytest.raises(AccelError, match="same name"):
+        named_plans([str(paths[0])] * 2)
+    assert DENSE.plan is None
+
+
+@pytest.mark.slow
+def test_the_process_of_an_arm_generates(model, tmp_path):
+    worker = Worker(tmp_path, {"plan": "sparsed", "model": tiny_wan_config(model.path)})
+    assert worker.ask({"do": "start"}, 240)["plan"] == "sparsed"
+    made = worker.ask(
+        {"do": "generate", "prompt": "a one", "seed": 0, "save": str(tmp_path / "v.npz")}, 240
+    )
+    assert made["seconds"] > 0
+    assert (tmp_path / "v.npz").is_file()
+    worker.close()
