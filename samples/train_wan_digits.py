@@ -1,0 +1,172 @@
+"""Train `samples/models/wan-digits`: a small text-to-video pipeline that
+`WanPipeline.from_pretrained` loads.
+
+    python samples/train_wan_digits.py --minutes 85 --seed 0
+
+Four stages, each resumed where it stopped when the command is given again with --resume: the
+autoencoder, the cache of encoded videos, the denoiser with its text encoder, and the decoder once
+more on whole videos. Two CPU cores are enough.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from training import Run, save_atomically
+from wan_digits_denoiser import DenoiserSettings, Latents, denoiser_step
+from wan_digits_model import build_text_encoder, build_tokenizer, build_transformer, export
+from wan_digits_vae import VaeSettings, build_vae, encode_videos, refine_decoder, train_vae
+
+HERE = Path(__file__).parent
+FIRST_TRAINING_VIDEO = (
+    10_000  # indices below are the autoencoder's, those above a million are for evaluation
+)
+
+
+def trained_vae(run: Run, minutes: float) -> AutoencoderKLWan:
+    """The autoencoder with the mean and deviation of its latents in the config.
+
+    Once these are measured it is settled: cached latents depend on it, so a resumed run does not
+    train it further.
+    """
+    torch.manual_seed(run.seed)
+    vae = build_vae()
+    path = run.folder / "latent-statistics.json"
+    if not path.exists():
+        print("autoencoder:", train_vae(run, vae, VaeSettings(minutes=minutes)))
+        sample, _, _ = encode_videos(vae.eval(), run.seed, FIRST_TRAINING_VIDEO, 64)
+        mean, std = sample.float().mean((0, 2, 3, 4)), sample.float().std((0, 2, 3, 4))
+        path.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
+    result = build_vae(**json.loads(path.read_text()))
+    result.load_state_dict(torch.load(run.folder / "vae.pt", weights_only=True)["vae"])
+    return result.eval()
+
+
+def cached_latents(run: Run, vae: AutoencoderKLWan, videos: int) -> Latents:
+    """Encode the training videos once; normalised as the pipeline normalises them."""
+    path = run.folder / f"latents-{run.seed}-{videos}.pt"
+    if not path.exists():
+        save_atomically(encode_videos(vae, run.seed, FIRST_TRAINING_VIDEO, videos), path)
+    latents, coverage, prompts = torch.load(path, weights_only=True)
+    mean, std = (
+        torch.tensor(v).view(1, -1, 1, 1, 1)
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    tokenizer = build_tokenizer()
+    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    return Latents(
+        latents=((latents.float() - mean) / std).half(),
+        coverage=coverage,
+        ids=tokens.input_ids,
+        lengths=tokens.attention_mask.sum(1),
+        empty_id=tokenizer("").input_ids[0],
+    )
+
+
+def export_average(out: Path, vae: AutoencoderKLWan, weights: dict, scheduler: str) -> None:
+    """Write the pipeline with the averaged denoiser and text encoder."""
+    transformer, encoder = build_transformer(), build_text_encoder(build_tokenizer())
+    transformer.load_state_dict(weights["transformer"])
+    encoder.load_state_dict(weights["text_encoder"])
+    export(out, vae, encoder, transformer, scheduler)
+
+
+def train_denoiser(
+    rank: int,
+    processes: int,
+    run: Run,
+    vae: AutoencoderKLWan,
+    cache: Latents,
+    minutes: float,
+    out: Path,
+    scheduler: str,
+) -> None:
+    """The denoiser stage in one of `processes` processes, which share the gradients and split the
+    cores.
+    """
+    torch.set_num_threads(max(1, 2 // processes))
+    if processes > 1:
+        store = torch.distributed.FileStore(
+            str(run.folder / f"rendezvous-{os.getppid()}"), processes
+        )
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    torch.manual_seed(run.seed + 1)
+    transformer, encoder = build_transformer(), build_text_encoder(build_tokenizer())
+    step, parts = denoiser_step(
+        transformer, encoder, cache, DenoiserSettings(minutes=minutes), run.seed
+    )
+
+    def after_checkpoint(progress: float) -> None:
+        export_average(out, vae, parts["average"].weights, scheduler)
+        run.log(stage="export", progress=progress)
+
+    done = run.stage("denoiser", minutes, parts, step, after_checkpoint=after_checkpoint)
+    if rank == 0:
+        print("denoiser:", done)
+
+
+def main(
+    minutes: float,
+    seed: int,
+    out: Path,
+    work: Path,
+    videos: int,
+    scheduler: str,
+    processes: int,
+    resume: bool,
+) -> None:
+    """Run the stages: 14% of the time for the autoencoder, 80% for the denoiser, 6% for the decoder
+    on whole videos.
+    """
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    work.mkdir(parents=True, exist_ok=True)
+    if not resume and any(work.glob("*.pt")):
+        raise SystemExit(
+            f"{work} holds an earlier run: give --resume to go on with it, or another --work"
+        )
+    run = Run(work, seed)
+    vae = trained_vae(run, minutes * 0.14)
+    cache = cached_latents(run, vae, videos)
+    arguments = (processes, run, vae, cache, minutes * 0.80, out, scheduler)
+    if processes == 1:
+        train_denoiser(0, *arguments)
+    else:
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # an orderly exit takes the child processes along
+        torch.multiprocessing.spawn(train_denoiser, arguments, nprocs=processes)
+    print("decoder:", refine_decoder(run, vae, minutes * 0.06))
+    export_average(
+        out, vae, torch.load(work / "denoiser.pt", weights_only=True)["average"], scheduler
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--minutes", type=float, default=85.0, help="training time, shared out among the stages"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "models" / "wan-digits")
+    parser.add_argument("--work", type=Path, default=HERE / ".work" / "wan-digits")
+    parser.add_argument("--videos", type=int, default=1200, help="videos in the latent cache")
+    parser.add_argument("--scheduler", choices=("euler", "unipc"), default="unipc")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=2,
+        help="for the denoiser; each gets its share of two cores",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoints in --work"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(**vars(_arguments()))

@@ -1,0 +1,200 @@
+"""Parts of a small training run: a resumable clock-driven loop, Muon, and a moving average of
+weights.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+__all__ = ["Average", "Muon", "Run", "average_gradients", "rank_and_world", "save_atomically"]
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) outside a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _of_rank_zero(value: float) -> float:
+    """Rank 0's value, so that all ranks agree on the clock."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(shared, 0)
+    return shared.item()
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace gradients by their mean over the ranks, in one message."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def save_atomically(value: object, path: Path) -> None:
+    """`torch.save` that a kill at any moment leaves either the old or the new file of, never half
+    of one.
+    """
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    os.replace(part, path)
+
+
+def _orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration on `[n, rows, columns]`: the nearest (semi-)orthogonal matrices, in
+    float32.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: W -= lr * (0.2 * sqrt(max(W.shape)) * orthogonal(m) + decay * W).
+
+    Convolution weights count as matrices `[out, in * kernel]`.
+
+    `torch.optim.Muon` iterates in bfloat16, which many CPUs emulate; this one stays in float32 and
+    batches the iteration over all matrices of one shape. Update sizes match AdamW, so both share a
+    learning rate.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape.setdefault(weight.flatten(1).shape, []).append(weight)
+            for shape, weights in by_shape.items():
+                directions = []
+                for weight in weights:
+                    momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                    momentum.lerp_(weight.grad, 1 - group["momentum"])
+                    directions.append(weight.grad.lerp(momentum, group["momentum"]).flatten(1))
+                updates = _orthogonalise(torch.stack(directions)) * (0.2 * max(shape) ** 0.5)
+                for weight, update in zip(weights, updates, strict=True):
+                    weight.mul_(1 - group["lr"] * group["decay"]).sub_(
+                        update.view_as(weight), alpha=group["lr"]
+                    )
+
+
+class Average:
+    """Exponential moving average of the parameters of `modules`, whose horizon grows with the step
+    count.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
+        self.modules, self.decay = modules, decay
+        self.weights = {
+            key: {k: v.clone() for k, v in m.state_dict().items()} for key, m in modules.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, module in self.modules.items():
+            for name, value in module.state_dict().items():
+                self.weights[key][name].lerp_(value, 1 - decay)
+
+    def state_dict(self) -> dict:
+        return self.weights
+
+    def load_state_dict(self, state: dict) -> None:
+        self.weights = state
+
+
+@dataclass(frozen=True)
+class Run:
+    """A work folder with one checkpoint per stage and a log of JSON lines."""
+
+    folder: Path
+    seed: int
+
+    def log(self, **record: object) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def stage(
+        self,
+        name: str,
+        minutes: float,
+        parts: dict[str, object],
+        step: Callable[[int, float], dict[str, float]],
+        *,
+        checkpoint_minutes: float = 3.0,
+        after_checkpoint: Callable[[float], None] = lambda progress: None,
+    ) -> dict:
+        """Call `step(index, progress)` until `minutes` have been trained in all, over any number of
+        restarts.
+
+        `parts` are the things with a `state_dict`; `progress` goes from 0 to 1 with the clock.
+        Returns `{"steps": …, "seconds": …}`. The data of a step must depend on its index alone.
+        """
+        path = self.folder / f"{name}.pt"
+        done = {"steps": 0, "seconds": 0.0}
+        if path.exists():
+            saved = torch.load(path, weights_only=True)
+            done = saved["done"]
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+        first = rank_and_world()[0] == 0
+        previous, last_checkpoint, shown = time.monotonic(), done["seconds"], {}
+        with tqdm(
+            total=round(minutes, 2),
+            initial=round(done["seconds"] / 60, 2),
+            desc=name,
+            unit="min",
+            mininterval=10,
+            disable=not first,
+        ) as bar:
+            while (progress := _of_rank_zero(done["seconds"] / (60 * minutes))) < 1:
+                values = step(done["steps"], progress)
+                shown = {k: 0.95 * shown.get(k, v) + 0.05 * v for k, v in values.items()}
+                now = time.monotonic()
+                done = {"steps": done["steps"] + 1, "seconds": done["seconds"] + now - previous}
+                bar.update((now - previous) / 60)
+                bar.set_postfix(
+                    {"step": done["steps"], **{k: f"{v:.4f}" for k, v in shown.items()}},
+                    refresh=False,
+                )
+                previous = now
+                if not first:
+                    continue
+                if done["steps"] % 20 == 0:
+                    self.log(stage=name, **done, **shown)
+                if (
+                    done["seconds"] - last_checkpoint > 60 * checkpoint_minutes
+                    or done["seconds"] >= 60 * minutes
+                ):
+                    save_atomically(
+                        {"done": done, **{k: p.state_dict() for k, p in parts.items()}}, path
+                    )
+                    after_checkpoint(min(1.0, done["seconds"] / (60 * minutes)))
+                    last_checkpoint, previous = done["seconds"], time.monotonic()
+        return done

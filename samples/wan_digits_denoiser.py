@@ -1,0 +1,284 @@
+"""Training of the wan-digits denoiser and text encoder by flow matching on cached latents.
+
+    x_s = (1 - s) x_0 + s e,    the model predicts e - x_0 at timestep 1000 s.
+
+Clips grow during the run: crops of single latent frames around a digit first (100 tokens, cheap),
+then whole frames, then five of them, then all seventeen (4352 tokens). Positions enter by rotation
+only, so what a crop teaches carries over.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from training import Average, Muon, average_gradients, rank_and_world
+from transformers import UMT5EncoderModel
+from wan_digits_model import FLOW_SHIFT
+
+__all__ = ["DenoiserSettings", "Latents", "Phase", "denoiser_step", "install_processors"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Up to `until` (fraction of the stage) train on clips of `frames` latent frames, `side` cells
+    high and wide.
+    """
+
+    until: float
+    frames: int
+    side: int
+    batch: int
+    shift: float
+    digit_weight: (
+        float  # extra loss weight of cells that show a digit; none at the end, where it would bias
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiserSettings:
+    """Numbers of the denoiser stage."""
+
+    minutes: float
+    phases: tuple[Phase, ...] = (
+        Phase(until=0.33, frames=1, side=10, batch=40, shift=2.0, digit_weight=1.0),
+        Phase(until=0.46, frames=1, side=16, batch=16, shift=2.0, digit_weight=1.0),
+        Phase(until=0.72, frames=5, side=16, batch=4, shift=2.5, digit_weight=1.0),
+        Phase(until=1.0, frames=17, side=16, batch=2, shift=FLOW_SHIFT, digit_weight=0.0),
+    )
+    muon_rate: float = 4e-3
+    adam_rate: float = 2e-3
+    prompt_dropout: float = 0.12
+    average_decay: float = 0.995
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The cache: latents `[n, 8, 17, 16, 16]` (normalised, float16), coverage `[n, 17, 16, 16]`,
+    token ids `[n, l]`.
+    """
+
+    latents: Tensor
+    coverage: Tensor
+    ids: Tensor
+    lengths: Tensor
+    empty_id: int
+
+    @staticmethod
+    def _corner(shown: Tensor, shift: list[int], side: int) -> tuple[int, int]:
+        """Upper left cell of a crop around the digit in `shown` `[16, 16]`, off centre by `shift`
+        cells.
+        """
+        place = torch.arange(len(shown), dtype=torch.float32) + 0.5
+        centre = torch.stack(
+            [(shown.sum(1) * place).sum(), (shown.sum(0) * place).sum()]
+        ) / shown.sum().clamp(min=1e-3)
+        corner = (centre - side / 2).round().long() + torch.tensor(shift)
+        return tuple(corner.clamp(0, len(shown) - side).tolist())
+
+    def batch(
+        self, phase: Phase, seed: int, step: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.Generator]:
+        """Clips of step `step`, a function of `(seed, step)` and the phase alone."""
+        random = torch.Generator().manual_seed(seed * 1_000_003 + 500_000 + step)
+        # A crop shows one digit, so its prompt must name one only.
+        pool = (
+            torch.arange(len(self.latents))
+            if phase.side == 16
+            else (self.lengths == self.lengths.min()).nonzero()[:, 0]
+        )
+        videos = pool[torch.randint(len(pool), (phase.batch,), generator=random)]
+        room = self.latents.shape[2] - phase.frames
+        # The first latent frame is special (it stands for one pixel frame), so half of the clips
+        # start there.
+        starts = torch.randint(-room, room + 1, (phase.batch,), generator=random).clamp(min=0)
+        jitter = torch.randint(-1, 2, (phase.batch, 2), generator=random)
+        clean, covered = [], []
+        for video, start, shift in zip(
+            videos.tolist(), starts.tolist(), jitter.tolist(), strict=True
+        ):
+            shown = self.coverage[video, start : start + phase.frames]
+            h, w = self._corner(shown[0].float(), shift, phase.side)
+            covered.append(shown[:, h : h + phase.side, w : w + phase.side])
+            clean.append(
+                self.latents[
+                    video, :, start : start + phase.frames, h : h + phase.side, w : w + phase.side
+                ]
+            )
+        clean, coverage = torch.stack(clean).float(), torch.stack(covered).float() / 255
+        return clean, coverage, self.ids[videos], self.lengths[videos], random
+
+
+class _PaddedCrossAttention:
+    """Cross-attention in which one zero embedding stands for all padding.
+
+    `WanPipeline` pads prompts with zero vectors up to `max_sequence_length` and Wan attends to
+    them. n equal keys weigh as much as one key whose logit is raised by log(n); `bias` `[b, 1, 1,
+    l]` carries that.
+    """
+
+    bias: Tensor | None = None
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ) -> Tensor:
+        heads = (attn.heads, -1)
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads).transpose(1, 2)
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, heads).transpose(1, 2)
+        value = attn.to_v(encoder_hidden_states).unflatten(2, heads).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+class _FastSelfAttention:
+    """What `WanAttnProcessor` computes, with the rotation as one complex product: fewer passes over
+    memory.
+    """
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ) -> Tensor:
+        cosine, sine = rotary_emb
+        rotation = torch.complex(cosine[..., 0::2].float(), sine[..., 1::2].float())
+
+        def rotated(x: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(x.unflatten(2, (attn.heads, -1, 2)))
+            return torch.view_as_real(pairs * rotation).flatten(3).transpose(1, 2)
+
+        query = rotated(attn.norm_q(attn.to_q(hidden_states)))
+        key = rotated(attn.norm_k(attn.to_k(hidden_states)))
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def install_processors(transformer: WanTransformer3DModel) -> list[_PaddedCrossAttention]:
+    """Give every attention its training processor; returns those of the cross-attentions, whose
+    `bias` is to be set.
+    """
+    processors = [_PaddedCrossAttention() for _ in transformer.blocks]
+    for block, processor in zip(transformer.blocks, processors, strict=True):
+        block.attn1.set_processor(_FastSelfAttention())
+        block.attn2.set_processor(processor)
+    return processors
+
+
+def _padding(size: int, progress: float, random: torch.Generator) -> Tensor:
+    """Numbers of padding tokens: one to four at first, log-uniform in 24 to 512 from the middle of
+    the stage on.
+
+    With hundreds of padding keys from the start the words get a hundredth of the attention, their
+    gradient drowns,
+    and the text is never learned.
+    """
+    grown = min(1.0, max(0.0, (progress - 0.15) / 0.4))
+    low, high = grown * math.log(24), (1 - grown) * math.log(4) + grown * math.log(512)
+    return (
+        torch.exp(torch.empty(size).uniform_(low, high, generator=random))
+        .round()
+        .long()
+        .clamp(min=1)
+    )
+
+
+def embed_prompts(
+    encoder: UMT5EncoderModel, ids: Tensor, lengths: Tensor, padded: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Embeddings `[b, l + 1, d]` (zero from each length on) and the bias `[b, 1, 1, l + 1]` for
+    `padded` tokens in all.
+    """
+    position = torch.arange(ids.shape[1] + 1)
+    valid = position[:-1] < lengths[:, None]
+    states = encoder(ids, valid.long()).last_hidden_state * valid[..., None]
+    bias = torch.where(position < lengths[:, None], 0.0, -1e4)
+    bias[torch.arange(len(ids)), lengths] = torch.log((padded - lengths).float())
+    return F.pad(states, (0, 0, 0, 1)), bias[:, None, None]
+
+
+def optimisers(
+    transformer: nn.Module, encoder: nn.Module, settings: DenoiserSettings
+) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    hidden = {
+        id(p): p
+        for b in transformer.blocks
+        for n, p in b.named_parameters()
+        if p.ndim == 2 and n.endswith("weight")
+    }
+    others = [p for m in (transformer, encoder) for p in m.parameters() if id(p) not in hidden]
+    muon = Muon(hidden.values(), lr=settings.muon_rate, decay=0.01)
+    return muon, torch.optim.AdamW(
+        others, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0
+    )
+
+
+def denoiser_step(transformer, encoder, cache: Latents, settings: DenoiserSettings, seed: int):
+    """The step function of the stage, and the parts of its checkpoint."""
+    rank, world = rank_and_world()
+    processors = install_processors(transformer)
+    muon, adam = optimisers(transformer, encoder, settings)
+    parameters = [p for m in (transformer, encoder) for p in m.parameters()]
+    average = Average({"transformer": transformer, "text_encoder": encoder}, settings.average_decay)
+
+    def step(index: int, progress: float) -> dict[str, float]:
+        phase = next(p for p in settings.phases if progress < p.until or p is settings.phases[-1])
+        rate = min((index + 1) / 100, 1.0, 1.4 * (1 - progress) + 0.01)
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = (
+            settings.muon_rate * rate,
+            settings.adam_rate * rate,
+        )
+        clean, coverage, ids, lengths, random = cache.batch(phase, seed, index)
+        size = len(clean)
+        dropped = torch.rand(size, generator=random) < settings.prompt_dropout
+        ids[dropped], lengths[dropped] = (
+            F.pad(torch.tensor([cache.empty_id]), (0, ids.shape[1] - 1)),
+            1,
+        )
+        padded = lengths + _padding(size, progress, random)
+        # Noise levels: one stratum of the normal per clip, squashed and shifted; steadier gradients
+        # at batch 2.
+        quantile = (
+            torch.randperm(size, generator=random) + torch.rand(size, generator=random)
+        ) / size
+        base = torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)).sigmoid()
+        uniform = torch.rand(size, generator=random)
+        base = torch.where(torch.rand(size, generator=random) < 0.15, uniform, base)
+        sigma = phase.shift * base / (1 + (phase.shift - 1) * base)
+        noise = torch.randn(clean.shape, generator=random)
+        mine = slice(rank, None, world)  # every rank draws the whole batch and computes its share
+        clean, coverage, ids, lengths, padded, sigma, noise = (
+            x[mine] for x in (clean, coverage, ids, lengths, padded, sigma, noise)
+        )
+        s = sigma.view(-1, 1, 1, 1, 1)
+        embeds, bias = embed_prompts(encoder, ids, lengths, padded)
+        for processor in processors:
+            processor.bias = bias
+        velocity = transformer(
+            (1 - s) * clean + s * noise, sigma * 1000, embeds, return_dict=False
+        )[0]
+        squared = (velocity - (noise - clean)).square()
+        weight = 1 + phase.digit_weight * coverage[:, None]
+        loss = (squared * weight).mean() / weight.mean()
+        for optimiser in (muon, adam):
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(parameters)
+        nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
+        muon.step()
+        adam.step()
+        average.update(index)
+        return {
+            "loss": squared.detach().mean().item(),
+            f"loss_{phase.frames}x{phase.side}": squared.detach().mean().item(),
+        }
+
+    parts = {
+        "transformer": transformer,
+        "text_encoder": encoder,
+        "muon": muon,
+        "adam": adam,
+        "average": average,
+    }
+    return step, parts
