@@ -6,7 +6,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from accel.command import run_command
 from accel.files import write_atomically
@@ -29,6 +29,7 @@ def compare(config: dict[str, Any], command: str) -> None:
         rounds=config["rounds"],
         timing_prompts=config["timing_prompts"],
         seed=config["seed"],
+        predict=config["predict"],
         arms_timeout_s=config["arms_timeout_s"],
         command=command,
     )
@@ -44,10 +45,10 @@ def compare(config: dict[str, Any], command: str) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="compare")
-def main(config: DictConfig) -> None:
+def main(config: Any) -> None:
     """Entry point of the console script."""
     typed = shlex.join(["accel-compare", *HydraConfig.get().overrides.task])
-    run_command(lambda: compare(OmegaConf.to_container(config, resolve=True), typed))  # type: ignore[arg-type]
+    run_command(lambda: compare(OmegaConf.to_container(config, resolve=True), typed))
 
 
 if __name__ == "__main__":

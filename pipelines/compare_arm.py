@@ -20,15 +20,16 @@ import torch
 
 from accel.errors import AccelError
 from accel.pipelines.adapters import denoisers_of
-from accel.pipelines.enable import enable, session_of, summary
+from accel.pipelines.enable import disable, enable, session_of, summary
 from accel.pipelines.host import Host
-from accel.pipelines.look import look
+from accel.pipelines.look import by_denoiser, look
 from accel.pipelines.model_settings import model_config
+from accel.pipelines.pricing import load_or_measure_baseline, priced
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
 from accel.schedule import Schedule
 
-COMMANDS = ("start", "generate", "look")
+COMMANDS = ("start", "price", "generate", "look")
 
 
 class Arm:
@@ -76,6 +77,24 @@ class Arm:
             "plan": None if plan is None else plan.name,
             "digest": None if plan is None else plan.digest,
             "predicted_speedup": None if plan is None else plan.expected.get("speedup"),
+        }
+
+    def price(self, folder: str) -> dict[str, Any]:
+        """Predict this arm's speed from costs measured here; its plans go on with the prediction.
+
+        Sites at which dense is predicted to be faster then run dense. folder: keeps the timed dense
+        generation and the costs, for all arms.
+        """
+        plans = self.plans
+        disable(self.host.pipe)
+        path = Path(folder) / "baseline.json"
+        baseline = load_or_measure_baseline(self.host, self._config.calibration[0], 0, path)
+        if plans:
+            plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
+            enable(self.host.pipe, by_denoiser(plans), check=False)
+        return {
+            "attention_share": baseline.total_share,
+            "predicted_speedup": plans[0].expected.get("speedup") if plans else None,
         }
 
     def generate(

@@ -58,10 +58,17 @@ class Book:
     """The files of one comparison.
 
     sitting: names this run of the command; times of one sitting were measured beside each other.
+    priced: plans run with predictions, and so dense wherever that is predicted to be faster.
     """
 
     def __init__(
-        self, folder: Path, model: ModelConfig, prompts: tuple[str, ...], seed: int, sitting: str
+        self,
+        folder: Path,
+        model: ModelConfig,
+        prompts: tuple[str, ...],
+        seed: int,
+        sitting: str,
+        priced: bool = False,
     ) -> None:
         self.folder = folder
         self.prompts = prompts
@@ -75,6 +82,7 @@ class Book:
             "load": dict(model.load),
             "dtype": model.dtype,
             "device": str(model.resolved_device()),
+            "priced": priced,
         }
 
     def arm_folder(self, arm: ArmSpec) -> Path:

@@ -47,7 +47,7 @@ def results_of(book: Book, arm: ArmSpec, jobs: Sequence[Job]) -> dict[str, Any]:
     done = {place: record for place, record in done.items() if record is not None}
     judged = [book.read(arm, f"p{p:02d}-quality", p) for p in range(len(book.prompts))]
     judged = [q for q in judged if q is not None]
-    start = book.read(arm, "start") or {}
+    start = (book.read(arm, "start") or {}) | (book.read(arm, "price") or {})
     summary = next((r["summary"] for r in reversed(done.values()) if r["summary"]), None)
     reads = [q["reads"] for q in judged if q["reads"] is not None]
     result: dict[str, Any] = {

@@ -44,7 +44,9 @@ class Comparison:
         self.probe = self._probe(model, prompts)
         dtype = self.probe.get("chosen", model.dtype)
         self.model = replace(model, dtype=dtype, prompts=prompts)
-        self.book = Book(folder, self.model, prompts, settings.seed, self._sitting)
+        self.book = Book(
+            folder, self.model, prompts, settings.seed, self._sitting, settings.predict
+        )
         self._classifier = _classifier_of(model)
 
     @property
@@ -71,6 +73,9 @@ class Comparison:
                     self._workers[arm] = self._open(arm)
             for arm in list(self._workers):
                 self._ask(arm, {"do": "start"}, "start")
+            for arm in list(self._workers) if self.settings.predict else ():
+                costs = self.folder / "costs" / self.book.key(DENSE)
+                self._ask(arm, {"do": "price", "folder": str(costs)}, "price")
             with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
                 for job in bar:
                     bar.set_description(f"{job.arm.name}, prompt {job.prompt + 1}")
@@ -103,6 +108,7 @@ class Comparison:
                 "prompts": list(self.book.prompts),
                 "seed": self.settings.seed,
                 "rounds": self.settings.rounds,
+                "predict": self.settings.predict,
                 "timing_prompts": self.settings.timing_prompts,
                 "steps": self.model.call["num_inference_steps"],
                 "call": dict(self.model.call),

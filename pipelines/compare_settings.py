@@ -24,6 +24,7 @@ class CompareSettings:
     rounds: int = 3
     timing_prompts: int = 2
     seed: int = 0
+    predict: bool = False
     arms_timeout_s: int | float = 1800
     command: str = ""
 

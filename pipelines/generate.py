@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from accel.command import run_command
 from accel.errors import AccelError
@@ -37,9 +37,9 @@ def generate(config: dict[str, Any]) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="generate")
-def main(config: DictConfig) -> None:
+def main(config: Any) -> None:
     """Entry point of the console script."""
-    run_command(lambda: generate(OmegaConf.to_container(config, resolve=True)))  # type: ignore[arg-type]
+    run_command(lambda: generate(OmegaConf.to_container(config, resolve=True)))
 
 
 if __name__ == "__main__":

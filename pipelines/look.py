@@ -43,14 +43,13 @@ def look(host: Host, plans: list[Plan], prompt: str, seed: int, path: Path) -> d
     if at is None:
         return {"step": None, "maps": []}
     observers = [_Observer(plan, at, making) for plan in plans]
-    names = ("transformer", "transformer_2")
-    dense = {
-        name: replace(plan, schedule=replace(plan.schedule, dense_start=1.0, dense_end=0.0))
-        for name, plan in zip(names, plans, strict=False)
-    }
+    dense = [
+        replace(plan, schedule=replace(plan.schedule, dense_start=1.0, dense_end=0.0))
+        for plan in plans
+    ]
     disable(host.pipe)
     try:
-        enable(host.pipe, dense)
+        enable(host.pipe, by_denoiser(dense))
         for model, observer in zip(denoisers_of(host.pipe), observers, strict=True):
             session_of(model).observer = observer
         host.generate(prompt, seed, callback_on_step_end=_stop_after(at))
@@ -58,13 +57,18 @@ def look(host: Host, plans: list[Plan], prompt: str, seed: int, path: Path) -> d
         pass
     finally:
         disable(host.pipe)
-        enable(host.pipe, dict(zip(names, plans, strict=False)), check=False)
+        enable(host.pipe, by_denoiser(plans), check=False)
     maps = [one for observer in observers for one in observer.maps]
     buffer = io.BytesIO()
     arrays = {f"{key}-{i}": one.pop(key) for i, one in enumerate(maps) for key in ("mass", "keep")}
     np.savez_compressed(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
     return {"step": at, "steps": host.steps, "prompt": prompt, "maps": maps}
+
+
+def by_denoiser(plans: list[Plan]) -> dict[str, Plan]:
+    """Plans in the order of a pipeline's denoisers, by the names that `enable` takes."""
+    return dict(zip(("transformer", "transformer_2"), plans, strict=False))
 
 
 def looked_at(schedule: Schedule, steps: int) -> tuple[int | None, frozenset[int]]:

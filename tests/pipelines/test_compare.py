@@ -274,3 +274,13 @@ def test_the_process_of_an_arm_generates(model, tmp_path):
     assert made["seconds"] > 0
     assert (tmp_path / "v.npz").is_file()
     worker.close()
+
+
+def test_the_report_is_written_from_what_was_measured(compared):
+    from accel.pipelines.report import write_report
+
+    folder, _, _ = compared
+    page = write_report(folder).read_text()
+    assert "foreign failed: " in page
+    assert "blocks" in page
+    assert len(list((folder / "animations").glob("*.gif"))) >= 3

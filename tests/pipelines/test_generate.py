@@ -1,0 +1,89 @@
+"""One video: the file, what is said about the plan, and what is refused before anything loads."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_wan import CALL, tiny_wan_config
+
+from accel.errors import AccelError, PlanError
+from accel.pipelines.generate import generate
+from accel.pipelines.video_files import encode_animation, load_frames, save_frames, write_video
+
+
+@pytest.fixture
+def config(tiny_wan_path, tmp_path):
+    return {
+        "model": tiny_wan_config(tiny_wan_path),
+        "prompt": "a seven moving left",
+        "plan": "sparsed",
+        "strict": True,
+        "seed": 0,
+        "steps": 2,
+        "out": str(tmp_path / "video.gif"),
+        "min_side": 64,
+    }
+
+
+def test_a_plan_makes_a_gif_and_a_summary(config, tmp_path, capsys):
+    generate(config)
+    with Image.open(tmp_path / "video.gif") as gif:
+        assert gif.n_frames == CALL["num_frames"]
+        assert gif.size == (2 * CALL["width"], 2 * CALL["height"])
+    said = capsys.readouterr().out
+    assert "plan 'sparsed'" in said
+    assert "9 frames of 48 x 32" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"prompt": " "}, AccelError, "there is no prompt"),
+        ({"prompt": None}, AccelError, "there is no prompt"),
+        ({"out": "video.avi"}, AccelError, "did you mean '.gif'"),
+        ({"plan": "sparsd"}, PlanError, "did you mean 'sparsed'"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_error(config, changes, error, message):
+    with pytest.raises(error, match=message):
+        generate({**config, **changes})
+
+
+def test_unknown_and_missing_settings_of_a_model_are_named(config):
+    model = config["model"]
+    with pytest.raises(AccelError, match="did you mean 'dtype'"):
+        generate({**config, "model": {**model, "dtyp": "float32"}})
+    del model["call"]
+    with pytest.raises(AccelError, match="'call'"):
+        generate(config)
+
+
+@pytest.fixture
+def video():
+    ramp = np.linspace(0, 1, 5 * 16 * 24 * 3, dtype=np.float32)
+    return ramp.reshape(5, 16, 24, 3)
+
+
+def test_frames_come_back_within_half_a_grey_level(video, tmp_path):
+    path = save_frames(tmp_path / "deep" / "v.npz", video)
+    assert np.abs(load_frames(path) - video).max() <= 0.5 / 255 + 1e-6
+
+
+def test_mp4_has_every_frame(video, tmp_path):
+    import cv2
+
+    reader = cv2.VideoCapture(str(write_video(tmp_path / "v.mp4", video, fps=8)))
+    shapes = []
+    while (frame := reader.read()[1]) is not None:
+        shapes.append(frame.shape)
+    reader.release()
+    assert shapes == [(16, 24, 3)] * 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v.mp4"]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_small_frames_are_enlarged_by_whole_factors(video, tmp_path, kind):
+    path = tmp_path / f"v.{kind}"
+    path.write_bytes(encode_animation(video, kind, fps=10, min_side=40))
+    with Image.open(path) as image:
+        assert image.size == (72, 48)
+        assert image.n_frames == 5
