@@ -8,18 +8,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from accel.kernels import native
 from accel.kernels.arguments import check_tensors, head_orders, pooled_heads, valid_lengths
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
 
 __all__ = ["resolve_backend", "sparse_attention"]
 
+BACKENDS = ("auto", "triton", "native", "cpu", "reference")
+
 
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that ``auto`` stands for on a device; any other name comes back unchanged."""
     if backend != "auto":
         return backend
-    return "triton" if device.type == "cuda" and find_spec("triton") else "cpu"
+    if device.type == "cuda" and find_spec("triton"):
+        return "triton"
+    return "native" if device.type == "cpu" and native.available() else "cpu"
 
 
 def sparse_attention(
@@ -33,7 +38,7 @@ def sparse_attention(
     kv_length: int | Int[Tensor, " batch"] | None = None,
     order: Int[Tensor, "*heads tokens"] | None = None,
     return_lse: bool = False,
-    backend: Literal["auto", "triton", "cpu", "reference"] = "auto",
+    backend: Literal["auto", "triton", "native", "cpu", "reference"] = "auto",
 ):
     """``softmax(scale q kᵀ) v`` over the key blocks that ``mask`` keeps, in shape and dtype of q.
 
@@ -46,15 +51,16 @@ def sparse_attention(
         ``order[h, i]`` for query head h. q, k, v and the result stay in natural layout.
         It must be a permutation; values are not read.
     return_lse: also return ``ln Σ exp`` over all that is attended, fp32 ``[batch, heads, tokens]``.
-    backend: ``auto`` is triton on CUDA where triton is installed, else cpu.
+    backend: ``auto`` is triton on CUDA where triton is installed; on the CPU native, compiled at
+        first use, where there is a C++ compiler; else cpu, which needs nothing but torch.
 
     k and v may have fewer heads than q (query head h reads key head ``h * kv_heads // heads``).
     A row that attends to nothing is 0 and its LSE -inf.
     """
     check_tensors(q, k, v)
     _check_mask(mask, q, k)
-    if backend not in ("auto", "triton", "cpu", "reference"):
-        raise ValueError(f"backend must be auto, triton, cpu or reference, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     chosen = resolve_backend(backend, q.device)
     if chosen == "reference":
         out, lse = sparse_attention_reference(
@@ -64,6 +70,8 @@ def sparse_attention(
     else:
         if chosen == "triton":
             from accel.kernels.attention_triton import forward
+        elif chosen == "native":
+            from accel.kernels.attention_native import forward
         else:
             from accel.kernels.attention_cpu import forward
         out, lse = forward(

@@ -14,8 +14,13 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -65,21 +70,29 @@ inline vec exp2(vec x) {
     return p * power;
 }
 
-// Memory for n floats, aligned to a cache line.
-struct Buffer {
-    std::unique_ptr<float, void (*)(void*)> memory{nullptr, std::free};
-    float* data = nullptr;
-
+// Memory for n floats, aligned to cache lines; large ones to huge pages, since a fresh small page
+// costs more than the gathering that fills it.
+class Buffer {
+  public:
     explicit Buffer(int64_t n) {
         if (n == 0) return;
-        memory.reset(static_cast<float*>(std::malloc((n + 16) * sizeof(float))));
-        if (!memory) std::abort();
-        auto address = reinterpret_cast<uintptr_t>(memory.get());
-        data = reinterpret_cast<float*>((address + 63) & ~uintptr_t(63));
+        constexpr size_t HUGE_PAGE = size_t(1) << 21;
+        const size_t bytes = n * sizeof(float), align = bytes < HUGE_PAGE / 2 ? 64 : HUGE_PAGE;
+        const size_t size = (bytes + align - 1) / align * align;
+        data.reset(static_cast<float*>(std::aligned_alloc(align, size)));
+        if (!data) throw std::bad_alloc();
+#ifdef __linux__
+        if (align == HUGE_PAGE) madvise(data.get(), size, MADV_HUGEPAGE);
+#endif
     }
-    float& operator[](int64_t i) { return data[i]; }
-    const float& operator[](int64_t i) const { return data[i]; }
-    explicit operator bool() const { return data; }
+    float* at(int64_t i) { return data.get() + i; }
+    const float* at(int64_t i) const { return data.get() + i; }
+    float& operator[](int64_t i) { return data.get()[i]; }
+    const float& operator[](int64_t i) const { return data.get()[i]; }
+    explicit operator bool() const { return bool(data); }
+
+  private:
+    std::unique_ptr<float, decltype(&std::free)> data{nullptr, std::free};
 };
 
 // Consecutive key rows and their values; bias, if any, is added to their logits.
@@ -205,15 +218,16 @@ void sweep(const Op& op, int64_t rows) {
 extern "C" {
 struct Problem {
     const float *q, *k, *v;
+    float* out;
     const int32_t *counts, *indices;  // [mask_batch, heads, q_blocks(, width)]
     const int32_t* lengths;           // [batch] valid keys, or null: all
     const int64_t* order;             // [orders, tokens], or null: natural
-    const uint8_t* pooled;            // [heads]: not-kept blocks stand in by their mean
-    const float* known_lse;           // block mass: [batch, heads, q_tokens], or null
-    float *out, *lse, *mass;          // lse and mass are contiguous
+    const uint8_t* pooled;            // [heads]: blocks that are not kept stand in by their mean
+    const float* known_lse;           // of block mass: [batch, heads, q_tokens], or null
+    float *lse, *mass;                // contiguous
     int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, token
-    int64_t batch, heads, kv_heads, q_tokens, kv_tokens, dim;
-    int64_t q_block, kv_block, mask_batch, width, orders, threads;
+    int64_t batch, heads, kv_heads, q_tokens, kv_tokens, dim, q_block, kv_block;
+    int64_t mask_batch, width, orders, threads;
     double scale;
 };
 }
@@ -251,9 +265,9 @@ class Keys {
         const float* source[2] = {natural(p.k, p.k_stride, b, h), nullptr};
         if (values) source[1] = natural(p.v, p.v_stride, b, h);
         const int64_t stride[2] = {p.k_stride[2], p.v_stride[2]};
-        float* target[2] = {&keys[(row * p.kv_tokens + first) * p.dim],
-                            &packed[(row * p.kv_tokens + first) * p.dim]};
-        float* mean = &means[2 * unit * p.dim];
+        float* target[2] = {keys.at((row * p.kv_tokens + first) * p.dim),
+                            packed.at((row * p.kv_tokens + first) * p.dim)};
+        float* mean = means.at(2 * unit * p.dim);
         int64_t n = 0;
         if (means) std::fill_n(mean, 2 * p.dim, 0.0f);
         for (int64_t i = first; i < last; i++) {
@@ -273,7 +287,7 @@ class Keys {
     }
 
     int64_t count(int64_t unit) const { return counts[unit]; }
-    const float* mean_key(int64_t unit) const { return &means[2 * unit * p.dim]; }
+    const float* mean_key(int64_t unit) const { return means.at(2 * unit * p.dim); }
     const float* mean_value(int64_t unit) const { return mean_key(unit) + p.dim; }
 
     // The valid rows of a block; without values, keys stand for them.
@@ -281,7 +295,7 @@ class Keys {
         const int64_t row = unit / blocks, first = unit % blocks * p.kv_block;
         if (pack) {
             const int64_t at = (row * p.kv_tokens + first) * p.dim;
-            return {&keys[at], &(values ? packed : keys)[at], nullptr, p.dim, p.dim, counts[unit]};
+            return {keys.at(at), (values ? packed : keys).at(at), nullptr, p.dim, p.dim, counts[unit]};
         }
         const int64_t b = row / heads, h = row % heads;
         const float* k = natural(p.k, p.k_stride, b, h) + first * p.k_stride[2];
@@ -336,37 +350,36 @@ struct Workspace {
         }
         for (int64_t i = last - first; i < lanes; i++)
             for (int64_t d = 0; d < p.dim; d++) q[d * lanes + i] = 0;
-        std::fill_n(&pivot[0], lanes, LOWEST);
-        std::fill_n(&total[0], lanes, 0.0f);
+        std::fill_n(pivot.at(0), lanes, LOWEST);
+        std::fill_n(total.at(0), lanes, 0.0f);
     }
 
     // The scores of a run behind `row` others of this step.
     void score(const Run& run, int64_t row, int64_t ahead) {
-        sweep(Scores{run, p.dim, lanes, &q[0], &scores[row * lanes], &top[0], ahead}, run.rows);
+        sweep(Scores{run, p.dim, lanes, q.at(0), scores.at(row * lanes), top.at(0), ahead}, run.rows);
     }
 
-    // Scores of this step to weights under a new pivot; `factor` takes old sums to it.
-    void weigh(int64_t rows) {
+    // The first `rows` scores to weights 2^(score - pivot), their sums to part. The pivot rises to
+    // `top` where it is higher, and then `factor` takes what was summed before to it.
+    template <bool KEEP_WEIGHTS>
+    void weigh(int64_t rows, bool fixed_pivot, float* part) {
         for (int64_t i = 0; i < lanes; i += W) {
-            const vec old = load(&pivot[i]), now = larger(old, load(&top[i]));
+            const vec old = load(pivot.at(i)), now = fixed_pivot ? old : larger(old, load(top.at(i)));
+            vec sum{};
+            for (int64_t n = 0; n < rows; n++) {
+                const vec x = exp2(load(scores.at(n * lanes + i)) - now);
+                if (KEEP_WEIGHTS) store(scores.at(n * lanes + i), x);
+                sum += x;
+            }
             const vec by = exp2(old - now);
-            store(&pivot[i], now);
-            store(&factor[i], by);
-            store(&total[i], load(&total[i]) * by + exponentials(i, rows, now, true));
+            store(pivot.at(i), now);
+            store(factor.at(i), by);
+            store(total.at(i), load(total.at(i)) * by + sum);
+            if (part) store(part + i, sum);
         }
     }
 
-    // Sum over the first `rows` keys of 2^(score - pivot) for the lanes i .. i + W - 1.
-    vec exponentials(int64_t i, int64_t rows, vec pivot, bool keep) {
-        vec sum{};
-        for (int64_t n = 0; n < rows; n++) {
-            vec x = exp2(load(&scores[n * lanes + i]) - pivot);
-            if (keep) store(&scores[n * lanes + i], x);
-            sum += x;
-        }
-        return sum;
-    }
-
+    // -inf where no key was seen: the log of 0.
     float lse(int64_t lane) const { return (pivot[lane] + std::log2(total[lane])) * LN_2; }
 };
 
@@ -389,7 +402,7 @@ class RunList {
         runs.clear();
         for (int64_t n = 0; n < count; n++) append(keys.run(unit + list[n]));
         if (!p.pooled[h] || count == keys.blocks) return;
-        float *k = &means[0], *v = &means[keys.blocks * p.dim];
+        float *k = means.at(0), *v = means.at(keys.blocks * p.dim);
         int64_t others = 0;
         for (int64_t j = 0, n = 0; j < keys.blocks; j++) {
             if (n < count && list[n] == j) {
@@ -400,7 +413,7 @@ class RunList {
                 bias[others++] = std::log2(static_cast<float>(keys.count(unit + j)));
             }
         }
-        append({k, v, &bias[0], p.dim, p.dim, others});
+        append({k, v, bias.at(0), p.dim, p.dim, others});
     }
 
   private:
@@ -433,21 +446,21 @@ class RunList {
 };
 
 void attend(const Problem& p, Workspace& space, const std::vector<Run>& runs) {
-    float* out = &space.out[0];
+    float* out = space.out.at(0);
     std::fill_n(out, p.dim * space.lanes, 0.0f);
     for (size_t first = 0, last; first < runs.size(); first = last) {
         int64_t rows = 0;
-        std::fill_n(&space.top[0], space.lanes, -std::numeric_limits<float>::infinity());
+        std::fill_n(space.top.at(0), space.lanes, LOWEST);
         for (last = first; last < runs.size() && rows + runs[last].rows <= STEP_KEYS; last++) {
             const int64_t ahead = last + 1 < runs.size() ? runs[last + 1].k - runs[last].k : 0;
             space.score(runs[last], rows, ahead);
             rows += runs[last].rows;
         }
-        space.weigh(rows);
+        space.weigh<true>(rows, false, nullptr);
         rows = 0;
         for (size_t n = first; n < last; n++) {
-            const float* factor = n == first ? &space.factor[0] : nullptr;
-            const float* weights = &space.scores[rows * space.lanes];
+            const float* factor = n == first ? space.factor.at(0) : nullptr;
+            const float* weights = space.scores.at(rows * space.lanes);
             sweep(Values{runs[n], space.lanes, weights, factor, out}, p.dim);
             rows += runs[n].rows;
         }
@@ -465,10 +478,58 @@ void finish(const Problem& p, Workspace& space, int64_t b, int64_t h) {
     }
 }
 
-}  // namespace
+// The mass of one row of blocks. Each part (a block, or STEP_KEYS keys of one) keeps its sums and
+// the pivot they were taken with, so that one pass is enough.
+class Mass {
+  public:
+    Mass(const Problem& p, const Keys& keys, int64_t lanes)
+        : p(p), keys(keys), split(ceil_div(p.kv_block, STEP_KEYS)), lanes(lanes),
+          sums(keys.blocks * split * lanes), pivots(keys.blocks * split * lanes) {}
 
-extern "C" int accel_attention(const Problem* problem) {
-    const Problem& p = *problem;
+    void add(Workspace& space, int64_t b, int64_t h, float* mass) {
+        const int64_t unit = keys.unit(b, h), row = (b * p.heads + h) * p.q_tokens;
+        if (p.known_lse)
+            for (size_t i = 0; i < space.ids.size(); i++) {
+                const float lse = p.known_lse[row + space.ids[i]];
+                space.pivot[i] = std::isfinite(lse) ? lse * LOG2_E : 0;
+            }
+        for (int64_t part = 0; part < keys.blocks * split; part++) {
+            const int64_t skip = part % split * STEP_KEYS;
+            Run run = keys.run(unit + part / split);
+            run.rows = std::clamp<int64_t>(run.rows - skip, 0, STEP_KEYS);
+            run.k += skip * run.k_stride;
+            run.v = run.k + run.rows * run.k_stride;  // what comes next, to be fetched
+            std::fill_n(space.top.at(0), lanes, LOWEST);
+            space.score(run, 0, 0);
+            space.weigh<false>(run.rows, p.known_lse, sums.at(part * lanes));
+            std::copy_n(space.pivot.at(0), lanes, pivots.at(part * lanes));
+        }
+        // lanes without a query, or with padding, have no share
+        std::fill_n(space.factor.at(0), lanes, 0.0f);
+        const int64_t valid = p.lengths && p.q_tokens == p.kv_tokens ? p.lengths[b] : p.q_tokens;
+        for (size_t i = 0; i < space.ids.size(); i++) {
+            if (!p.known_lse) p.lse[row + space.ids[i]] = space.lse(i);
+            if (space.ids[i] < valid && space.total[i] > 0)
+                space.factor[i] = p.known_lse ? 1 : 1 / space.total[i];
+        }
+        for (int64_t part = 0; part < keys.blocks * split; part++) {
+            vec sum{};
+            for (int64_t i = 0; i < lanes; i += W) {
+                const vec by = exp2(load(pivots.at(part * lanes + i)) - load(space.pivot.at(i)));
+                sum += load(sums.at(part * lanes + i)) * by * load(space.factor.at(i));
+            }
+            for (int c = 0; c < W; c++) mass[part / split] += sum[c];
+        }
+    }
+
+  private:
+    const Problem& p;
+    const Keys& keys;
+    const int64_t split, lanes;
+    Buffer sums, pivots;
+};
+
+void attention(const Problem& p) {
     const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
     const int64_t parts = ceil_div(p.q_block, lanes), rows = p.batch * p.heads * q_blocks;
     Keys keys(p, true, std::any_of(p.pooled, p.pooled + p.heads, [](auto x) { return x; }));
@@ -491,5 +552,41 @@ extern "C" int accel_attention(const Problem* problem) {
             finish(p, space, b, h);
         }
     }
+}
+
+void block_mass(const Problem& p) {
+    const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
+    Keys keys(p, false, false);
+    std::atomic<int64_t> next_unit{0}, next_row{0};
+#pragma omp parallel num_threads(p.threads)
+    {
+        for (int64_t unit; (unit = next_unit++) < keys.units();) keys.prepare(unit);
+        Workspace space(p, lanes, 0);
+        Mass mass(p, keys, lanes);
+#pragma omp barrier
+        for (int64_t row; (row = next_row++) < p.batch * p.heads * q_blocks;) {
+            const int64_t i = row % q_blocks, b = row / q_blocks / p.heads;
+            const int64_t h = row / q_blocks % p.heads;
+            const int64_t end = std::min((i + 1) * p.q_block, p.q_tokens);
+            for (int64_t first = i * p.q_block; first < end; first += lanes) {
+                space.begin(b, h, first, std::min(first + lanes, end));
+                mass.add(space, b, h, p.mass + row * keys.blocks);
+            }
+        }
+    }
+}
+
+int guarded(void (*run)(const Problem&), const Problem* problem) {
+    try {
+        run(*problem);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
     return 0;
 }
+
+}  // namespace
+
+// 0, or 1 for want of memory.
+extern "C" int accel_attention(const Problem* problem) { return guarded(attention, problem); }
+extern "C" int accel_block_mass(const Problem* problem) { return guarded(block_mass, problem); }

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from accel.kernels import native
 from accel.kernels.arguments import check_tensors, head_orders, valid_lengths
 
 __all__ = ["block_mass"]
@@ -43,6 +44,10 @@ def block_mass(
     (batch, heads, tokens, dim), (_, kv_heads, kv_tokens, _) = q.shape, k.shape
     scale = dim**-0.5 if scale is None else scale
     lengths, orders = valid_lengths(kv_length, k), head_orders(order, q, k)
+    if q.device.type == "cpu" and native.available():
+        from accel.kernels.attention_native import block_mass as compiled
+
+        return compiled(q, k, block=block, scale=scale, lse=lse, lengths=lengths, order=orders)
     q_blocks, kv_blocks = ceil(tokens / block[0]), ceil(kv_tokens / block[1])
     valid = torch.ones(batch, kv_tokens, dtype=torch.bool, device=q.device)
     if lengths is not None:

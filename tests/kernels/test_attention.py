@@ -1,4 +1,4 @@
-"""One contract, three executions: the CPU path, the Triton kernel interpreted, and on a GPU."""
+"""One contract, four executions: torch and C++ on the CPU, Triton interpreted, and on a GPU."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from attention_cases import Backend, Case, check, interpreter_missing, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accel.kernels.attention import sparse_attention
+from accel.kernels import native
+from accel.kernels.attention import resolve_backend, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
 
@@ -22,11 +23,16 @@ CASES = [
 
 
 @pytest.fixture(
-    params=["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module"
+    params=["cpu", "native", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)],
+    scope="module",
 )
 def backend(request) -> Backend:
     if request.param == "cpu":
         return Backend("cpu", "cpu")
+    if request.param == "native":
+        if not native.available():
+            pytest.skip("no C++ compiler")
+        return Backend("native", "cpu")
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
@@ -170,9 +176,12 @@ def test_scale(backend, generator):
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+@pytest.mark.parametrize("name", ["cpu", "native"])
 @given(data=st.data())
-def test_any_shape_and_mask(data):
-    """On the CPU path, which is fast enough for many examples."""
+def test_any_shape_and_mask(name, data):
+    """On the CPU paths, which are fast enough for many examples."""
+    if name == "native" and not native.available():
+        pytest.skip("no C++ compiler")
     tokens = data.draw(st.integers(1, 90), label="tokens")
     orders = data.draw(st.sampled_from(["natural", "shared", "each"]), label="orders")
     heads = data.draw(st.sampled_from([1, 2, 4]), label="heads")
@@ -195,7 +204,7 @@ def test_any_shape_and_mask(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
     q, k, v = case.tensors(generator)
     mask = case.mask(case.dense_keep(generator))
-    check(Backend("cpu", "cpu"), q, k, v, mask, rest=rest, **case.options(generator))
+    check(Backend(name, "cpu"), q, k, v, mask, rest=rest, **case.options(generator))
 
 
 def test_reference_backend_and_auto(generator):
@@ -207,8 +216,10 @@ def test_reference_backend_and_auto(generator):
     torch.testing.assert_close(out, truth.to(torch.bfloat16))
     torch.testing.assert_close(lse, truth_lse.float())
     auto = sparse_attention(q, k, v, mask, **options)
+    resolved = resolve_backend("auto", q.device)
+    assert resolved in ("native", "cpu")
     torch.testing.assert_close(
-        auto, sparse_attention(q, k, v, mask, backend="cpu", **options), atol=0, rtol=0
+        auto, sparse_attention(q, k, v, mask, backend=resolved, **options), atol=0, rtol=0
     )
 
 
