@@ -58,7 +58,8 @@ def _head(results: Mapping[str, Any], shown: str) -> str:
     about = (
         f"{results['device']} · {settings['dtype']} · {settings['steps']} steps ·"
         f" {frames.get('num_frames', 1)} frames of {frames.get('width')} x {frames.get('height')} ·"
-        f" prompts: {len(settings['prompts'])}, rounds: {settings['rounds']} · {results['date'][:10]}"
+        f" prompts: {len(settings['prompts'])}, rounds: {settings['rounds']} ·"
+        f" {results['date'][:10]}"
     )
     return (
         f"<header><h1>{escape(settings['model'])}</h1><p class=about>{escape(about)}</p>"
@@ -176,7 +177,8 @@ def _maps(folder: Path, shown: str) -> str:
         f"<div class=plot>{picture}</div><p>Rows are queries, columns keys, in the token order of"
         f" the head; step {seen['step'] + 1} of {seen['steps']}, conditional branch, of a dense run"
         " up to there. Bright is more attention, logarithmic, against uniform attention. Below"
-        " each map, only the blocks that the plan computes, by the masks that hold at this step.</p>",
+        " each map, only the blocks that the plan computes, by the masks that hold at this step."
+        "</p>",
     )
 
 

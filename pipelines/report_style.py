@@ -37,7 +37,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; }
 dt { font-weight: 600; } dd { margin: 0; }
 .plot img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 .moving { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 14px; }
-figure { margin: 0; max-width: 240px; } figure img { width: 100%; border-radius: 8px; display: block; }
+figure { margin: 0; max-width: 240px; }
+figure img { width: 100%; border-radius: 8px; display: block; }
 figcaption { font-size: 13px; font-weight: 600; text-align: center; margin-top: 4px; }
 .strips { display: grid; grid-template-columns: max-content 1fr 1fr; gap: 6px 12px;
   align-items: center; margin-top: 22px; font-size: 13px; }

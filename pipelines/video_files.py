@@ -36,7 +36,7 @@ def load_frames(path: str | os.PathLike[str]) -> Frames:
         return file["frames"].astype(np.float32) / 255
 
 
-def encode_animation(video: Frames, kind: str, *, fps: float, min_side: int = 0) -> bytes:
+def encode_animation(video: Frames, kind: str, *, fps: int | float, min_side: int = 0) -> bytes:
     """A looping "gif" or "webp"; frames are enlarged by a whole factor to `min_side` pixels."""
     factor = max(1, -(-min_side // min(video.shape[1:3])))
     images = [Image.fromarray(frame) for frame in to_bytes(video)]
@@ -57,7 +57,7 @@ def encode_animation(video: Frames, kind: str, *, fps: float, min_side: int = 0)
 
 
 def write_video(
-    path: str | os.PathLike[str], video: Frames, *, fps: float, min_side: int = 0
+    path: str | os.PathLike[str], video: Frames, *, fps: int | float, min_side: int = 0
 ) -> Path:
     """Write a gif, a webp or an mp4, by the extension of `path`."""
     path = checked_path(path)
@@ -78,7 +78,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _write_mp4(path: Path, video: Frames, fps: float) -> Path:
+def _write_mp4(path: Path, video: Frames, fps: int | float) -> Path:
     from accel.metrics import import_cv2
 
     cv2 = import_cv2()

@@ -1,6 +1,7 @@
 """Comparisons: isolated arms, paired times, what is made once, and what goes wrong in one arm."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -123,8 +124,11 @@ def test_an_arm_that_fails_is_reported_and_stops_no_other(compared):
     assert all("error" not in results["arms"][name] for name in ("dense", "sparsed", "pisa"))
 
 
-def test_the_same_comparison_again_makes_nothing_but_what_is_missing(compared, model, settings):
-    folder, before, _ = compared
+def test_the_same_comparison_again_makes_nothing_but_what_is_missing(
+    compared, model, settings, tmp_path
+):
+    original, before, _ = compared
+    folder = shutil.copytree(original, tmp_path / "again")
     kept = replace(settings, plans={})
     (folder / "arms" / "sparsed" / "p01.npz").unlink()
     _, asked = run(model, kept, folder)
