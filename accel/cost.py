@@ -45,9 +45,6 @@ class Shape:
     device: str
     block: tuple[int, int]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "block", tuple(self.block))
-
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
@@ -80,7 +77,8 @@ class CostTable:
     def load(cls, path: Path) -> "CostTable":
         data = json.loads(path.read_text())
         sparse = {name: tuple(prices) for name, prices in data["sparse"].items()}
-        return cls(Shape(**data["shape"]), data["dense_ms"], sparse, data["select"])
+        shape = Shape(**{**data["shape"], "block": tuple(data["shape"]["block"])})
+        return cls(shape, data["dense_ms"], sparse, data["select"])
 
 
 def measure(
@@ -89,23 +87,27 @@ def measure(
     estimators: tuple[Estimator, ...] = (),
     layout: Layout | None = None,
     rounds: int = 5,
+    known: CostTable | None = None,
     progress: Callable[[Iterator[Any]], Iterator[Any]] = lambda jobs: jobs,
 ) -> CostTable:
     """Measure the prices of one shape on this device; medians over `rounds`.
 
     Masks are random with equal counts in every row: the price depends on the keep, hardly on which
-    blocks are kept. layout is needed to time estimators.
+    blocks are kept. Tensors lie in memory as models hand them over, tokens before heads. layout is
+    needed to time estimators. known: a table of this shape whose prices are not measured again.
     """
     device = torch.device(shape.device)
     generator = torch.Generator().manual_seed(0)
-    size = (1, shape.heads, shape.tokens, shape.head_dim)
+    size = (1, shape.tokens, shape.heads, shape.head_dim)
     q, k, v = (
-        torch.randn(size, generator=generator).to(device, getattr(torch, shape.dtype))
+        torch.randn(size, generator=generator)
+        .to(device, getattr(torch, shape.dtype))
+        .transpose(1, 2)
         for _ in range(3)
     )
     order = torch.stack([torch.randperm(shape.tokens, generator=generator)] * shape.heads)
     jobs: dict[tuple[str, Any], Callable[[], Any]] = {}
-    for rest in RESTS:
+    for rest in RESTS if known is None else ():
         for name, turn in (("natural", None), ("ordered", order.to(device))):
             for keep in KEEPS:
                 mask = _random_mask(shape, keep, generator).to(device)
@@ -117,7 +119,8 @@ def measure(
             raise ValueError("estimators are timed on a layout; pass layout=")
         blocking = Blocking(layout, "thw", shape.block)
         jobs["select", estimator.kind] = partial(estimator.select, q, k, v, blocking=blocking)
-    dense, prices = [], {}
+    dense: list[float] = []
+    prices: dict[tuple[str, Any], float] = {}
     for key, job in progress(iter(jobs.items())):
         job()  # warm up
         pairs = [
@@ -126,12 +129,15 @@ def measure(
         ]
         dense += [a for a, _ in pairs]
         prices[key] = median(b / a for a, b in pairs)
+    select = {kind: price for (name, kind), price in prices.items() if name == "select"}
+    if known is not None:
+        return replace(known, select={**known.select, **select})
     names = dict.fromkeys(name for name, _ in prices if name != "select")
     return CostTable(
         shape=shape,
         dense_ms=median(dense) * 1000,
         sparse={name: tuple(prices[name, keep] for keep in KEEPS) for name in names},
-        select={kind: price for (name, kind), price in prices.items() if name == "select"},
+        select=select,
     )
 
 

@@ -40,6 +40,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise AccelError(f"model.dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
+        if "." not in self.pipeline:
+            raise AccelError(
+                f"model.pipeline is {self.pipeline!r}; name its module too, as in"
+                f" diffusers.{self.pipeline}"
+            )
         for name in ("prompts", "calibration"):
             prompts = tuple(getattr(self, name))
             if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
@@ -70,9 +75,7 @@ class Host:
         path = find_path(config.path)
         try:
             pipeline = getattr(import_module(module), name)
-            self.pipe = pipeline.from_pretrained(
-                path, torch_dtype=DTYPES[config.dtype], **config.load
-            )
+            self.pipe = pipeline.from_pretrained(path, dtype=DTYPES[config.dtype], **config.load)
         except (ImportError, AttributeError, OSError) as error:
             raise AccelError(
                 f"model {config.name!r} cannot be loaded from {path!r}: {error}"

@@ -80,7 +80,7 @@ def load_or_measure_costs(
     path: Path,
     rounds: int = 5,
 ) -> CostTable:
-    """The table kept in `path` when it is of this shape and has these estimators, or a new one."""
+    """The table kept in `path`; what it lacks of this shape and these estimators is measured."""
     site = geometry_of(host.pipe).sites[0]
     shape = Shape(
         tokens=layout.length,
@@ -91,19 +91,22 @@ def load_or_measure_costs(
         block=block,
     )
     wanted = {c.select.kind: c.select for c in choices if isinstance(c.select, Estimator)}
-    if path.is_file():
-        table = CostTable.load(path)
-        if table.shape == shape and set(wanted) <= set(table.select):
-            return table
+    known = CostTable.load(path) if path.is_file() else None
+    if known is not None and known.shape != shape:
+        known = None
+    missing = [e for kind, e in wanted.items() if known is None or kind not in known.select]
+    if known is not None and not missing:
+        return known
 
     def progress(jobs: Iterator[Any]) -> Iterator[Any]:
         return iter(tqdm(list(jobs), desc="measuring costs", unit="price"))
 
     table = measure(
         shape,
-        estimators=tuple(wanted.values()),
+        estimators=tuple(missing),
         layout=layout,
         rounds=rounds,
+        known=known,
         progress=progress,
     )
     table.save(path)

@@ -90,7 +90,7 @@ def candidates_of(space: Mapping[str, Any]) -> tuple[Choice, ...]:
 
 def fingerprint(model: nn.Module) -> str:
     """Eight hexadecimal digits of the weights: another training has other ones."""
-    sums = [float(p.double().sum()) for p in model.parameters()]
+    sums = [float(p.detach().double().sum()) for p in model.parameters()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
 
 

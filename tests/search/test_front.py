@@ -1,0 +1,78 @@
+"""The trade-off: exact against enumeration where that is possible."""
+
+import itertools
+
+import pytest
+import torch
+
+from accel.estimators import BlockMassTopK
+from accel.plan import DENSE, Choice
+from accel.search.front import Times, front, within
+from accel.search.profile import Profile
+
+CANDIDATES = tuple(Choice(BlockMassTopK(keep=k)) for k in (0.1, 0.3))
+PRICES = (0.2, 0.45)
+
+
+def profile_of(seed: int, sites: int = 2, heads: int = 2) -> Profile:
+    """Random errors in which the cheaper candidate is the more harmful one."""
+    generator = torch.Generator().manual_seed(seed)
+    profile = Profile(CANDIDATES)
+    for site in range(sites):
+        low = torch.rand(1, heads, generator=generator)
+        profile.add((f"blocks.{site}", 0), torch.cat([low * 3, low]))
+    return profile
+
+
+def times_of(sites: int = 2) -> Times:
+    return Times(
+        head={f"blocks.{i}": 0.1 / 10 for i in range(sites)},
+        steps=[10],
+        price=PRICES,
+        looks=[0.5, 0.5],
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_point_is_optimal_for_its_time(seed):
+    profile, times = profile_of(seed), times_of()
+    points = front(profile, times)
+    errors = torch.cat([profile.errors[f"blocks.{i}", 0] for i in range(2)], dim=1).T
+    errors = torch.cat([errors, torch.zeros(4, 1)], dim=1)
+    time = times.of(("blocks.0", 0))
+    enumerated = []
+    for pick in itertools.product(range(3), repeat=4):
+        saved = sum(float(time[-1] - time[i]) for i in pick)
+        harm = sum(10 * float(errors[head, i]) for head, i in enumerate(pick))
+        enumerated.append((1 - saved, harm))
+    for point in points:
+        rivals = [harm for t, harm in enumerated if t <= point.time + 1e-9]
+        assert point.harm == pytest.approx(min(rivals), rel=1e-5)
+
+
+def test_the_front_falls_from_dense_to_the_fastest():
+    points = front(profile_of(5), times_of())
+    assert points[0].time == pytest.approx(1.0)
+    assert points[0].harm == 0
+    assert points[0].choices(CANDIDATES)["blocks.1"] == ((DENSE, DENSE),)
+    for slow, fast in itertools.pairwise(points):
+        assert fast.time < slow.time
+        assert fast.harm > slow.harm
+    fastest = points[-1].choices(CANDIDATES)
+    assert fastest == {f"blocks.{i}": ((CANDIDATES[0],) * 2,) for i in range(2)}
+
+
+def test_within_takes_the_least_harmful_plan_in_the_budget():
+    points = front(profile_of(6), times_of())
+    budget = points[len(points) // 2].time
+    chosen = within(points, budget)
+    assert chosen.time <= budget
+    assert chosen.harm == min(p.harm for p in points if p.time <= budget)
+    assert within(points, 0.01) == points[-1]
+
+
+def test_a_selection_that_costs_more_than_it_saves_stays_dense():
+    times = Times(head={"blocks.0": 0.1}, steps=[1], price=PRICES, looks=[0.9, 0.9])
+    points = front(profile_of(7, sites=1), times)
+    assert len(points) == 1
+    assert points[0].choices(CANDIDATES) == {"blocks.0": ((DENSE, DENSE),)}

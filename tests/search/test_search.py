@@ -1,0 +1,133 @@
+"""A whole search on a tiny random pipeline: its files, its plan, its resumption."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from tiny_wan import CALL
+
+from accel.errors import AccelError
+from accel.pipelines.host import ModelConfig
+from accel.plan import Plan
+from accel.schedule import Schedule
+from accel.search import run as search_run
+from accel.search.run import Search, SearchSettings, candidates_of, describe
+
+SPACE = {
+    "groups": [
+        {
+            "select": [{"kind": "block_mass", "keep": 0.2}, {"kind": "block_mass", "keep": 0.5}],
+            "orders": ["thw", "tile(2,2,2)"],
+            "rests": ["drop", "mean"],
+        },
+        {
+            "select": [{"kind": "window", "t": 1, "h": 2, "w": 2}],
+            "orders": ["thw"],
+            "rests": ["drop"],
+        },
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_wan_path):
+    return ModelConfig(
+        name="tiny-wan",
+        pipeline="diffusers.WanPipeline",
+        path=str(tiny_wan_path),
+        call=CALL,
+        prompts=("a two moving right",),
+        calibration=("a seven moving left", "a one moving right"),
+    )
+
+
+def settings(**changes) -> SearchSettings:
+    values = {
+        "space": SPACE,
+        "budget": 0.9,
+        "schedule": Schedule(dense_start=0.25, bands=(0.5,)),
+        "block": (32, 32),
+        "rows": 16,
+        "cost_rounds": 1,
+    }
+    return SearchSettings(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    plan, points = Search(model, settings(), folder).run()
+    return SimpleNamespace(folder=folder, plan=plan, points=points)
+
+
+def test_the_plan_fits_the_model_and_says_how_it_was_made(done, model):
+    assert set(done.plan.sites) == {"blocks.0.attn1", "blocks.1.attn1"}
+    assert done.plan.grid == (5, 8, 12)
+    assert done.plan.provenance["calibration"] == list(model.calibration)
+    assert done.plan.expected["speedup"] > 0
+    assert "measured_psnr" in done.plan.expected
+    assert Plan.from_dict(done.plan.to_dict()) == done.plan
+    assert len(list(describe(done.plan, done.points))) == 3
+
+
+def test_the_folder_has_the_front_and_its_picture(done):
+    front = json.loads((done.folder / "front.json").read_text())
+    assert [p["time"] for p in front] == [p.time for p in done.points]
+    assert (done.folder / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_budget_reuses_the_calibration(done, model, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the calibration was made again")
+
+    monkeypatch.setattr(search_run.Calibrator, "__call__", refuse)
+    plan, points = Search(model, settings(budget=0.2, validate=False), done.folder).run()
+    assert [p.time for p in points] == [p.time for p in done.points]
+    assert plan.expected["speedup"] >= done.plan.expected["speedup"]
+
+
+def test_a_killed_calibration_goes_on_with_the_next_prompt(model, tmp_path, monkeypatch):
+    begun = []
+    begin = search_run.Calibrator.begin
+
+    def killed_in_the_second(self):
+        begun.append(None)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        begin(self)
+
+    monkeypatch.setattr(search_run.Calibrator, "begin", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        Search(model, settings(validate=False), tmp_path).run()
+    Search(model, settings(validate=False), tmp_path).run()
+    assert len(begun) == 3  # prompt one; killed; prompt two
+
+
+def test_other_weights_are_calibrated_anew(done, model, monkeypatch):
+    monkeypatch.setattr(search_run, "fingerprint", lambda model: "other")
+    other = Search(model, settings(), done.folder)
+    monkeypatch.undo()
+    assert other.digest != Search(model, settings(), done.folder).digest
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5])
+def test_a_budget_outside_its_range_is_refused(budget):
+    with pytest.raises(AccelError, match=r"budget\.time is"):
+        settings(budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"groups": []}, "no candidate"),
+        ({"groups": [{"select": [], "orders": ["thw"]}]}, "lacks rests"),
+        (
+            {"groups": [{"select": [{"kind": "windw"}], "orders": ["thw"], "rests": ["drop"]}]},
+            "did you mean 'window'",
+        ),
+    ],
+    ids=["empty", "incomplete", "misspelt"],
+)
+def test_a_space_that_cannot_be_searched_is_refused(space, message):
+    with pytest.raises(AccelError, match=message):
+        candidates_of(space)
