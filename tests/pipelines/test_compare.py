@@ -288,3 +288,15 @@ def test_the_report_is_written_from_what_was_measured(compared):
     assert "foreign failed: " in page
     assert "blocks" in page
     assert len(list((folder / "animations").glob("*.gif"))) >= 3
+
+
+def test_speed_is_predicted_from_costs_measured_once_for_all_arms(model, settings, tmp_path):
+    wanted = replace(
+        settings, plans={}, recipes=("window", "radial"), prompts=1, rounds=1, predict=True
+    )
+    results, asked = run(model, wanted, tmp_path)
+    assert [arm for arm, do, _ in asked if do == "price"] == ["dense", "window", "radial"]
+    assert results["arms"]["dense"]["predicted_speedup"] is None
+    assert 0 < results["arms"]["window"]["predicted_speedup"] < 100
+    assert len(list(tmp_path.glob("costs/*/baseline.json"))) == 1
+    assert len(list(tmp_path.glob("costs/*/costs-*.json"))) == 1
