@@ -89,12 +89,11 @@ class Arm:
         disable(self.host.pipe)
         path = Path(folder) / "baseline.json"
         baseline = load_or_measure_baseline(self.host, self._config.calibration[0], 0, path)
-        if plans:
-            plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
-            enable(self.host.pipe, by_denoiser(plans), check=False)
+        plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
+        enable(self.host.pipe, by_denoiser(plans), check=False)
         return {
             "attention_share": baseline.total_share,
-            "predicted_speedup": plans[0].expected.get("speedup") if plans else None,
+            "predicted_speedup": plans[0].expected.get("speedup"),
         }
 
     def generate(

@@ -73,9 +73,10 @@ class Comparison:
                     self._workers[arm] = self._open(arm)
             for arm in list(self._workers):
                 self._ask(arm, {"do": "start"}, "start")
+            costs = str(self.folder / "costs" / self.book.key(DENSE))
             for arm in list(self._workers) if self.settings.predict else ():
-                costs = self.folder / "costs" / self.book.key(DENSE)
-                self._ask(arm, {"do": "price", "folder": str(costs)}, "price")
+                if arm != DENSE:  # nothing of accel ever touches the dense arm
+                    self._ask(arm, {"do": "price", "folder": costs}, "price")
             with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
                 for job in bar:
                     bar.set_description(f"{job.arm.name}, prompt {job.prompt + 1}")

@@ -295,7 +295,7 @@ def test_speed_is_predicted_from_costs_measured_once_for_all_arms(model, setting
         settings, plans={}, recipes=("window", "radial"), prompts=1, rounds=1, predict=True
     )
     results, asked = run(model, wanted, tmp_path)
-    assert [arm for arm, do, _ in asked if do == "price"] == ["dense", "window", "radial"]
+    assert [arm for arm, do, _ in asked if do == "price"] == ["window", "radial"]
     assert results["arms"]["dense"]["predicted_speedup"] is None
     assert 0 < results["arms"]["window"]["predicted_speedup"] < 100
     assert len(list(tmp_path.glob("costs/*/baseline.json"))) == 1
