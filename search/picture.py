@@ -26,7 +26,8 @@ def draw_front(points: Sequence[Point], plan: Plan, path: Path) -> Path:
     axes.set(
         xlabel="generation time, as a fraction of dense (predicted)",
         ylabel="summed relative squared error of the sites",
-        yscale="log",
+        # a front may have nothing but dense on it, where nothing is faster
+        yscale="log" if harmful else "linear",
         title=plan.name,
     )
     axes.grid(alpha=0.3)

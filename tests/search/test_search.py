@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import pytest
 from tiny_wan import CALL
 
+from accel.cost import KEEPS, CostTable
 from accel.errors import AccelError
+from accel.pipelines import pricing
 from accel.pipelines.host import ModelConfig
 from accel.plan import Plan
 from accel.schedule import Schedule
 from accel.search import run as search_run
+from accel.search.picture import draw_front
 from accel.search.run import Search, SearchSettings, candidates_of, describe
 
 SPACE = {
@@ -39,6 +42,22 @@ def model(tiny_wan_path):
         prompts=("a two moving right",),
         calibration=("a seven moving left", "a one moving right"),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prices():
+    """Prices that do not depend on how busy the machine is: a head costs what it keeps and a bit."""
+
+    def measure(shape, *, estimators, **_):
+        by_keep = tuple(0.05 + 0.8 * keep for keep in KEEPS)
+        names = ("drop/natural", "drop/ordered", "mean/natural", "mean/ordered")
+        return CostTable(
+            shape, 1.0, dict.fromkeys(names, by_keep), {e.kind: 0.1 for e in estimators}
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pricing, "measure", measure)
+        yield
 
 
 def settings(**changes) -> SearchSettings:
@@ -76,6 +95,12 @@ def test_the_folder_has_the_front_and_its_picture(done):
     assert (done.folder / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_front_without_a_faster_plan_is_drawn_too(done):
+    dense = done.points[:1]
+    path = draw_front(dense, done.plan, done.folder / "dense.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_another_budget_reuses_the_calibration(done, model, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the calibration was made again")
@@ -110,7 +135,7 @@ def test_other_weights_are_calibrated_anew(done, model, monkeypatch):
     assert other.digest != Search(model, settings(), done.folder).digest
 
 
-@pytest.mark.parametrize("budget", [0, -1, 1.5])
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5])
 def test_a_budget_outside_its_range_is_refused(budget):
     with pytest.raises(AccelError, match=r"budget\.time is"):
         settings(budget=budget)
