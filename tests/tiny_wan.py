@@ -1,4 +1,4 @@
-"""A Wan pipeline of a few thousand random weights: the real classes, loaded like any other model."""
+"""A Wan pipeline of a few thousand random weights: real classes, loaded like any other."""
 
 from pathlib import Path
 

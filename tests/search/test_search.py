@@ -46,7 +46,7 @@ def model(tiny_wan_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def prices():
-    """Prices that do not depend on how busy the machine is: a head costs what it keeps and a bit."""
+    """Prices that do not depend on how busy the machine is: by what a head keeps."""
 
     def measure(shape, *, estimators, **_):
         by_keep = tuple(0.05 + 0.8 * keep for keep in KEEPS)
