@@ -176,6 +176,8 @@ class Interception:
         self._namespaces: dict[str, types.ModuleType] = {}
         self._taken: list[Taken] = []
         self._slot = _Slot()
+        # a model that is dropped while enabled takes its namespaces along
+        self._forget = weakref.finalize(self, _forget, self._namespaces)
         try:
             for site, module in modules.items():
                 taken = Taken(session, site, module)
@@ -199,8 +201,7 @@ class Interception:
         for module in self._modules:
             module.__dict__.pop(SITE, None)
             module.__dict__.pop(REDUCE, None)
-        for name in self._namespaces:
-            sys.modules.pop(name, None)
+        self._forget()
         self._rebound.clear()
 
     @property
@@ -271,6 +272,11 @@ class Interception:
         sys.modules[name] = module
         self._namespaces[name] = module
         return module
+
+
+def _forget(namespaces: dict[str, types.ModuleType]) -> None:
+    for name in namespaces:
+        sys.modules.pop(name, None)
 
 
 def copy_plainly(module: nn.Module, *names: str, hooks: tuple[int, ...] = ()) -> None:

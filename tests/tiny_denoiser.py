@@ -61,9 +61,11 @@ def tiny_geometry(model=None) -> Geometry:
     return Geometry("WanTransformer3DModel", tuple(sites_of(model or tiny_denoiser())))
 
 
-def tiny_plan(*choices: Choice, schedule: Schedule = ALWAYS, **settings) -> Plan:
+def tiny_plan(
+    *choices: Choice, name: str = "tiny", schedule: Schedule = ALWAYS, **settings
+) -> Plan:
     """One choice for all heads, or one for each of the heads, at every site."""
     choices = choices * HEADS if len(choices) == 1 else choices
     sites = dict.fromkeys(SITES, (choices,) * schedule.n_bands)
     settings = {"block": BLOCK, "schedule": schedule, **settings}
-    return Plan.of("tiny", tiny_geometry(), sites, **settings)
+    return Plan.of(name, tiny_geometry(), sites, **settings)

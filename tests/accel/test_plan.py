@@ -115,7 +115,7 @@ def test_the_digest_names_what_a_plan_does():
 def test_the_file_holds_every_choice_once():
     data = tiny_plan(Choice(Window(t=1)), Choice(Window(t=2)), Choice(Window(t=1))).to_dict()
     assert len(data["choices"]) == 2
-    assert data["sites"] == dict.fromkeys(SITES, [[0, 1, 0]])
+    assert data["sites"] == {site: [[0, 1, 0]] for site in SITES}
 
 
 def test_choices_by_site_and_band():
@@ -156,21 +156,22 @@ def test_a_number_that_is_not_finite_is_not_written(tmp_path, value):
     assert not path.exists()
 
 
+MISFITS = {
+    "class": (Geometry("FluxTransformer2DModel", ()), "model is 'WanTransformer3DModel', but"),
+    "sites": ({"num_layers": 3}, "n_sites is 2, but the model has 3 sites"),
+    "heads": ({"num_attention_heads": 2}, "is for 3 heads, the model has 2"),
+    "head dim": ({"attention_head_dim": 16}, "head_dim is 24, the model's is 16"),
+}
+
+
 class TestCheck:
     def test_a_plan_that_fits_comes_back(self, pipe):
         plan = tiny_plan(DENSE)
         model = tiny_denoiser()
         assert plan.check(tiny_geometry(model)) is plan
         assert plan.check(model) is plan
-        with pytest.raises(PlanError, match="sites\\['blocks.0.attn1'\\] is for 3 heads"):
+        with pytest.raises(PlanError, match=r"sites\['blocks\.0\.attn1'\] is for 3 heads"):
             plan.check(pipe)
-
-    MISFITS = {
-        "class": (Geometry("FluxTransformer2DModel", ()), "model is 'WanTransformer3DModel', but"),
-        "sites": ({"num_layers": 3}, "n_sites is 2, but the model has 3 sites"),
-        "heads": ({"num_attention_heads": 2}, "is for 3 heads, the model has 2"),
-        "head dim": ({"attention_head_dim": 16}, "head_dim is 24, the model's is 16"),
-    }
 
     @pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
     def test_a_misfit_is_named(self, change, message):
@@ -181,7 +182,9 @@ class TestCheck:
     def test_a_site_that_is_not_there_is_named(self):
         data = tiny_plan(DENSE).to_dict()
         data["sites"]["blocks.1.attn2"] = data["sites"].pop("blocks.1.attn1")
-        with pytest.raises(PlanError, match="'blocks.1.attn2', which the model does not have; did"):
+        with pytest.raises(
+            PlanError, match=r"'blocks\.1\.attn2', which the model does not have; did"
+        ):
             Plan.from_dict(data).check(tiny_geometry())
 
 

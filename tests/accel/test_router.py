@@ -52,11 +52,11 @@ def attend(session, site=A, tensors=None, obstacle=None):
     return session.attend(site, q, k, v, lambda: dense, obstacle), dense
 
 
-def run(session, steps, total=10, branches=("",), tensors=None, layout=LAYOUT):
+def run(session, steps, total=10, branches=("",), tensors=None, layout=LAYOUT, place=Where):
     outs = []
     for step in steps:
         for branch in branches:
-            session.begin(layout, Where(step, total, branch))
+            session.begin(layout, place(step, total, branch))
             outs += [attend(session, site, tensors)[0] for site in (A, B)]
     return outs
 
@@ -192,6 +192,31 @@ class TestRuns:
         assert len(looks) == 2
 
 
+REASONS = {
+    "mask": ({"obstacle": "the call has a mask"}, {}, "the call has a mask"),
+    "other tokens": (
+        {"tensors": qkv(tokens=80)},
+        {},
+        "a has 80 tokens, but the layout ((3, 4, 7), with 0 of text) makes 84; pass layout=",
+    ),
+    "other keys": (
+        {"tensors": (qkv()[0], *qkv(tokens=70)[1:])},
+        {},
+        "a has 84 queries and 70 keys",
+    ),
+    "gradients": (
+        {"tensors": tuple(x.requires_grad_() for x in qkv())},
+        {},
+        "the call needs gradients",
+    ),
+    "predicted": (
+        {},
+        {"expected": {"attention_ratio": {"a": [1.2]}}},
+        "dense attention is predicted to be faster at a",
+    ),
+}
+
+
 class TestDense:
     def test_dense_phases_give_what_the_user_chose(self):
         one = session(STATIC, dense_start=0.5, dense_end=0.2)
@@ -208,30 +233,6 @@ class TestDense:
             out, dense = attend(one, site)
             assert out is dense
         assert not one.notices
-
-    REASONS = {
-        "mask": ({"obstacle": "the call has a mask"}, {}, "the call has a mask"),
-        "other tokens": (
-            {"tensors": qkv(tokens=80)},
-            {},
-            "a has 80 tokens, but the layout ((3, 4, 7), with 0 of text) makes 84; pass layout=",
-        ),
-        "other keys": (
-            {"tensors": (qkv()[0], *qkv(tokens=70)[1:])},
-            {},
-            "a has 84 queries and 70 keys",
-        ),
-        "gradients": (
-            {"tensors": tuple(x.requires_grad_() for x in qkv())},
-            {},
-            "the call needs gradients",
-        ),
-        "predicted": (
-            {},
-            {"expected": {"attention_ratio": {"a": [1.2]}}},
-            "dense attention is predicted to be faster at a",
-        ),
-    }
 
     @pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
     @pytest.mark.parametrize(("call", "settings", "reason"), REASONS.values(), ids=REASONS)
@@ -267,9 +268,7 @@ class TestDense:
         assert out is dense
         assert [reason in text for text in one.notices] == [True]
         with pytest.raises(AccelError, match=re.escape(reason)):
-            run_strict = session(STATIC, strict=True)
-            run_strict.begin(layout, where)
-            attend(run_strict)
+            run(session(STATIC, strict=True), [0], layout=layout, place=lambda *_: where)
 
     def test_a_layout_that_was_known_before_is_not_used_for_a_call_without(self):
         one = session(STATIC)

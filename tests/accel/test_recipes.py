@@ -1,0 +1,189 @@
+"""The contract of every recipe, and what each of them is known for."""
+
+import pytest
+import torch
+from tiny_denoiser import call, inputs, tiny_denoiser, tiny_geometry
+
+import accel
+from accel.blocking import Blocking
+from accel.geometry import Geometry, Site
+from accel.kernels.reference import block_mass_reference
+from accel.layout import Layout
+from accel.pattern import Window
+from accel.pipelines.enable import session_of
+from accel.plan import Choice, Plan
+from accel.recipes import RECIPES, recipe
+
+GRID = (5, 4, 6)
+LAYOUT = Layout.of(GRID)
+BLOCK = (32, 16)
+STEPS = 10
+ASKED = {"sparsed": 0.3, "adaspa": 0.2, "pisa": 0.15}
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return {name: recipe(name, tiny_geometry(), block=BLOCK) for name in RECIPES}
+
+
+@pytest.fixture(scope="module")
+def ran(plans):
+    """Every recipe after one run on the tiny model: the model and its last output."""
+    done = {}
+    for name, plan in plans.items():
+        model = accel.enable(tiny_denoiser(), plan, strict=True)
+        for step in range(STEPS):
+            out = call(model, step, STEPS, **inputs(grid=GRID, seed=step))
+        done[name] = model, out
+    return done
+
+
+@pytest.mark.parametrize("name", RECIPES)
+class TestContract:
+    def test_it_makes_a_plan_that_checks_and_round_trips(self, name, plans, tmp_path):
+        plan = plans[name]
+        assert plan.check(tiny_geometry()) is plan
+        assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+        assert plan.name == plan.provenance["recipe"] == name
+
+    def test_defaults_make_a_plan_for_a_geometry_without_a_layout(self, name):
+        plan = recipe(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64))))
+        assert (plan.grid, plan.n_sites, plan.head_dim) == (None, 2, 64)
+        plan = recipe(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64)), LAYOUT))
+        assert plan.grid == GRID
+
+    def test_it_begins_dense(self, name, plans):
+        schedule = plans[name].schedule
+        dense = [schedule.phase(step, 50).dense for step in range(50)]
+        first = 12 if name == "radial" else 10
+        assert dense == [step < first for step in range(50)]
+
+    def test_it_runs_and_says_what_was_asked(self, name, ran):
+        model, out = ran[name]
+        assert out.isfinite().all()
+        summary = accel.summary(model)
+        assert summary.notices == {}
+        rows = [r for r in summary.rows if r.kernels != ("dense",)]
+        assert {r.site for r in rows} == set(session_of(model).plan.sites)
+        for row in rows:
+            assert 0 < row.worst_recall <= row.recall <= 1 + 1e-5
+            if name in ASKED:
+                # whole blocks of the 8 in a row
+                assert ASKED[name] <= row.keep <= ASKED[name] + 1 / 8
+            else:
+                assert 0 < row.keep <= 1
+
+    def test_a_smaller_share_of_dense_steps_is_taken(self, name):
+        plan = recipe(name, tiny_geometry(), dense_start=0.0)
+        assert not plan.schedule.phase(0, 50).dense
+
+
+def keep_of(model, site="blocks.1.attn1"):
+    """The block mask that the last step used, per head."""
+    run = session_of(model).run
+    masks = [m for (owner, *_), m in run.masks.items() if owner in (None, (site, ""))]
+    assert len(masks) == 1
+    return masks[0], masks[0].mask.to_dense()
+
+
+def test_sparsed_takes_the_heaviest_blocks_the_same_number_in_every_row():
+    model, seen = tiny_denoiser(), {}
+
+    def observe(site, run, q, k, v, out):
+        seen[site.name] = q, k
+        return out
+
+    # masks are found in the first sparse step, from its own queries and keys
+    accel.enable(model, recipe("sparsed", tiny_geometry(), dense_start=0.0, block=BLOCK))
+    call(model, 0, **inputs(grid=GRID))
+    _, keep = keep_of(model, "blocks.0.attn1")
+    accel.enable(model, recipe("sparsed", tiny_geometry(), dense_start=1.0, block=BLOCK))
+    session_of(model).observer = observe
+    call(model, 0, **inputs(grid=GRID))
+    mass, _ = block_mass_reference(*seen["blocks.0.attn1"], block=BLOCK)
+    assert keep.sum(-1).unique().tolist() == [3]
+    lightest_kept = mass.masked_fill(~keep, torch.inf).amin(-1)
+    heaviest_left = mass.masked_fill(keep, -torch.inf).amax(-1)
+    assert (lightest_kept >= heaviest_left - 1e-6).all()
+
+
+def test_adaspa_looks_twice_and_keeps_what_was_asked_in_the_mean(ran, plans):
+    model, _ = ran["adaspa"]
+    records = session_of(model).records
+    assert {len(r.recall) for r in records.values() if r.recall} == {2}
+    assert plans["adaspa"].schedule.refresh == (0.6,)
+    _, keep = keep_of(model)
+    # ceil(0.2 * 8) of 8 blocks, in the mean over heads
+    assert keep.float().mean().item() == pytest.approx(2 / 8)
+
+
+def test_radial_keeps_more_of_nearer_frames():
+    frames, height, width = 17, 4, 8
+    plan = recipe("radial", tiny_geometry(), decay=1.0)
+    choice = plan.choices("blocks.1.attn1", 0)[0]
+    tokens = choice.select.mask(Blocking(Layout.of((frames, height, width)), "thw", (1, 1)))
+    by_frame = tokens.view(frames, height * width, frames, height * width).float().mean((1, 3))
+    # the first frame is a sink: leave its column out
+    shares = [by_frame[1:, 1:].diagonal(-r).mean().item() for r in range(frames - 1)]
+    assert shares[0] == shares[1] == 1.0
+    assert shares == sorted(shares, reverse=True)
+    assert shares[2] > shares[4] > shares[8] > 0
+    assert (by_frame[:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["radial", "pisa"])
+def test_the_first_site_is_dense(ran, name):
+    assert accel.summary(ran[name][0]).left == ("blocks.0.attn1",)
+
+
+@pytest.mark.parametrize("name", ["radial", "pisa"])
+@pytest.mark.parametrize("count", [2, -1])
+def test_more_dense_sites_than_there_are_is_an_error(name, count):
+    with pytest.raises(accel.PlanError, match=f"dense_sites is {count}; the model has 2 sites"):
+        recipe(name, tiny_geometry(), dense_sites=count)
+    assert set(recipe(name, tiny_geometry(), dense_sites=0).sites) == {
+        "blocks.0.attn1",
+        "blocks.1.attn1",
+    }
+
+
+def test_window_is_the_window():
+    plan = recipe("window", tiny_geometry(), t=1, h=1, w=2, sink_frames=0, order="thw", block=BLOCK)
+    model = accel.enable(tiny_denoiser(), plan)
+    call(model, 5, **inputs(grid=GRID))
+    _, keep = keep_of(model)
+    place = LAYOUT.coordinates()
+    near = ((place[:, None] - place[None]).abs() <= torch.tensor([1, 1, 2])).all(-1)
+    rows, columns = (torch.arange(LAYOUT.length) // size for size in BLOCK)
+    expected = torch.zeros(keep.shape[-2:], dtype=torch.bool)
+    i, j = near.nonzero().T
+    expected[rows[i], columns[j]] = True
+    assert (keep == expected).all()
+
+
+def test_window_has_a_sink_unless_told_otherwise():
+    choices = {
+        frames: recipe("window", tiny_geometry(), sink_frames=frames).choices("blocks.0.attn1", 0)[
+            0
+        ]
+        for frames in (0, 1)
+    }
+    assert choices[0] == Choice(Window(t=None, h=0.25, w=0.25), order="hwt")
+    assert "first_frames(n=1)" in choices[1].name
+
+
+def test_pisa_stands_in_for_the_rest(ran):
+    model, _ = ran["pisa"]
+    chosen, keep = keep_of(model)
+    assert chosen.rest == "mean"
+    assert chosen.order is not None
+    # ceil(0.15 * 8) blocks in every row
+    assert keep.sum(-1).unique().tolist() == [2]
+    assert {len(r.recall) for r in session_of(model).records.values() if r.recall} == {4}
+
+
+def test_a_recipe_has_one_name():
+    from accel.recipes import _published
+
+    with pytest.raises(ValueError, match="there is a recipe 'sparsed' already"):
+        _published(RECIPES["sparsed"])
