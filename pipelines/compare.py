@@ -47,8 +47,9 @@ def compare(config: dict[str, Any], command: str) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="compare")
 def main(config: Any) -> None:
     """Entry point of the console script."""
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     typed = shlex.join(["accel-compare", *HydraConfig.get().overrides.task])
-    run_command(lambda: compare(OmegaConf.to_container(config, resolve=True), typed))
+    run_command(lambda: compare(settings, typed))
 
 
 if __name__ == "__main__":

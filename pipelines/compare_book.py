@@ -74,7 +74,7 @@ class Book:
         self.prompts = prompts
         self.seed = seed
         self.sitting = sitting
-        self._model = {
+        self._model: dict[str, Any] = {
             "accel": __version__,
             "pipeline": model.pipeline,
             "files": files_of(find_path(model.path)),
@@ -93,7 +93,7 @@ class Book:
 
     def key(self, arm: ArmSpec, prompt: int | None = None) -> str:
         """What a measurement of `arm`, or of one of its prompts, depends on."""
-        what = {**self._model, "plan": arm.identity}
+        what: dict[str, Any] = {**self._model, "plan": arm.identity}
         if prompt is not None:
             what |= {"prompt": self.prompts[prompt], "seed": self.seed + prompt}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

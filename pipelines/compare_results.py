@@ -43,10 +43,13 @@ def measure_quality(book: Book, arms: Sequence[ArmSpec], classifier: Classifier 
 
 def results_of(book: Book, arm: ArmSpec, jobs: Sequence[Job]) -> dict[str, Any]:
     """Everything measured of one arm; a field is None where nothing was measured for it."""
-    done = {(j.prompt, j.round): book.result(j) for j in jobs if j.arm == arm}
-    done = {place: record for place, record in done.items() if record is not None}
-    judged = [book.read(arm, f"p{p:02d}-quality", p) for p in range(len(book.prompts))]
-    judged = [q for q in judged if q is not None]
+    done = {}
+    for job in jobs:
+        record = book.result(job) if job.arm == arm else None
+        if record is not None:
+            done[job.prompt, job.round] = record
+    found = [book.read(arm, f"p{p:02d}-quality", p) for p in range(len(book.prompts))]
+    judged = [q for q in found if q is not None]
     start = (book.read(arm, "start") or {}) | (book.read(arm, "price") or {})
     summary = next((r["summary"] for r in reversed(done.values()) if r["summary"]), None)
     reads = [q["reads"] for q in judged if q["reads"] is not None]

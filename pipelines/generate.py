@@ -39,7 +39,8 @@ def generate(config: dict[str, Any]) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="generate")
 def main(config: Any) -> None:
     """Entry point of the console script."""
-    run_command(lambda: generate(OmegaConf.to_container(config, resolve=True)))
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    run_command(lambda: generate(settings))
 
 
 if __name__ == "__main__":

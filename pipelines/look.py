@@ -136,7 +136,8 @@ class _Observer:
         chosen = self._masks[site.name]
         recall = sampled_recall(q, k, chosen)
         keep = chosen.mask.to_dense()[0]
-        cell = tuple(_cell(q.shape[2], size) for size in chosen.mask.block)
+        q_block, kv_block = chosen.mask.block
+        cell = (_cell(q.shape[2], q_block), _cell(q.shape[2], kv_block))
         mass, _ = block_mass(q, k, block=cell, order=chosen.order)
         for head in _spread(list(range(site.heads)), MAX_HEADS):
             self.maps.append(

@@ -14,9 +14,8 @@ def model_config(data: Mapping[str, Any]) -> ModelConfig:
     for key in data:
         if key not in known:
             raise AccelError(f"a model has no setting {key!r}; {nearest(str(key), known)}")
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     try:
-        return ModelConfig(
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        )
+        return ModelConfig(**settings)
     except TypeError as error:
         raise AccelError(f"the model's configuration is not whole: {error}") from error
