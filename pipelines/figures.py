@@ -1,4 +1,4 @@
-"""The pictures of a comparison report: pure functions from measurements to SVG and PNG bytes."""
+"""The pictures of a comparison report: functions from measurements to SVG, PNG and WebP."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -145,7 +145,7 @@ def attention_maps(
     if image is not None:
         bar = figure.colorbar(image, ax=grid.ravel().tolist(), shrink=0.3, aspect=30)
         bar.set_ticks([-1, 0, 1], labels=["1/10", "uniform", "10 x"])
-    return _png(figure, dpi=110)
+    return _webp(figure, dpi=120)
 
 
 def _take_away(axes: Axes, kept: Any, block: Sequence[int], tokens: int) -> None:
@@ -186,7 +186,7 @@ def _svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _png(figure: Figure, dpi: int) -> bytes:
+def _webp(figure: Figure, dpi: int) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="webp", dpi=dpi, pil_kwargs={"quality": 90})
     return buffer.getvalue()

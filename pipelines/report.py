@@ -171,7 +171,7 @@ def _maps(folder: Path, shown: str) -> str:
         mass, keep = (
             [file[f"{key}-{i}"] for i in range(len(seen["maps"]))] for key in ("mass", "keep")
         )
-    picture = _image(figures.attention_maps(seen["maps"], mass, keep), "png", "attention maps")
+    picture = _image(figures.attention_maps(seen["maps"], mass, keep), "webp", "attention maps")
     return _section(
         f"Attention and kept blocks of {shown}",
         f"<div class=plot>{picture}</div><p>Rows are queries, columns keys, in the token order of"
