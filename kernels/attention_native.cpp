@@ -12,14 +12,17 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
+#endif
+#ifdef __AVX2__
+#include <immintrin.h>
 #endif
 
 namespace {
@@ -37,21 +40,23 @@ constexpr int W = 4, COLUMNS = 2, TILE = 12;
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
 
-constexpr int LANES = 64;         // queries of a task, a multiple of every W
-#ifndef STEP
-#define STEP 128
-#endif
-#ifndef SPREAD
-#define SPREAD 2
-#endif
-constexpr int STEP_KEYS = STEP;    // keys between two softmax updates: scores stay in L1/L2
-constexpr float LOWEST = -1e30f;  // a pivot that no logit undercuts, finite so that no NaN arises
+constexpr int64_t LANES = 64;      // queries of a task, a multiple of every W
+constexpr int64_t STEP_KEYS = 64;  // keys between two softmax updates: their scores stay in L1
+constexpr float LOWEST = -1e30f;   // a pivot that no logit undercuts, finite so that no NaN arises
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 inline vec splat(float x) { return x - vec{}; }
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline vec larger(vec a, vec b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);  // the general form becomes two instructions
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 // 2^x for x <= 127, relative error 1e-7; 0 from x = -126.5 on, -inf included.
 inline vec exp2(vec x) {
@@ -68,6 +73,37 @@ inline vec exp2(vec x) {
     p = p * f + 0.6931469440460205f;
     p = p * f + 1.0000001192092896f;
     return p * power;
+}
+
+// x[i][j] and x[j][i] change places: at distance S in both, then at the next.
+template <int S, int... J>
+inline void transpose(vec (&x)[W], std::integer_sequence<int, J...> lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (!(i & S)) {
+            const vec a = x[i], b = x[i + S];
+#ifdef __clang__
+            x[i] = __builtin_shufflevector(a, b, (J & S ? W + J - S : J)...);
+            x[i + S] = __builtin_shufflevector(a, b, (J & S ? W + J : J + S)...);
+#else
+            x[i] = __builtin_shuffle(a, b, ivec{(J & S ? W + J - S : J)...});
+            x[i + S] = __builtin_shuffle(a, b, ivec{(J & S ? W + J : J + S)...});
+#endif
+        }
+    if constexpr (2 * S < W) transpose<2 * S>(x, lanes);
+}
+inline void transpose(vec (&x)[W]) { transpose<1>(x, std::make_integer_sequence<int, W>{}); }
+
+// The first n floats at any address; W of them are one instruction.
+inline vec load_some(const float* p, int64_t n) {
+    vec x{};
+    if (n >= W) std::memcpy(&x, p, sizeof x);
+    else std::memcpy(&x, p, n * sizeof(float));
+    return x;
+}
+inline void store_some(float* p, vec x, int64_t n) {
+    if (n >= W) std::memcpy(p, &x, sizeof x);
+    else std::memcpy(p, &x, n * sizeof(float));
 }
 
 // Memory for n floats, aligned to cache lines; large ones to huge pages, since a fresh small page
@@ -182,34 +218,24 @@ struct Values {
     }
 };
 
+// C vectors of queries from `lane` on, in tiles of R rows and what is left in smaller ones.
 template <int R, int C, class Op>
-void last_rows(const Op& op, int64_t rows, int64_t row, int64_t lane) {
-    if constexpr (R > 0) {
-        if (rows == R) op.template tile<R, C>(row, lane);
-        else last_rows<R - 1, C>(op, rows, row, lane);
-    }
-}
-
-// C vectors of queries from `lane` on, in tiles of as many rows as the registers hold.
-template <int C, class Op>
-void sweep_lanes(const Op& op, int64_t rows, int64_t lane) {
-    constexpr int R = std::min(TILE / C, 12);
-    int64_t row = 0;
+void sweep_lanes(const Op& op, int64_t rows, int64_t lane, int64_t row = 0) {
     for (; row + R <= rows; row += R) op.template tile<R, C>(row, lane);
-    last_rows<R - 1, C>(op, rows - row, row, lane);
+    if constexpr (R > 1) sweep_lanes<(R > 4 ? 4 : R / 2), C>(op, rows, lane, row);
 }
 
 template <class Op>
 void sweep(const Op& op, int64_t rows) {
     int64_t lane = 0;
     for (; lane + COLUMNS * W <= op.lanes; lane += COLUMNS * W)
-        sweep_lanes<COLUMNS>(op, rows, lane);
+        sweep_lanes<TILE / COLUMNS, COLUMNS>(op, rows, lane);
     int64_t columns = (op.lanes - lane) / W;
     if constexpr (COLUMNS > 3)
-        if (columns == 3) sweep_lanes<3>(op, rows, lane);
+        if (columns == 3) sweep_lanes<TILE / 3, 3>(op, rows, lane);
     if constexpr (COLUMNS > 2)
-        if (columns == 2) sweep_lanes<2>(op, rows, lane);
-    if (columns == 1) sweep_lanes<1>(op, rows, lane);
+        if (columns == 2) sweep_lanes<TILE / 2, 2>(op, rows, lane);
+    if (columns == 1) sweep_lanes<12, 1>(op, rows, lane);
 }
 
 }  // namespace
@@ -295,7 +321,8 @@ class Keys {
         const int64_t row = unit / blocks, first = unit % blocks * p.kv_block;
         if (pack) {
             const int64_t at = (row * p.kv_tokens + first) * p.dim;
-            return {keys.at(at), (values ? packed : keys).at(at), nullptr, p.dim, p.dim, counts[unit]};
+            const float* v = values ? packed.at(at) : keys.at(at);
+            return {keys.at(at), v, nullptr, p.dim, p.dim, counts[unit]};
         }
         const int64_t b = row / heads, h = row % heads;
         const float* k = natural(p.k, p.k_stride, b, h) + first * p.k_stride[2];
@@ -307,7 +334,7 @@ class Keys {
   private:
     // Rows far apart, as in [batch, tokens, heads, dim], collide in the first-level cache.
     bool spread() const {
-        return p.k_stride[2] > SPREAD * p.dim || (values && p.v_stride[2] > SPREAD * p.dim);
+        return p.k_stride[2] > 2 * p.dim || (values && p.v_stride[2] > 2 * p.dim);
     }
     const float* natural(const float* x, const int64_t* stride, int64_t b, int64_t h) const {
         return x + b * stride[0] + h * p.kv_heads / heads * stride[1];
@@ -334,7 +361,8 @@ struct Workspace {
     std::vector<int64_t> ids;  // natural token of every lane that holds one
 
     Workspace(const Problem& p, int64_t lanes, int64_t columns)
-        : p(p), lanes(lanes), q(p.dim * lanes), scores(STEP_KEYS * lanes), out(columns * lanes),
+        : p(p), lanes(lanes), q(round_up(p.dim, W) * lanes),
+          scores(STEP_KEYS * lanes), out(round_up(columns, W) * lanes),
           pivot(lanes), top(lanes), factor(lanes), total(lanes) {}
 
     // Positions first .. last - 1 of head h as columns, and no key seen yet.
@@ -343,20 +371,29 @@ struct Workspace {
         const float* base = p.q + b * p.q_stride[0] + h * p.q_stride[1];
         const float by = static_cast<float>(p.scale) * LOG2_E;
         ids.resize(last - first);
-        for (int64_t i = 0; i < last - first; i++) {
-            ids[i] = order ? order[first + i] : first + i;
-            const float* from = base + ids[i] * p.q_stride[2];
-            for (int64_t d = 0; d < p.dim; d++) q[d * lanes + i] = from[d] * by;
-        }
-        for (int64_t i = last - first; i < lanes; i++)
-            for (int64_t d = 0; d < p.dim; d++) q[d * lanes + i] = 0;
+        for (int64_t i = 0; i < last - first; i++) ids[i] = order ? order[first + i] : first + i;
+        const int64_t used = last - first;
+        for (int64_t i = 0; i < lanes; i += W)
+            for (int64_t d = 0; d < p.dim; d += W) {
+                vec x[W];
+#pragma GCC unroll 16
+                for (int64_t r = 0; r < W; r++) {
+                    x[r] = vec{};
+                    if (i + r < used)
+                        x[r] = load_some(base + ids[i + r] * p.q_stride[2] + d, p.dim - d);
+                }
+                transpose(x);
+#pragma GCC unroll 16
+                for (int64_t r = 0; r < W; r++) store(q.at((d + r) * lanes + i), x[r] * by);
+            }
         std::fill_n(pivot.at(0), lanes, LOWEST);
         std::fill_n(total.at(0), lanes, 0.0f);
     }
 
     // The scores of a run behind `row` others of this step.
     void score(const Run& run, int64_t row, int64_t ahead) {
-        sweep(Scores{run, p.dim, lanes, q.at(0), scores.at(row * lanes), top.at(0), ahead}, run.rows);
+        float* target = scores.at(row * lanes);
+        sweep(Scores{run, p.dim, lanes, q.at(0), target, top.at(0), ahead}, run.rows);
     }
 
     // The first `rows` scores to weights 2^(score - pivot), their sums to part. The pivot rises to
@@ -364,7 +401,8 @@ struct Workspace {
     template <bool KEEP_WEIGHTS>
     void weigh(int64_t rows, bool fixed_pivot, float* part) {
         for (int64_t i = 0; i < lanes; i += W) {
-            const vec old = load(pivot.at(i)), now = fixed_pivot ? old : larger(old, load(top.at(i)));
+            const vec old = load(pivot.at(i));
+            const vec now = fixed_pivot ? old : larger(old, load(top.at(i)));
             vec sum{};
             for (int64_t n = 0; n < rows; n++) {
                 const vec x = exp2(load(scores.at(n * lanes + i)) - now);
@@ -384,7 +422,12 @@ struct Workspace {
 };
 
 // Lanes of a task: as many as a query block has, in whole vectors.
-int64_t task_lanes(const Problem& p) { return std::min<int64_t>(LANES, round_up(p.q_block, 16)); }
+int64_t task_lanes(const Problem& p) { return std::min(LANES, round_up(p.q_block, 16)); }
+
+// The row of the mask for a row (batch element, head, query block) of the result.
+int64_t mask_row(const Problem& p, int64_t row) {
+    return row % (p.mask_batch * p.heads * ceil_div(p.q_tokens, p.q_block));
+}
 
 // All runs of one task: kept blocks, neighbours joined, then the means of the others.
 class RunList {
@@ -394,9 +437,7 @@ class RunList {
 
     std::vector<Run> runs;
 
-    void collect(int64_t b, int64_t h, int64_t i) {
-        const int64_t q_blocks = ceil_div(p.q_tokens, p.q_block);
-        const int64_t row = ((p.mask_batch > 1 ? b : 0) * p.heads + h) * q_blocks + i;
+    void collect(int64_t b, int64_t h, int64_t row) {
         const int32_t* list = p.indices + row * p.width;
         const int64_t count = p.counts[row], unit = keys.unit(b, h);
         runs.clear();
@@ -429,7 +470,7 @@ class RunList {
         }
         while (run.rows > 0) {
             runs.push_back(run);
-            runs.back().rows = std::min<int64_t>(run.rows, STEP_KEYS);
+            runs.back().rows = std::min(run.rows, STEP_KEYS);
             advance(run, runs.back().rows);
         }
     }
@@ -470,12 +511,24 @@ void attend(const Problem& p, Workspace& space, const std::vector<Run>& runs) {
 // Quotients and LSE to the natural places of the queries.
 void finish(const Problem& p, Workspace& space, int64_t b, int64_t h) {
     float* base = p.out + b * p.out_stride[0] + h * p.out_stride[1];
-    for (size_t i = 0; i < space.ids.size(); i++) {
-        const float by = space.total[i] > 0 ? 1 / space.total[i] : 0;
-        float* to = base + space.ids[i] * p.out_stride[2];
-        for (int64_t d = 0; d < p.dim; d++) to[d] = space.out[d * space.lanes + i] * by;
-        p.lse[(b * p.heads + h) * p.q_tokens + space.ids[i]] = space.lse(i);
+    float* lse = p.lse + (b * p.heads + h) * p.q_tokens;
+    const int64_t used = space.ids.size();
+    for (int64_t i = 0; i < used; i++) {
+        lse[space.ids[i]] = space.lse(i);
+        space.factor[i] = space.total[i] > 0 ? 1 / space.total[i] : 0;
     }
+    for (int64_t i = 0; i < used; i += W)
+        for (int64_t d = 0; d < p.dim; d += W) {
+            vec x[W];
+#pragma GCC unroll 16
+            for (int64_t r = 0; r < W; r++)
+                x[r] = load(space.out.at((d + r) * space.lanes + i)) * load(space.factor.at(i));
+            transpose(x);
+#pragma GCC unroll 16
+            for (int64_t r = 0; r < W; r++)
+                if (i + r < used)
+                    store_some(base + space.ids[i + r] * p.out_stride[2] + d, x[r], p.dim - d);
+        }
 }
 
 // The mass of one row of blocks. Each part (a block, or STEP_KEYS keys of one) keeps its sums and
@@ -533,6 +586,14 @@ void attention(const Problem& p) {
     const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
     const int64_t parts = ceil_div(p.q_block, lanes), rows = p.batch * p.heads * q_blocks;
     Keys keys(p, true, std::any_of(p.pooled, p.pooled + p.heads, [](auto x) { return x; }));
+    // Rows of a head follow each other for the sake of the caches, and whoever is free takes the
+    // next; with few rows per thread, longest first, lest one thread be late by a long row.
+    std::vector<int64_t> order(rows);
+    std::iota(order.begin(), order.end(), 0);
+    if (rows < 32 * p.threads)
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+            return p.counts[mask_row(p, a)] > p.counts[mask_row(p, b)];
+        });
     std::atomic<int64_t> next_unit{0}, next_task{0};
 #pragma omp parallel num_threads(p.threads)
     {
@@ -541,13 +602,13 @@ void attention(const Problem& p) {
         RunList list(p, keys);
 #pragma omp barrier
         for (int64_t task; (task = next_task++) < rows * parts;) {
-            const int64_t row = task / parts, i = row % q_blocks;
+            const int64_t row = order[task / parts], i = row % q_blocks;
             const int64_t b = row / q_blocks / p.heads, h = row / q_blocks % p.heads;
             const int64_t first = i * p.q_block + task % parts * lanes;
             const int64_t end = std::min({first + lanes, (i + 1) * p.q_block, p.q_tokens});
             if (first >= end) continue;
             space.begin(b, h, first, end);
-            list.collect(b, h, i);
+            list.collect(b, h, mask_row(p, row));
             attend(p, space, list.runs);
             finish(p, space, b, h);
         }

@@ -107,5 +107,8 @@ def _call(name, tensors, sizes, block, scale, lengths, order) -> None:
         scale=scale,
         **sizes,
     )
-    if getattr(library(), name)(ctypes.byref(problem)):
+    compiled = library()
+    if compiled is None:
+        raise RuntimeError("the compiled kernels are not available here; use backend='auto'")
+    if getattr(compiled, name)(ctypes.byref(problem)):
         raise MemoryError(f"{name} found no memory for {batch} x {heads} x {kv_tokens} keys")

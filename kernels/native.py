@@ -53,7 +53,9 @@ def _load() -> ctypes.CDLL | None:
     try:
         with _cache_folder() as folder:
             path = folder / f"{_key(compiler)}.so"
-            if not path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # not there, or cut short by a full disk
                 _build(compiler, path)
             return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
