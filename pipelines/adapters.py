@@ -98,8 +98,10 @@ def geometry_of(target: Any, layout: Layout | None = None) -> Geometry:
 def self_check_inputs(model: nn.Module) -> dict[str, Any]:
     """Small inputs of the model's own dtype and device, for one forward."""
     weight = next(model.parameters())
+    # diffusers keeps some parameters in float32; the model says what it takes
+    dtype = getattr(model, "dtype", weight.dtype)
     return {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+        name: value.to(weight.device, dtype if value.is_floating_point() else value.dtype)
         if isinstance(value, torch.Tensor)
         else value
         for name, value in adapter_of(model).probe(model).items()

@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from accel.command import run_command
-from accel.pipelines.host import ModelConfig
+from accel.pipelines.model_settings import model_config
 from accel.schedule import Schedule
 from accel.search.run import Search, SearchSettings, describe
 
@@ -26,7 +26,7 @@ def search(config: dict[str, Any]) -> None:
         seed=config["seed"],
     )
     folder = Path(config["out"])
-    plan, points = Search(ModelConfig(**config["model"]), settings, folder).run()
+    plan, points = Search(model_config(config["model"]), settings, folder).run()
     path = plan.save(config["plan"] or folder / "plan.json")
     for line in describe(plan, points):
         print(line)
