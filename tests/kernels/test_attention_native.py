@@ -135,9 +135,9 @@ def test_processes_may_build_at_the_same_time(fresh):
     root = Path(__file__).parents[2]
     jobs = [
         subprocess.Popen([native.sys.executable, "-c", program, str(native.SOURCE)], cwd=root)
-        for _ in range(3)
+        for _ in range(2)
     ]
-    assert [job.wait(timeout=200) for job in jobs] == [0, 0, 0]
+    assert [job.wait(timeout=200) for job in jobs] == [0, 0]
     assert len(list(fresh.iterdir())) == 1
 
 
