@@ -30,6 +30,7 @@ __all__ = ["ORDERS", "Order", "inverse", "order_indices", "parse_order", "reorde
 
 AXIS_ORDERS = ("thw", "twh", "htw", "hwt", "wth", "wht")
 ORDERS = (*AXIS_ORDERS, "tile(t,h,w)", "hilbert", "morton")
+MAX_TILE = 1 << 20
 _TILE = re.compile(r"tile\(\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\)")
 
 
@@ -48,6 +49,8 @@ class Order:
             raise ValueError(f"exactly tile orders have a tile, got {self.kind} with {self.tile}")
         if self.tile is not None and (len(self.tile) != 3 or min(self.tile) < 1):
             raise ValueError(f"a tile is (t, h, w), each at least 1, got {self.tile}")
+        if self.tile is not None and max(self.tile) > MAX_TILE:
+            raise ValueError(f"a tile has at most {MAX_TILE} along an axis, got {self.tile}")
 
     @property
     def name(self) -> str:

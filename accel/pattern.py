@@ -329,8 +329,8 @@ class Radial(Pattern):
     first_frame_sink: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.decay) not in (int, float) or not 0 < self.decay < float("inf"):
-            raise ValueError(f"decay is a positive number, got {self.decay!r}")
+        if type(self.decay) not in (int, float) or not 1e-6 <= self.decay <= 1e6:
+            raise ValueError(f"decay is a positive number, from 1e-6 to 1e6, got {self.decay!r}")
         if type(self.first_frame_sink) is not bool:
             raise ValueError(f"first_frame_sink is true or false, got {self.first_frame_sink!r}")
         object.__setattr__(self, "decay", float(self.decay))

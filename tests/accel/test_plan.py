@@ -213,6 +213,14 @@ BAD = {
     "rest is a table": (_edit("choices", 0, "rest", {}), "choice.rest must be of type str"),
     "unknown order": (_edit("choices", 0, "order", "hwtt"), "unknown order 'hwtt'"),
     "order is a number": (_edit("choices", 0, "order", 3), "choice.order must be of type str"),
+    "tile too large": (_edit("choices", 0, "order", "tile(9999999,1,1)"), "at most 1048576 along"),
+    **{
+        f"decay {decay}": (
+            _edit("choices", 0, "select", {"kind": "radial", "decay": decay}),
+            f"decay is a positive number, from 1e-6 to 1e6, got {decay}",
+        )
+        for decay in (1e300, 1e-300, 0, -1.0)
+    },
     "name is a number": (_edit("name", 3), "name must be of type str, got 3"),
     "sites is a list": (_edit("sites", []), "sites must be of type dict, got []"),
     "no sites": (_edit("sites", {}), "plan 'tiny' names no site"),
