@@ -536,7 +536,8 @@ void finish(const Problem& p, Workspace& space, int64_t b, int64_t h) {
 class Mass {
   public:
     Mass(const Problem& p, const Keys& keys, int64_t lanes)
-        : p(p), keys(keys), split(ceil_div(p.kv_block, STEP_KEYS)), lanes(lanes),
+        : p(p), keys(keys), split(ceil_div(std::min(p.kv_block, p.kv_tokens), STEP_KEYS)),
+          lanes(lanes),
           sums(keys.blocks * split * lanes), pivots(keys.blocks * split * lanes) {}
 
     void add(Workspace& space, int64_t b, int64_t h, float* mass) {
@@ -584,7 +585,8 @@ class Mass {
 
 void attention(const Problem& p) {
     const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
-    const int64_t parts = ceil_div(p.q_block, lanes), rows = p.batch * p.heads * q_blocks;
+    const int64_t parts = ceil_div(std::min(p.q_block, p.q_tokens), lanes);
+    const int64_t rows = p.batch * p.heads * q_blocks;
     Keys keys(p, true, std::any_of(p.pooled, p.pooled + p.heads, [](auto x) { return x; }));
     // Rows of a head follow each other for the sake of the caches, and whoever is free takes the
     // next; with few rows per thread, longest first, lest one thread be late by a long row.

@@ -163,7 +163,9 @@ class TestCompiled:
         for other in results[1:]:
             assert all(map(torch.equal, other, results[0]))
 
-    @pytest.mark.parametrize("block", [(16, 16), (64, 64), (128, 64), (256, 128), (128, 512)])
+    @pytest.mark.parametrize(
+        "block", [(16, 16), (64, 64), (128, 64), (256, 128), (128, 512), (4096, 4096)]
+    )
     def test_more_keys_and_queries_than_one_step_takes(self, block, generator):
         case = Case(1, 2, 1, 700, 900, 33, block, keep=0.6)
         q, k, v = case.tensors(generator)
