@@ -1,0 +1,173 @@
+"""The sample data and the committed pipeline: deterministic, true to prompts, loadable, small."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from attention_recall import best_block_recall, token_orders
+from moving_digits import (
+    CANVAS,
+    DIGIT_WORDS,
+    MOTIONS,
+    coverage,
+    draw_scene,
+    make_video,
+    prompt_of,
+    render,
+    scans,
+)
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+MODEL = SAMPLES / "models" / "wan-digits"
+CLASSIFIER = SAMPLES / "models" / "digit-classifier"
+VOCABULARY = {
+    "a",
+    "an",
+    "and",
+    *DIGIT_WORDS,
+    *(word for motion in MOTIONS for word in motion.split()),
+}
+
+
+def test_a_video_is_a_function_of_seed_and_index() -> None:
+    first, prompt = make_video(3, 17)
+    again, same_prompt = make_video(3, 17)
+    other, _ = make_video(3, 18)
+    assert prompt == same_prompt
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (3, 33, CANVAS, CANVAS)
+    assert first.min() >= -1
+    assert first.max() <= 1
+
+
+def test_scans_of_the_splits_do_not_meet() -> None:
+    train, held_out = (scans(split)[0].flatten(1) for split in ("train", "held-out"))
+    assert len(train) + len(held_out) == 1797
+    with pytest.raises(ValueError, match="split"):
+        scans("validation")
+
+
+@pytest.mark.parametrize("index", range(40, 56))
+def test_digits_move_in_the_prompted_direction(index: int) -> None:
+    scene = draw_scene(1, index)
+    for actor in scene.actors:
+        alone = coverage(
+            type(scene)(actors=(actor,), texture_seed=0, wavelength=16.0, drift=(0.0, 0.0))
+        )
+        place = torch.arange(CANVAS, dtype=torch.float32)
+        centre = (
+            torch.stack([(alone.sum(2) * place).sum(1), (alone.sum(1) * place).sum(1)], 1)
+            / alone.sum((1, 2))[:, None]
+        )
+        moved, told = centre[-1] - centre[0], torch.tensor(MOTIONS[actor.motion]).float()
+        if told.norm() == 0:
+            assert moved.norm() < 0.5
+        else:
+            assert moved @ told > 8  # pixels along the prompted direction, bounces included
+            assert (moved - (moved @ told) * told).norm() < 0.5
+
+
+def test_prompts_use_the_vocabulary_and_name_the_digits() -> None:
+    for index in range(30):
+        scene = draw_scene(2, index)
+        words = prompt_of(scene).split()
+        assert set(words) <= VOCABULARY
+        assert [w for w in words if w in DIGIT_WORDS] == [
+            DIGIT_WORDS[a.digit] for a in scene.actors
+        ]
+
+
+def test_digits_stand_out_from_the_background() -> None:
+    scene = draw_scene(4, 5)
+    dark = render(scene).amin(0) / 2 + 0.5
+    ink = coverage(scene)
+    assert dark[ink > 0.99].min() > 0.8
+    assert dark[ink == 0].max() <= 0.63
+
+
+def test_recall_is_the_kept_share_where_attention_is_uniform_and_one_where_it_is_local() -> None:
+    grid = (3, 4, 5)
+    query = torch.randn(2, 60, 8)
+    uniform = best_block_recall(query, torch.zeros_like(query), grid, keep=0.25, block=15)
+    assert set(uniform) == set(token_orders(grid))
+    for recall in uniform.values():
+        torch.testing.assert_close(recall, torch.full((2,), 0.25))
+    itself = torch.eye(60)[None] * 1e3
+    assert best_block_recall(itself, itself, grid, keep=0.25, block=15)[
+        "thw"
+    ].item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("order", token_orders((3, 4, 5)).values(), ids=token_orders((3, 4, 5)))
+def test_orders_are_permutations(order: torch.Tensor) -> None:
+    assert torch.equal(order.sort().values, torch.arange(60))
+
+
+def test_one_padding_key_stands_for_all_padding() -> None:
+    from wan_digits_denoiser import embed_prompts, install_processors
+    from wan_digits_model import build_text_encoder, build_tokenizer, build_transformer
+
+    torch.manual_seed(0)
+    tokenizer, transformer = build_tokenizer(), build_transformer()
+    encoder = build_text_encoder(tokenizer).eval()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    prompts = ["a two moving right", "an eight standing still and a nine moving down"]
+    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    lengths, total = tokens.attention_mask.sum(1), 40
+    latents, timestep = torch.randn(2, 8, 2, 3, 4), torch.tensor([300.0, 700.0])
+    with torch.no_grad():
+        embeds, bias = embed_prompts(
+            encoder, tokens.input_ids, lengths, torch.tensor([total, total])
+        )
+        padded = torch.nn.functional.pad(embeds, (0, 0, 0, total - embeds.shape[1]))
+        expected = transformer(latents, timestep, padded).sample
+        for processor in install_processors(transformer):
+            processor.bias = bias
+        torch.testing.assert_close(
+            transformer(latents, timestep, embeds).sample, expected, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_the_committed_pipeline_loads_and_generates() -> None:
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe(
+        "a seven moving left",
+        height=32,
+        width=32,
+        num_frames=5,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        max_sequence_length=24,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).frames[0]
+    assert video.shape == (5, 32, 32, 3)
+    assert video.std() > 0.02
+
+
+def test_the_committed_models_are_small() -> None:
+    bytes_of = {
+        folder: sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+        for folder in (MODEL, CLASSIFIER)
+    }
+    assert 0 < bytes_of[MODEL] <= 12 * 2**20
+    assert 0 < bytes_of[CLASSIFIER] <= 2 * 2**20
+
+
+def test_the_committed_classifier_reads_held_out_scans() -> None:
+    from train_digit_classifier import load_classifier, video_hits
+
+    config = json.loads((CLASSIFIER / "config.json").read_text())
+    assert config["labels"] == list(DIGIT_WORDS)
+    model = load_classifier(CLASSIFIER)
+    hits = []
+    for index in range(5_000_000, 5_000_008):
+        scene = draw_scene(0, index, split="held-out")
+        video = render(scene, split="held-out")[:, ::8].transpose(0, 1) / 2 + 0.5
+        hits.append(video_hits(model, video, {actor.digit for actor in scene.actors}))
+    assert sum(hits) >= 6
