@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton kernels run in the interpreter; this must stand before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 

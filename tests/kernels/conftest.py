@@ -1,14 +1,9 @@
-"""Triton kernels run in the interpreter where there is no GPU; fresh buffers hold NaN."""
+"""Fresh buffers of the kernels hold NaN."""
 
-import os
 import sys
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # must stand before triton is imported for the first time
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
