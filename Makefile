@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)
 
 demo: $(STAMP)
-	@echo "== dense against the searched plan and two recipes, on the trained sample model"
+	@echo "== dense against the plan of samples/plans and two recipes, on the trained sample model"
 	@$(BIN)/accel-compare experiment=demo
 
 test: $(STAMP)
