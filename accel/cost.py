@@ -1,10 +1,10 @@
 """What a choice costs on this device: a measured table, and the price of a plan by it.
 
-Every entry is a ratio to the fastest dense attention of the same shape, dtype and device, measured
-in turn with it, so that a busy machine shifts both. Prices add up over heads.
+Every entry is a ratio to the host's fastest dense attention of the same shape, dtype and device,
+measured in turn with it, so that a busy machine shifts both. Prices add up over heads.
 
-The generation time that is predicted is Amdahl's: with `share` the part of a dense generation spent
-in the sites and `ratio` the mean price over all steps and sites,
+The generation time that is predicted is Amdahl's: with `share` the part of the host's own dense
+generation spent in the sites and `ratio` the mean price over all steps and sites,
 
     speedup = 1 / (1 - share * (1 - ratio))
 """
@@ -29,7 +29,7 @@ from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.masks import static_keep
-from accel.plan import DENSE, RESTS, Choice, Plan
+from accel.plan import RESTS, Choice, Plan
 
 KEEPS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -50,8 +50,8 @@ class Shape:
 class CostTable:
     """Prices of one shape.
 
-    dense_ms: the fastest dense call; sparse: "rest/ordered" -> price at each of KEEPS; select:
-    name of an estimator -> price of one selection.
+    dense_ms: the host's fastest dense call; sparse: "rest/ordered" -> price at each of KEEPS;
+    select: name of an estimator -> price of one selection.
     """
 
     shape: Shape
@@ -154,32 +154,35 @@ def price(plan: Plan, table: CostTable, *, layout: Layout, steps: int, share: fl
     share: part of a dense generation spent in the sites. A plan with a choice whose keep only the
     call can tell is returned as it is.
     """
-    keeps = {}
-    for bands in plan.sites.values():
-        for choice in {c for heads in bands for c in heads}:
-            if choice not in keeps:
-                keeps[choice] = keep_of(choice, layout, plan.block)
-    if any(k is None for k in keeps.values()):
-        return plan
+    keeps: dict[Choice, float] = {}
+    for choice in {c for bands in plan.sites.values() for heads in bands for c in heads}:
+        keep = keep_of(choice, layout, plan.block)
+        if keep is None:
+            return plan
+        keeps[choice] = keep
+    full = table.price(1.0, "drop", False)
+    dense = full if plan.dense == "kernel" else 1.0
     phases = [plan.schedule.phase(step, steps) for step in range(steps)]
     ratios: dict[str, list[float]] = {}
     for site, bands in plan.sites.items():
         ratios[site] = []
         for band, heads in enumerate(bands):
-            ratio = mean(_head_price(c, keeps[c], table) for c in heads)  # type: ignore[arg-type]
+            ratio = _site_price(heads, keeps, table, dense)
             in_band = [p for p in phases if p.band == band]
             looks = len({p.generation for p in in_band})
             select = mean(select_price(c, table) for c in heads)
             ratios[site].append(ratio + (select * looks / len(in_band) if in_band else 0.0))
     by_step = []
     for phase in phases:
-        priced = [1.0 if phase.band is None else min(1.0, r[phase.band]) for r in ratios.values()]
-        by_step.append((sum(priced) + plan.n_sites - len(priced)) / plan.n_sites)
+        now = phase.band
+        priced = [dense if now is None else min(dense, r[now]) for r in ratios.values()]
+        by_step.append((sum(priced) + dense * (plan.n_sites - len(priced))) / plan.n_sites)
     speedup = 1 / (1 - share * (1 - mean(by_step)))
     expected = {
         **plan.expected,
         "attention_ratio": ratios,
         "attention_share": share,
+        "full_ratio": full,
         "speedup": speedup,
         "steps": steps,
         "device": table.shape.device,
@@ -189,9 +192,30 @@ def price(plan: Plan, table: CostTable, *, layout: Layout, steps: int, share: fl
     return replace(plan, expected=expected)
 
 
+def dense_price(table: CostTable) -> float:
+    """Price of a dense call: 1 by the host, or less by accel's own kernel where that is faster.
+
+    It has to be faster by a twentieth: below that, noise would decide.
+    """
+    own = table.price(1.0, "drop", False)
+    return own if own < 0.95 else 1.0
+
+
+def fastest_dense(plan: Plan, table: CostTable) -> Plan:
+    """`plan`, with its dense calls on accel's own kernel where that beats the host's attention."""
+    return replace(plan, dense="kernel") if dense_price(table) < 1 else plan
+
+
+def _site_price(
+    heads: tuple[Choice, ...], keeps: Mapping[Choice, float], table: CostTable, dense: float
+) -> float:
+    """Mean over heads; beside sparse heads a dense one is a row of full counts in the kernel."""
+    if all(c.dense for c in heads):
+        return dense
+    return mean(_head_price(c, keeps[c], table) for c in heads)
+
+
 def _head_price(choice: Choice, keep: float, table: CostTable) -> float:
-    if choice == DENSE or choice.dense:
-        return 1.0
     if keep == 0 and choice.rest == "drop":
         return 0.0
     return table.price(keep, choice.rest, choice.order != "thw")
@@ -213,7 +237,7 @@ def _random_mask(shape: Shape, keep: float, generator: torch.Generator) -> Block
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The fastest dense attention: cuDNN's before flash on Hopper, torch's choice elsewhere."""
+    """The host's fastest dense attention: cuDNN's before flash on Hopper, else torch's choice."""
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -145,11 +145,8 @@ class Taken:
 
     def own(self, q: Tensor, k: Tensor, v: Tensor, how: How, tokens_first: bool) -> Tensor:
         """The dense attention the user chose for this module, for calls from a compiled graph."""
-        mask, dropout, causal, scale, gqa = how
         if not tokens_first:
-            return F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, causal, scale=scale, enable_gqa=gqa
-            )
+            return _sdpa(q, k, v, *how)
         processor = self.module().processor  # type: ignore[union-attr]
         dispatch = _original_globals(type(processor))[DISPATCH]
         return dispatch(
@@ -259,13 +256,13 @@ class Interception:
         module = types.ModuleType(name)
         module.__dict__.update({k: v for k, v in own.items() if k not in ("__name__", "__spec__")})
         if DISPATCH in own:
-            module.__dict__[DISPATCH] = _dispatch_shim(own, self._slot)
+            module.__dict__[DISPATCH] = _shim(own[DISPATCH], self._slot, True)
         if own.get("F") is F:
             functional = types.ModuleType(f"{name}.F")
             functional.__dict__.update(
                 {k: v for k, v in F.__dict__.items() if k not in ("__name__", "__spec__")}
             )
-            functional.__dict__[SDPA] = _sdpa_shim(self._slot)
+            functional.__dict__[SDPA] = _shim(_sdpa, self._slot, False)
             module.__dict__["F"] = functional
             sys.modules[functional.__name__] = functional
             self._namespaces[functional.__name__] = functional
@@ -309,11 +306,17 @@ class _Slot:
         return _taken[int(self.site)]  # type: ignore[arg-type]
 
 
-def _dispatch_shim(own: dict[str, Any], slot: _Slot) -> Callable[..., Tensor]:
-    original = own[DISPATCH]
+def _sdpa(q, k, v, mask=None, dropout=0.0, causal=False, scale=None, gqa=False) -> Tensor:
+    """SDPA as it is at the call, so that a user's replacement of it stays in force."""
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, causal, scale=scale, enable_gqa=gqa
+    )
 
-    @functools.wraps(original)
-    def dispatch_attention_fn(
+
+def _shim(own: Callable[..., Tensor], slot: _Slot, tokens_first: bool) -> Callable[..., Tensor]:
+    """What stands in for `own`, diffusers' dispatcher or SDPA: the session decides, then `own`."""
+
+    def attention(
         query,
         key,
         value,
@@ -327,46 +330,18 @@ def _dispatch_shim(own: dict[str, Any], slot: _Slot) -> Callable[..., Tensor]:
     ):
         how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if torch.compiler.is_compiling():
-            return torch.ops.accel.attend(query, key, value, how[0], slot.site, True, *how[1:])
+            mask, *rest = how
+            return torch.ops.accel.attend(query, key, value, mask, slot.site, tokens_first, *rest)
         return slot.taken.attend(
             query,
             key,
             value,
             How(*how),
-            True,
-            lambda: original(query, key, value, *how, *args, **kwargs),
+            tokens_first,
+            lambda: own(query, key, value, *how, *args, **kwargs),
         )
 
-    return dispatch_attention_fn
-
-
-def _sdpa_shim(slot: _Slot) -> Callable[..., Tensor]:
-    def scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
-    ):
-        how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if torch.compiler.is_compiling():
-            return torch.ops.accel.attend(query, key, value, how[0], slot.site, False, *how[1:])
-        return slot.taken.attend(
-            query,
-            key,
-            value,
-            How(*how),
-            False,
-            # resolved at the call, so that a user's replacement of SDPA stays in force
-            lambda: F.scaled_dot_product_attention(
-                query, key, value, *how[:3], scale=scale, enable_gqa=enable_gqa
-            ),
-        )
-
-    return scaled_dot_product_attention
+    return attention
 
 
 def _original_globals(rebound: type) -> dict[str, Any]:

@@ -27,6 +27,7 @@ MAX_SITES = 4096
 MAX_HEADS = 4096
 MAX_BLOCK = 1024
 RESTS = ("drop", "mean")
+DENSE_BY = ("host", "kernel")
 Grid = tuple[int, int, int]
 
 
@@ -95,6 +96,8 @@ class Plan:
 
     sites: site name -> one tuple of choices (one per head) for every band of the schedule. A site
         that is not named runs dense.
+    dense: what computes dense calls: `host`, the attention that the user chose, or `kernel`,
+        accel's own kernel with all blocks kept: the same up to rounding, faster on some devices.
     grid: the visual grid (t, h, w) the plan was made at, or None when it was made for any.
     expected: what was predicted or measured when the plan was made, by name (see `accel.cost`).
     provenance: how it was made: recipe or search settings, versions, device, scheduler, steps.
@@ -107,6 +110,7 @@ class Plan:
     head_dim: int
     schedule: Schedule = field(default_factory=Schedule)
     block: tuple[int, int] = (128, 64)
+    dense: str = "host"
     grid: Grid | None = None
     expected: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -117,6 +121,8 @@ class Plan:
         if len(self.sites) > MAX_SITES:
             raise PlanError(f"plan {self.name!r} names {len(self.sites)} sites, over {MAX_SITES}")
         object.__setattr__(self, "block", _block(self.block))
+        if self.dense not in DENSE_BY:
+            raise PlanError(f"dense {self.dense!r} is unknown; {nearest(self.dense, DENSE_BY)}")
         sites = {s: tuple(tuple(heads) for heads in bands) for s, bands in self.sites.items()}
         object.__setattr__(self, "sites", sites)
         if self.grid is not None:
@@ -129,6 +135,10 @@ class Plan:
                 )
             if len({len(heads) for heads in bands}) != 1 or not bands[0]:
                 raise PlanError(f"site {site!r} does not have the same heads in every band")
+        if not _finite(self.expected.get("full_ratio", 1.0)):
+            raise PlanError(
+                f"expected.full_ratio must be a number, got {self.expected['full_ratio']!r}"
+            )
         ratios = _typed("expected.attention_ratio", self.expected.get("attention_ratio", {}), dict)
         for site, bands in ratios.items():
             if not isinstance(bands, list) or not all(_finite(ratio) for ratio in bands):
@@ -235,6 +245,7 @@ class Plan:
             "head_dim": self.head_dim,
             "grid": None if self.grid is None else list(self.grid),
             "block": list(self.block),
+            "dense": self.dense,
             "schedule": self.schedule.to_dict(),
             "choices": [c.to_dict() for c in numbers],
             "sites": sites,
@@ -252,7 +263,8 @@ class Plan:
                 f"the plan has schema {data['schema']!r}, this accel reads {SCHEMA};"
                 " update accel, or make the plan again with accel-search"
             )
-        data = _table("the plan", data, required | {"grid", "expected", "provenance"}, required)
+        optional = {"dense", "grid", "expected", "provenance"}
+        data = _table("the plan", data, required | optional, required)
         choices = [Choice.from_dict(c) for c in _typed("choices", data["choices"], list)]
         sites = {}
         for site, bands in _typed("sites", data["sites"], dict).items():
@@ -269,6 +281,7 @@ class Plan:
             head_dim=_typed("head_dim", data["head_dim"], int),
             schedule=Schedule.from_dict(data["schedule"]),
             block=_block(_typed("block", data["block"], list)),
+            dense=_typed("dense", data.get("dense", "host"), str),
             grid=None if grid is None else _grid(_typed("grid", grid, list)),
             expected=_typed("expected", data.get("expected", {}), dict),
             provenance=_typed("provenance", data.get("provenance", {}), dict),
@@ -309,6 +322,11 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"plan {self.name!r} holds a number that is not finite") from error
         return write_atomically(path, content + "\n")
+
+    @property
+    def dense_ratio(self) -> float:
+        """Predicted price of a dense call, as a ratio to the host's dense attention."""
+        return self.expected.get("full_ratio", 1.0) if self.dense == "kernel" else 1.0
 
     @property
     def digest(self) -> str:

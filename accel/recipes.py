@@ -11,7 +11,7 @@ from accel.errors import PlanError, nearest
 from accel.estimators import AdaptiveBlockMass, BlockMassTopK, Pooled
 from accel.geometry import Geometry
 from accel.pattern import FirstFrames, Radial, Union, Window
-from accel.plan import Choice, Plan
+from accel.plan import DENSE, Choice, Plan
 from accel.schedule import Schedule
 
 Recipe = Callable[..., Plan]
@@ -36,6 +36,18 @@ def recipe(name: str, geometry: Geometry, **parameters: Any) -> Plan:
     except (TypeError, ValueError) as error:
         raise PlanError(f"recipe {name!r}: {error}") from error
     return plan
+
+
+@_published
+def full(geometry: Geometry, *, block: tuple[int, int] = (128, 64)) -> Plan:
+    """Dense attention by accel's own kernel: nothing is left out, so results agree up to rounding.
+
+    Tiled exact attention with an online softmax (FlashAttention, arXiv 2205.14135). Where it beats
+    the host's attention it is the dense baseline that speed is measured against.
+    """
+    return Plan.uniform(
+        "full", geometry, DENSE, dense="kernel", block=block, provenance={"recipe": "full"}
+    )
 
 
 @_published

@@ -20,6 +20,7 @@ from accel.context import Where
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
 from accel.kernels.attention import resolve_backend, sparse_attention
+from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.masks import SiteMask, sampled_recall, site_mask
 from accel.plan import Choice, Plan
@@ -46,6 +47,7 @@ class Run:
     phase: Phase = field(default_factory=lambda: Phase(None, 0))
     reason: str | None = None
     masks: dict[Any, SiteMask] = field(default_factory=dict)
+    full: dict[Any, BlockMask] = field(default_factory=dict)
     lse: dict[Any, dict[Choice, Tensor]] = field(default_factory=dict)
     recalls: dict[Any, Tensor] = field(default_factory=dict)
     first_step: int | None = None
@@ -140,12 +142,13 @@ class Session:
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
         if choices is None:
+            own = self._dense_by_kernel(run, q, obstacle)
             watch = Stopwatch(record, q.device)
-            out = dense()
+            out = sparse_attention(q, k, v, self._full_mask(run, q, k)) if own else dense()
             watch.stop()
             record.calls += 1
             record.keep += 1.0
-            record.kernels.add("dense")
+            record.kernels.add(resolve_backend("auto", q.device) if own else "dense")
             if self.observer is not None:
                 out = self.observer(site, run, q, k, v, out)
             return out
@@ -171,7 +174,7 @@ class Session:
         if choices is None or all(c.dense for c in choices):
             return None
         reason = run.reason
-        if reason is None and torch.is_grad_enabled() and q.requires_grad:
+        if reason is None and _needs_gradients(q):
             reason = "the call needs gradients, which the sparse kernels do not give"
         reason = reason or obstacle
         if reason is None and q.shape[2] != k.shape[2]:
@@ -184,12 +187,34 @@ class Session:
                 " accel.enable"
             )
         ratios = self.plan.expected.get("attention_ratio", {}).get(site.name)
-        if reason is None and ratios is not None and ratios[run.phase.band] >= 1:
+        if (
+            reason is None
+            and ratios is not None
+            and ratios[run.phase.band] >= self.plan.dense_ratio
+        ):
             reason = f"dense attention is predicted to be faster at {site.name}"
         if reason is None:
             return choices
         self._runs_dense(reason)
         return None
+
+    def _dense_by_kernel(self, run: Run, q: Heads, obstacle: str | None) -> bool:
+        """Whether a dense call of this run goes to accel's own kernel, as the plan may ask."""
+        known = run.where is not None and obstacle is None
+        return self.plan.dense == "kernel" and known and not _needs_gradients(q)
+
+    def _full_mask(self, run: Run, q: Heads, k: KeyHeads) -> BlockMask:
+        lengths = (q.shape[1], q.shape[2], k.shape[2])
+        key = (lengths, q.device)
+        if key not in run.full:
+            run.full[key] = BlockMask.full(
+                lengths[0],
+                block=self.plan.block,
+                q_length=lengths[1],
+                kv_length=lengths[2],
+                device=q.device,
+            )
+        return run.full[key]
 
     def _runs_dense(self, reason: str) -> None:
         """Say once, count always; in strict mode refuse."""
@@ -226,3 +251,7 @@ class Session:
                 choices, q, k, v, layout=run.layout, block=self.plan.block, lse=lse
             )
         return chosen
+
+
+def _needs_gradients(q: Tensor) -> bool:
+    return torch.is_grad_enabled() and q.requires_grad

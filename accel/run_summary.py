@@ -101,7 +101,8 @@ def _row(session: Session, site: str, phase: str, record: Record) -> Row:
     ratios = session.plan.expected.get("attention_ratio", {}).get(site)
     predicted = None
     if dense is not None and dense.seconds and ratios is not None and phase != DENSE_LABEL:
-        predicted = median(dense.seconds) * 1000 * ratios[_band(phase)]
+        host = median(dense.seconds) * 1000 / session.plan.dense_ratio
+        predicted = host * ratios[_band(phase)]
     recalls = [r.cpu() for r in record.recall]
     return Row(
         site=site,

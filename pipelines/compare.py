@@ -30,6 +30,7 @@ def compare(config: dict[str, Any], command: str) -> None:
         timing_prompts=config["timing_prompts"],
         seed=config["seed"],
         predict=config["predict"],
+        baselines=config["baselines"],
         arms_timeout_s=config["arms_timeout_s"],
         command=command,
     )

@@ -76,14 +76,15 @@ class Arm:
             "device": device_name(self.host.device),
             "plan": None if plan is None else plan.name,
             "digest": None if plan is None else plan.digest,
-            "predicted_speedup": None if plan is None else plan.expected.get("speedup"),
+            **predictions(plan),
         }
 
     def price(self, folder: str) -> dict[str, Any]:
         """Predict this arm's speed from costs measured here; its plans go on with the prediction.
 
-        Sites at which dense is predicted to be faster then run dense. folder: keeps the timed dense
-        generation and the costs, for all arms.
+        Sites at which dense is predicted to be faster then run dense, and dense calls go to accel's
+        own kernel where that is. folder: keeps the timed dense generation and the costs, for all
+        arms.
         """
         plans = self.plans
         disable(self.host.pipe)
@@ -93,7 +94,7 @@ class Arm:
         enable(self.host.pipe, by_denoiser(plans), check=False)
         return {
             "attention_share": baseline.total_share,
-            "predicted_speedup": plans[0].expected.get("speedup"),
+            **predictions(plans[0]),
         }
 
     def generate(
@@ -124,6 +125,18 @@ class Arm:
     def look(self, prompt: str, seed: int, save: str) -> dict[str, Any]:
         """Attention maps of a few heads with what the plan keeps of them; see `look`."""
         return look(self.host, self.plans, prompt, seed, Path(save))
+
+
+def predictions(plan: Plan | None) -> dict[str, float | None]:
+    """What a priced plan expects of itself, and of `full`: speed-ups over the host's dense run."""
+    found: dict[str, float | None] = {"predicted_speedup": None, "predicted_full": None}
+    if plan is not None and "speedup" in plan.expected:
+        expected = plan.expected
+        found["predicted_speedup"] = expected["speedup"]
+        if "full_ratio" in expected:
+            saved = expected["attention_share"] * (1 - expected["full_ratio"])
+            found["predicted_full"] = 1 / (1 - saved)
+    return found
 
 
 class StepClock:

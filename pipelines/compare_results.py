@@ -41,20 +41,39 @@ def measure_quality(book: Book, arms: Sequence[ArmSpec], classifier: Classifier 
             book.write(arm, name, quality, prompt)
 
 
-def results_of(book: Book, arm: ArmSpec, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Everything measured of one arm; a field is None where nothing was measured for it."""
+def fastest_of(book: Book, baselines: Sequence[ArmSpec], jobs: Sequence[Job]) -> ArmSpec:
+    """The dense arm with the shortest paired times; the first where nothing is to be compared."""
+    first = baselines[0]
+    gains = {arm: _paired(book, jobs, arm, first)["speedup"] or 0.0 for arm in baselines[1:]}
+    best = max(gains, key=gains.__getitem__, default=first)
+    return best if gains.get(best, 0.0) > 1 else first
+
+
+def results_of(
+    book: Book, arm: ArmSpec, jobs: Sequence[Job], baselines: Sequence[ArmSpec], fastest: ArmSpec
+) -> dict[str, Any]:
+    """Everything measured of one arm; a field is None where nothing was measured for it.
+
+    `speedup` and `predicted_speedup` are over `fastest`, `speedup_over` over each of the baselines.
+    """
     done = {}
     for job in jobs:
         record = book.result(job) if job.arm == arm else None
         if record is not None:
             done[job.prompt, job.round] = record
-    found = [book.read(arm, f"p{p:02d}-quality", p) for p in range(len(book.prompts))]
-    judged = [q for q in found if q is not None]
+    found = {p: book.read(arm, f"p{p:02d}-quality", p) for p in range(len(book.prompts))}
+    judged = [q for q in found.values() if q is not None]
+    flickers = mean(q["flicker"] for q in judged) if judged else None
+    steady = _over_dense(book, [p for p, q in found.items() if q is not None], "flicker")
     start = (book.read(arm, "start") or {}) | (book.read(arm, "price") or {})
     summary = next((r["summary"] for r in reversed(done.values()) if r["summary"]), None)
     reads = [q["reads"] for q in judged if q["reads"] is not None]
+    predicted = start.get("predicted_speedup")
+    if predicted is not None and fastest != DENSE:
+        known = start.get("predicted_full")
+        predicted = None if known is None else predicted / known
     result: dict[str, Any] = {
-        "predicted_speedup": start.get("predicted_speedup"),
+        "predicted_speedup": predicted,
         "seconds": spread([r["seconds"] for r in done.values()]),
         "step_seconds": {
             phase: middle([r["step_seconds"][phase] for r in done.values()])
@@ -65,45 +84,47 @@ def results_of(book: Book, arm: ArmSpec, jobs: Sequence[Job]) -> dict[str, Any]:
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in done.values()), default=None),
         "psnr": _mean_and_worst(judged, "psnr"),
         "ssim": _mean_and_worst(judged, "ssim"),
-        "flicker": mean(q["flicker"] for q in judged) if judged else None,
-        "flicker_ratio": None,
+        "flicker": flickers,
+        "flicker_ratio": flickers / steady if flickers is not None and steady else None,
         "accuracy": mean(reads) if reads else None,
-        "keep": 1.0 if arm == DENSE else keep_of(summary),
+        "keep": 1.0 if arm in baselines else keep_of(summary),
         "plan": start.get("plan"),
         "digest": start.get("digest"),
         "notices": {} if summary is None else summary["notices"],
         "summary": summary,
     }
-    return result | _against_dense(book, done, result)
+    over = {other.name: _paired(book, jobs, arm, other)["speedup"] for other in baselines}
+    return result | {**_paired(book, jobs, arm, fastest), "speedup_over": over}
 
 
-def _against_dense(
-    book: Book, done: dict[tuple[int, int], dict[str, Any]], result: dict[str, Any]
-) -> dict[str, Any]:
-    """The paired speed-up, and flicker as a multiple of dense.
+def _paired(book: Book, jobs: Sequence[Job], arm: ArmSpec, baseline: ArmSpec) -> dict[str, Any]:
+    """The speed-up of `arm` over `baseline`: median of the ratios of generations of the same job.
 
     Pairs of one sitting are used where there are any; else pairs whose two sides were measured at
     different times, and the result says so.
     """
     pairs = []
-    ratios = []
-    for (prompt, number), record in done.items():
-        dense = book.result(Job(DENSE, prompt, number))
-        if dense is not None:
-            together = dense["sitting"] == record["sitting"]
-            pairs.append((together, dense["seconds"] / record["seconds"]))
-        own = book.read(DENSE, f"p{prompt:02d}-quality", prompt)
-        if number == 0 and own is not None and own["flicker"] > 0:
-            ratios.append(own["flicker"])
+    for job in jobs:
+        if job.arm != arm:
+            continue
+        own, other = book.result(job), book.result(Job(baseline, job.prompt, job.round))
+        if own is not None and other is not None:
+            together = own["sitting"] == other["sitting"]
+            pairs.append((together, other["seconds"] / own["seconds"]))
     together = [ratio for same, ratio in pairs if same]
     used = together or [ratio for _, ratio in pairs]
-    flicker_of = result["flicker"]
     return {
         "speedup": middle(used),
         "pairs": len(used),
         "paired_in_one_sitting": bool(together),
-        "flicker_ratio": flicker_of / mean(ratios) if ratios and flicker_of is not None else None,
     }
+
+
+def _over_dense(book: Book, prompts: Sequence[int], name: str) -> float | None:
+    """Mean of the quality `name` of dense over `prompts`."""
+    found = [book.read(DENSE, f"p{prompt:02d}-quality", prompt) for prompt in prompts]
+    values = [quality[name] for quality in found if quality is not None]
+    return mean(values) if values else None
 
 
 def keep_of(summary: dict[str, Any] | None) -> float | None:

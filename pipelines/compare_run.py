@@ -15,7 +15,7 @@ from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.metrics import Classifier
 from accel.pipelines.compare_book import ArmSpec, Book, Job
-from accel.pipelines.compare_results import measure_quality, results_of
+from accel.pipelines.compare_results import fastest_of, measure_quality, results_of
 from accel.pipelines.compare_settings import DENSE, CompareSettings
 from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.host import ModelConfig, find_path
@@ -91,15 +91,19 @@ class Comparison:
     def results(self) -> dict[str, Any]:
         """The results so far, also written to results.json."""
         measure_quality(self.book, self.arms, self._classifier)
+        baselines = self.settings.dense_arms
+        fastest = fastest_of(self.book, baselines, self.jobs)
         arms = {}
         for arm in self.arms:
-            arms[arm.name] = results_of(self.book, arm, self.jobs)
+            arms[arm.name] = results_of(self.book, arm, self.jobs, baselines, fastest)
             if arm in self._errors:
                 arms[arm.name]["error"] = self._errors[arm]
         starts = [self.book.read(arm, "start") for arm in self.arms]
         results = {
             "schema": SCHEMA,
             "arms": arms,
+            "baseline": fastest.name,
+            "baselines": [arm.name for arm in baselines],
             "device": next((s["device"] for s in starts if s), "unknown"),
             "versions": versions(),
             "settings": {
@@ -156,8 +160,8 @@ class Comparison:
             self.results()
 
     def _shown_arm(self) -> ArmSpec:
-        """The arm whose attention the report shows: the first that is not dense."""
-        return self.arms[1] if len(self.arms) > 1 else DENSE
+        """The arm whose attention the report shows: the first that leaves something out."""
+        return next((arm for arm in self.arms if arm not in self.settings.dense_arms), DENSE)
 
     def _lacks_maps(self, arm: ArmSpec, shown: ArmSpec) -> bool:
         wanted = arm == shown and arm != DENSE

@@ -11,6 +11,7 @@ from accel.pipelines.host import DTYPES, ModelConfig, find_path
 from accel.recipes import RECIPES
 
 DENSE = ArmSpec("dense")
+FULL = ArmSpec.of("full", "full")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class CompareSettings:
     timing_prompts: int = 2
     seed: int = 0
     predict: bool = False
+    baselines: Sequence[str] = ("dense",)
     arms_timeout_s: int | float = 1800
     command: str = ""
 
@@ -32,6 +34,14 @@ class CompareSettings:
         for name in self.recipes:
             if name not in RECIPES:
                 raise PlanError(f"there is no recipe {name!r}; {nearest(name, RECIPES)}")
+        if not self.baselines or self.baselines[0] != DENSE.name:
+            raise AccelError(
+                f"baselines is {list(self.baselines)}; it begins with {DENSE.name!r}, the host's"
+                " own attention, against which quality is measured"
+            )
+        for name in self.baselines[1:]:
+            if name != FULL.name:
+                raise AccelError(f"there is no baseline {name!r}; take 'dense' and 'full'")
         for name in ("rounds", "timing_prompts"):
             if getattr(self, name) < 1:
                 raise AccelError(f"{name} is {getattr(self, name)}; it is at least 1")
@@ -40,9 +50,15 @@ class CompareSettings:
                 raise AccelError(f"dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")
 
     @property
+    def dense_arms(self) -> tuple[ArmSpec, ...]:
+        """Arms that leave nothing out; speed is measured against the fastest of them."""
+        return (DENSE, FULL) if len(self.baselines) > 1 else (DENSE,)
+
+    @property
     def arms(self) -> tuple[ArmSpec, ...]:
-        """Dense, the plans, the recipes; their names are folders, so each is there once."""
-        arms = [DENSE, *(ArmSpec.of(name, find_path(p)) for name, p in self.plans.items())]
+        """The baselines, plans and recipes; their names are folders, so each is there once."""
+        arms = list(self.dense_arms)
+        arms += [ArmSpec.of(name, find_path(p)) for name, p in self.plans.items()]
         arms += [ArmSpec.of(name, name) for name in self.recipes]
         names = [arm.name for arm in arms]
         for name in names:

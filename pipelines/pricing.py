@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from accel.cost import CostTable, Shape, measure, price
+from accel.cost import CostTable, Shape, fastest_dense, measure, price
 from accel.errors import AccelError
 from accel.estimators import Estimator
 from accel.files import write_atomically
@@ -114,12 +114,15 @@ def load_or_measure_costs(
 
 
 def priced(host: Host, plan: Plan, baseline: Baseline, folder: Path, rounds: int = 5) -> Plan:
-    """`plan` with its predicted time in `expected`; tables are kept in `folder`, one per block."""
+    """`plan` with its predicted time in `expected`, its dense calls on what is faster here.
+
+    Tables of costs are kept in `folder`, one per block.
+    """
     choices = {c for bands in plan.sites.values() for heads in bands for c in heads}
     path = folder / f"costs-{plan.block[0]}x{plan.block[1]}.json"
     table = load_or_measure_costs(host, baseline.layout, plan.block, choices, path, rounds)
     return price(
-        plan,
+        fastest_dense(plan, table),
         table,
         layout=baseline.layout,
         steps=baseline.steps,

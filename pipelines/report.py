@@ -19,17 +19,19 @@ ANIMATION_SIDE = 192  # pixels; smaller frames are enlarged
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` and `animations/*.gif` from what a comparison left in `folder`."""
+    """Write `report.html`, `trade-off.svg` and `animations/*.gif` from a comparison's `folder`."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     arms = results["arms"]
-    shown = next((n for n, a in arms.items() if n != "dense" and a.get("seconds")), "dense")
+    dense = results["baselines"]
+    shown = next((n for n, a in arms.items() if n not in dense and a.get("seconds")), "dense")
+    sparse = {name: arm for name, arm in arms.items() if name not in dense}
     parts = [
         _head(results, shown),
         _section("Speed, memory and quality", _table(results, shown)),
-        _section("Trade-off", _trade_off(arms, shown)),
+        _section("Trade-off", _trade_off(folder, sparse, shown)),
     ]
     parts += [_videos(folder, results, prompt) for prompt in _prompts(folder, results, shown)]
-    parts += [_kept(arms), _maps(folder, shown), _about(results)]
+    parts += [_kept(sparse), _maps(folder, shown), _about(results)]
     body = "\n".join(part for part in parts if part)
     title = escape(f"accel: {results['settings']['model']}")
     page = (
@@ -44,7 +46,8 @@ def _head(results: Mapping[str, Any], shown: str) -> str:
     settings, arm = results["settings"], results["arms"][shown]
     tiles = []
     if arm.get("speedup") and shown != "dense":
-        tiles.append((f"{arm['speedup']:.2f}x", f"speed-up of {shown}"))
+        what = f"speed-up of {shown} over the fastest dense run"
+        tiles.append((f"{arm['speedup']:.2f}x", what))
     if arm.get("psnr"):
         tiles.append((f"{arm['psnr']['mean']:.1f} dB", "mean PSNR against dense"))
         tiles.append((f"{arm['psnr']['worst']:.1f} dB", "worst video"))
@@ -90,10 +93,12 @@ def _table(results: Mapping[str, Any], shown: str) -> str:
     )
 
 
-def _trade_off(arms: Mapping[str, Any], shown: str) -> str:
+def _trade_off(folder: Path, arms: Mapping[str, Any], shown: str) -> str:
     if not any(a.get("psnr") and a.get("speedup") for a in arms.values()):
         return ""
-    picture = _image(figures.trade_off(arms, shown), "svg+xml", "speed-up against PSNR")
+    drawn = figures.trade_off(arms, shown)
+    write_atomically(folder / "trade-off.svg", drawn)
+    picture = _image(drawn, "svg+xml", "speed-up against PSNR")
     return (
         f"<div class=plot>{picture}</div><p>Up and to the right is better. A dot is the mean over"
         " all videos, the whisker goes down to the worst one. Left of the line, dense is faster."
@@ -203,8 +208,8 @@ def _about(results: Mapping[str, Any]) -> str:
         "How it was measured",
         "<p>Every arm is a process of its own with the same pipeline, prompts and noise. The arms"
         " take turns, so that a speed-up is the median of ratios of neighbouring generations, to"
-        " the fastest dense precision of this device; loading and warm-up are not counted. Quality"
-        " is that of the 8-bit frames.</p>"
+        " the fastest dense arm in the fastest precision of this device; loading and warm-up are"
+        " not counted. Quality is that of the 8-bit frames.</p>"
         f"<table class=about>{cells}</table>{command}",
     )
 

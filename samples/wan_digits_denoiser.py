@@ -45,7 +45,7 @@ class DenoiserSettings:
     phases: tuple[Phase, ...] = (
         Phase(until=0.33, frames=1, side=10, batch=40, shift=2.0, digit_weight=1.0),
         Phase(until=0.46, frames=1, side=16, batch=16, shift=2.0, digit_weight=1.0),
-        Phase(until=0.72, frames=5, side=16, batch=4, shift=2.5, digit_weight=1.0),
+        Phase(until=0.74, frames=5, side=16, batch=4, shift=2.5, digit_weight=1.0),
         Phase(until=1.0, frames=17, side=16, batch=2, shift=FLOW_SHIFT, digit_weight=0.0),
     )
     muon_rate: float = 4e-3

@@ -2,6 +2,7 @@
 `WanPipeline.from_pretrained` loads.
 """
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -127,6 +128,8 @@ def export(
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipe.save_pretrained(part, safe_serialization=True)
+    # The autoencoder goes into the file as float16: half the size.
+    copy.deepcopy(vae).half().save_pretrained(part / "vae")
     for source in sorted(part.rglob("*")):
         target = out / source.relative_to(part)
         if source.is_dir():

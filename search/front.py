@@ -44,19 +44,22 @@ class Times:
     """What a head takes, as a part of a dense generation.
 
     head: seconds-share of one head of one site in one step; steps: of each band; price: of each
-    candidate, as a ratio to a dense head; looks: price of a candidate's selection.
+    candidate, as a ratio to a dense head; looks: price of a candidate's selection; dense: price of
+    a dense head by what computes it fastest; share: part of a generation in the sites.
     """
 
     head: Mapping[str, float]
     steps: Sequence[int]
     price: Sequence[float]
     looks: Sequence[float]
+    dense: float = 1.0
+    share: float = 0.0
 
     def of(self, key: Key) -> Tensor:
         """[candidates + 1] times of one head over the band; the last entry is dense."""
         site, band = key
         n = self.steps[band]
-        price = torch.tensor([*self.price, 1.0], dtype=torch.float64)
+        price = torch.tensor([*self.price, self.dense], dtype=torch.float64)
         looks = torch.tensor([*self.looks, 0.0], dtype=torch.float64)
         return self.head[site] * (price * n + looks)
 
@@ -67,7 +70,7 @@ def front(profile: Profile, times: Times, *, points: int = 200) -> list[Point]:
     spans = torch.logspace(-6, 4, points, dtype=torch.float64)
     for lam in [0.0, *spans.tolist()]:
         assignment: dict[Key, tuple[int, ...]] = {}
-        saved, harm = 0.0, 0.0
+        saved, harm = times.share * (1 - times.dense), 0.0
         for key, errors in profile.errors.items():
             time = times.of(key)
             error = torch.cat([errors.double(), torch.zeros(1, errors.shape[1])])

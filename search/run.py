@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from accel.cost import CostTable, keep_of, price, select_price
+from accel.cost import CostTable, dense_price, fastest_dense, keep_of, price, select_price
 from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.layout import Layout
@@ -199,6 +199,8 @@ class Search:
                 for c in self.candidates
             ],
             price=prices,
+            dense=dense_price(table),
+            share=baseline.total_share,
         )
 
     def _plan(self, point: Point, table: CostTable, layout: Layout, baseline: Baseline) -> Plan:
@@ -224,7 +226,13 @@ class Search:
                 "versions": {n: version(n) for n in ("torch", "diffusers", "accel-suite")},
             },
         )
-        return price(plan, table, layout=layout, steps=self.host.steps, share=baseline.total_share)
+        return price(
+            fastest_dense(plan, table),
+            table,
+            layout=layout,
+            steps=self.host.steps,
+            share=baseline.total_share,
+        )
 
     def _validated(self, plan: Plan, baseline: Baseline) -> Plan:
         """The plan with what it measures on the calibration prompts, dense and sparse in turn."""

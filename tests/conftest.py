@@ -6,6 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# how long an example takes says nothing on a shared machine
+settings.register_profile("accel", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("accel")
 
 if not torch.cuda.is_available():
     # Triton kernels run in the interpreter; this must stand before anything imports triton

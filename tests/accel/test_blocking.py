@@ -15,7 +15,7 @@ def cut(tokens, size):
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.tuples(*[st.integers(1, 4)] * 3),
     st.tuples(*[st.integers(0, 13)] * 3),

@@ -1,10 +1,20 @@
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel.cost import KEEPS, CostTable, Shape, keep_of, measure, price
+from accel.cost import (
+    KEEPS,
+    CostTable,
+    Shape,
+    dense_price,
+    fastest_dense,
+    keep_of,
+    measure,
+    price,
+)
 from accel.estimators import Antidiagonal, BlockMassTopK, Pooled
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
@@ -83,8 +93,21 @@ class TestPrice:
     def test_heads_add_up(self):
         near = Choice(Window(t=0), order="hwt", rest="mean")
         keep = keep_of(near, LAYOUT, (32, 32))
-        ratio = (1.0 + TABLE.price(keep, "mean", True)) / 2
+        # beside a sparse head the dense one runs in the kernel too
+        ratio = (TABLE.price(1.0, "drop", False) + TABLE.price(keep, "mean", True)) / 2
         assert priced(plan(DENSE, near))["attention_ratio"]["b"] == pytest.approx([ratio])
+
+    @pytest.mark.parametrize("full", [0.6, 0.97])
+    def test_dense_calls_go_where_they_are_fastest(self, full):
+        prices = (*TABLE.sparse["drop/natural"][:-1], full)
+        table = replace(TABLE, sparse={**TABLE.sparse, "drop/natural": prices})
+        half = plan(Choice(Skip()), sites=("a",), dense_start=0.5)
+        made = price(fastest_dense(half, table), table, layout=LAYOUT, steps=10, share=0.5)
+        dense = full if full < 0.95 else 1.0
+        assert made.dense == ("kernel" if full < 0.95 else "host")
+        assert made.dense_ratio == dense == dense_price(table)
+        # site b always, site a for the first five steps
+        assert made.expected["speedup"] == pytest.approx(1 / (1 - 0.5 * (1 - 0.75 * dense)))
 
     def test_skipped_heads_are_free(self):
         assert priced(plan(Choice(Skip())))["attention_ratio"]["a"] == [0.0]

@@ -82,7 +82,7 @@ def brute_top(scores, keep, blocking):
 # --- selection from scores -----------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from([0.01, 0.1, 0.3, 0.7, 1.0]))
 def test_top_blocks_row_by_row(seed, keep):
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +90,7 @@ def test_top_blocks_row_by_row(seed, keep):
     assert torch.equal(top_blocks(scores, keep, BLOCKING), brute_top(scores, keep, BLOCKING))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.floats(0.01, 0.99))
 def test_top_mass_is_the_smallest_set(seed, tau):
     generator = torch.Generator().manual_seed(seed)
@@ -312,7 +312,7 @@ def test_a_cached_lse_is_reused(estimator):
     assert not torch.equal(shifted.recall, first.recall)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.sampled_from([0.05, 0.2, 0.3, 0.6, 0.7, 0.9]),
     st.sampled_from([0.2, 0.5, 0.8, 1.0]),

@@ -24,7 +24,7 @@ LAYOUT = Layout.of((5, 7, 3), text_before=11, text_after=6, padding=4)
 GRIDS = st.tuples(*[st.integers(1, 6)] * 3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(GRIDS, min_size=1, max_size=2), st.sampled_from(NAMES), st.integers(0, 5))
 def test_every_order_permutes_each_grid_in_its_own_span(grids, name, text):
     layout = Layout.of(grids, text_before=text, text_after=3, padding=2)

@@ -125,7 +125,7 @@ def test_mask_is_any_pair_of_the_block(pattern, layout, order):
     assert torch.equal(pattern.mask(blocking), brute_force(pattern, blocking))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.sampled_from(EXAMPLES),
     st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 5)),
@@ -145,7 +145,7 @@ def test_mask_on_any_layout(pattern, grid, text_and_padding, order, block):
     assert torch.equal(rows, expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.tuples(*[st.integers(0, 4)] * 3),
     st.tuples(*[st.integers(0, 2)] * 3),

@@ -14,7 +14,7 @@ from accel.estimators import AdaptiveBlockMass, Antidiagonal, BlockMassTopK, Poo
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
 from accel.pattern import FirstFrames, Full, MultiDiagonal, Radial, Skip, Stripe, Union, Window
-from accel.plan import DENSE, MAX_FILE_BYTES, Choice, Plan
+from accel.plan import DENSE, DENSE_BY, MAX_FILE_BYTES, Choice, Plan
 from accel.schedule import Schedule
 
 extents = st.none() | st.integers(0, 9) | st.sampled_from([0.1, 0.25, 0.5, 1.0])
@@ -64,6 +64,7 @@ def plans(draw):
         geometry,
         sites,
         schedule=schedule,
+        dense=draw(st.sampled_from(DENSE_BY)),
         grid=draw(st.none() | st.tuples(*[st.integers(1, 99)] * 3)),
         provenance=draw(st.dictionaries(st.text(), json_values, max_size=3)),
     )
@@ -236,6 +237,9 @@ BAD = {
     "block no power": (_edit("block", [48, 64]), "block must be two powers of two"),
     "block of words": (_edit("block", ["32", 32]), "block must be two powers of two"),
     "block of lists": (_edit("block", [[32], [32]]), "block must be two powers of two"),
+    "dense unknown": (_edit("dense", "kernl"), "dense 'kernl' is unknown; did you mean 'kernel'"),
+    "dense a number": (_edit("dense", 1), "dense must be of type str, got 1"),
+    "full ratio a word": (_edit("expected", {"full_ratio": "1"}), "full_ratio must be a number"),
     "grid of two": (_edit("grid", [4, 4]), "three positive integers (t, h, w), got [4, 4]"),
     "grid of words": (_edit("grid", ["4", 4, 4]), "three positive integers (t, h, w)"),
     "ratios a number": (_edit("expected", {"attention_ratio": 3}), "attention_ratio must be of"),

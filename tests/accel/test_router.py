@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from accel.context import Where
 from accel.errors import AccelError
 from accel.estimators import AdaptiveBlockMass, BlockMassTopK
 from accel.geometry import Geometry, Site
+from accel.kernels.attention import resolve_backend
 from accel.layout import Layout
 from accel.pattern import Full, Window
 from accel.plan import Choice, Plan
@@ -190,6 +192,40 @@ class TestRuns:
         looks.clear()
         run(one, [6], tensors=qkv(seed=1))
         assert len(looks) == 2
+
+
+class TestDenseByKernel:
+    """Dense calls of a plan whose `dense` is `kernel`."""
+
+    def kernel_session(self, **schedule):
+        one = session(STATIC, **schedule)
+        one.plan = replace(one.plan, dense="kernel")
+        return one
+
+    def test_they_run_in_the_kernel_with_all_blocks_and_agree(self):
+        one = self.kernel_session(dense_start=0.5)
+        one.begin(LAYOUT, Where(0, 10))
+        out, dense = attend(one)
+        assert torch.allclose(out, dense, atol=1e-5)
+        assert not torch.equal(out, torch.zeros_like(out))
+        record = one.records["a", "dense"]
+        assert record.kernels == {resolve_backend("auto", out.device)}
+        assert (record.calls, record.keep) == (1, 1.0)
+
+    def test_other_lengths_of_queries_and_keys(self):
+        one = self.kernel_session(dense_start=0.5)
+        one.begin(LAYOUT, Where(0, 10))
+        q, k, v = qkv()
+        out, dense = attend(one, tensors=(q[:, :, :37], k, v))
+        assert torch.allclose(out, dense, atol=1e-5)
+
+    @pytest.mark.parametrize("why", ["obstacle", "unknown step", "gradients"])
+    def test_they_stay_with_the_host_where_the_kernel_cannot_tell(self, why):
+        one = self.kernel_session(dense_start=0.5)
+        one.begin(LAYOUT, None if why == "unknown step" else Where(0, 10))
+        tensors = tuple(x.requires_grad_(why == "gradients") for x in qkv())
+        attend(one, tensors=tensors, obstacle="a mask" if why == "obstacle" else None)
+        assert one.records["a", "dense"].kernels == {"dense"}
 
 
 REASONS = {

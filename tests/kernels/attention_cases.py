@@ -8,6 +8,7 @@ from math import ceil
 import numpy
 import torch
 
+from accel.kernels import native
 from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
@@ -19,6 +20,11 @@ class Backend:
 
     name: str
     device: str
+
+
+def compiler_missing() -> str | None:
+    """Why the C++ kernels cannot be built here, or None; a build that fails is no excuse."""
+    return None if native._compiler() else "no C++ compiler"
 
 
 @cache

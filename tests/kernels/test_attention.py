@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import Backend, Case, check, interpreter_missing, run
+from attention_cases import Backend, Case, check, compiler_missing, interpreter_missing, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accel.kernels import native
 from accel.kernels.attention import resolve_backend, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
@@ -30,8 +29,8 @@ def backend(request) -> Backend:
     if request.param == "cpu":
         return Backend("cpu", "cpu")
     if request.param == "native":
-        if not native.available():
-            pytest.skip("no C++ compiler")
+        if reason := compiler_missing():
+            pytest.skip(reason)
         return Backend("native", "cpu")
     if request.param == "cuda":
         if not torch.cuda.is_available():
@@ -172,16 +171,15 @@ def test_scale(backend, generator):
 
 @settings(
     max_examples=60,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @pytest.mark.parametrize("name", ["cpu", "native"])
 @given(data=st.data())
 def test_any_shape_and_mask(name, data):
     """On the CPU paths, which are fast enough for many examples."""
-    if name == "native" and not native.available():
-        pytest.skip("no C++ compiler")
+    if name == "native" and (reason := compiler_missing()):
+        pytest.skip(reason)
     tokens = data.draw(st.integers(1, 90), label="tokens")
     orders = data.draw(st.sampled_from(["natural", "shared", "each"]), label="orders")
     heads = data.draw(st.sampled_from([1, 2, 4]), label="heads")

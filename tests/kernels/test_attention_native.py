@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import Backend, Case, check, run
+from attention_cases import Backend, Case, check, compiler_missing, run
 
 from accel.kernels import native
 from accel.kernels.attention import resolve_backend, sparse_attention
@@ -21,15 +21,15 @@ EMPTY = 'extern "C" int nothing() { return 0; }\n'
 
 @pytest.fixture
 def compiled():
-    if not native.available():
-        pytest.skip("no C++ compiler")
+    if reason := compiler_missing():
+        pytest.skip(reason)
 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """A process that has not loaded anything, with an empty cache and a tiny source."""
-    if native._compiler() is None:
-        pytest.skip("no C++ compiler")
+    if reason := compiler_missing():
+        pytest.skip(reason)
     source = tmp_path / "attention_native.cpp"
     source.write_text(EMPTY)
     monkeypatch.setattr(native, "SOURCE", source)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import Case
+from attention_cases import Case, compiler_missing
 
 from accel.kernels import block_mass as module
 from accel.kernels import native
@@ -18,14 +18,15 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
-def path(request, monkeypatch) -> str:
-    """Both ways to compute it on the CPU."""
-    if request.param == "torch":
+@pytest.fixture(params=["native", "torch", "torch in chunks"], autouse=True)
+def _path(request, monkeypatch) -> None:
+    """The ways to compute it on the CPU."""
+    if request.param != "native":
         monkeypatch.setattr(native, "available", lambda: False)
-    elif not native.available():
-        pytest.skip("no C++ compiler")
-    return request.param
+    elif reason := compiler_missing():
+        pytest.skip(reason)
+    if request.param == "torch in chunks":
+        monkeypatch.setattr(module, "CHUNK_LOGITS", 1)
 
 
 def assert_same(got, truth):
@@ -35,12 +36,8 @@ def assert_same(got, truth):
 
 
 @pytest.mark.parametrize("size", [1.0, 40.0])
-@pytest.mark.parametrize("chunk", [1, 1 << 19])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_matches_reference(case, chunk, size, generator, monkeypatch, path):
-    if path == "native" and chunk > 1:
-        pytest.skip("knows no chunks")
-    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+def test_matches_reference(case, size, generator):
     q, k, _ = case.tensors(generator)
     options = case.options(generator) | {"block": case.block}
     truth = block_mass_reference(q * size, k, **options)

@@ -290,6 +290,34 @@ def test_the_report_is_written_from_what_was_measured(compared):
     assert len(list((folder / "animations").glob("*.gif"))) >= 3
 
 
+def test_speed_is_measured_against_the_fastest_dense_arm(model, settings, tmp_path):
+    wanted = replace(
+        settings, plans={}, recipes=("sparsed",), prompts=1, baselines=("dense", "full")
+    )
+    results, _ = run(model, wanted, tmp_path)
+    arms = results["arms"]
+    assert list(arms) == ["dense", "full", "sparsed"]
+    assert results["baselines"] == ["dense", "full"]
+    assert arms["full"]["psnr"]["worst"] > 60
+    assert arms["full"]["keep"] == 1
+    assert arms["full"]["summary"]["rows"][0]["kernels"] != ["dense"]
+    fastest = results["baseline"]
+    assert arms[fastest]["speedup"] == 1
+    assert all(arms[name]["speedup"] <= 1 for name in ("dense", "full"))
+    for arm in arms.values():
+        assert arm["speedup"] == arm["speedup_over"][fastest]
+    assert (tmp_path / "arms" / "sparsed" / "maps.npz").is_file()
+
+
+def test_a_baseline_is_dense(settings):
+    with pytest.raises(AccelError, match="begins with 'dense'"):
+        replace(settings, baselines=("full",))
+    with pytest.raises(AccelError, match="no baseline 'sparsed'"):
+        replace(settings, baselines=("dense", "sparsed"))
+    with pytest.raises(AccelError, match="cannot be called 'full'"):
+        _ = replace(settings, recipes=("full",), baselines=("dense", "full")).arms
+
+
 def test_speed_is_predicted_from_costs_measured_once_for_all_arms(model, settings, tmp_path):
     wanted = replace(
         settings, plans={}, recipes=("window", "radial"), prompts=1, rounds=1, predict=True

@@ -1,6 +1,7 @@
 """The trade-off: exact against enumeration where that is possible."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,16 @@ def test_the_front_falls_from_dense_to_the_fastest():
         assert fast.harm > slow.harm
     fastest = points[-1].choices(CANDIDATES)
     assert fastest == {f"blocks.{i}": ((CANDIDATES[0],) * 2,) for i in range(2)}
+
+
+def test_a_cheaper_dense_head_shortens_every_plan():
+    times = replace(times_of(), dense=0.6, share=0.5)
+    points = front(profile_of(5), times)
+    assert points[0].time == pytest.approx(1 - 0.5 * 0.4)
+    assert points[0].harm == 0
+    # all heads at 0.2 in all steps, two sites of two heads: 0.01 of time each a step
+    looks = 4 * 0.01 * 0.5
+    assert points[-1].time == pytest.approx(1 - 0.5 * 0.4 - 4 * 0.1 * (0.6 - 0.2) + looks)
 
 
 def test_within_takes_the_least_harmful_plan_in_the_budget():
