@@ -3,8 +3,10 @@
     x_s = (1 - s) x_0 + s e,    the model predicts e - x_0 at timestep 1000 s.
 
 Clips grow during the run: crops of single latent frames around a digit first (100 tokens, cheap),
-then whole frames, then five of them, then all seventeen (4352 tokens). Positions enter by rotation
-only, so what a crop teaches carries over.
+then whole frames, then seven of the seventeen frames of a video, mostly far apart, then all of them
+(4352 tokens). Positions enter by rotation only, so what a crop teaches carries over, and frames
+keep the times at which they were taken: a third of the tokens teaches the motion of the whole video
+at an eighth of the cost of its attention.
 """
 
 import math
@@ -23,8 +25,8 @@ __all__ = ["DenoiserSettings", "Latents", "Phase", "denoiser_step", "install_pro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Up to `until` (fraction of the stage) train on clips of `frames` latent frames, `side` cells
-    high and wide.
+    """Up to `until` (fraction of the stage) train on `frames` latent frames of a video, `side`
+    cells high and wide.
     """
 
     until: float
@@ -45,7 +47,7 @@ class DenoiserSettings:
     phases: tuple[Phase, ...] = (
         Phase(until=0.33, frames=1, side=10, batch=40, shift=2.0, digit_weight=1.0),
         Phase(until=0.46, frames=1, side=16, batch=16, shift=2.0, digit_weight=1.0),
-        Phase(until=0.74, frames=5, side=16, batch=4, shift=2.5, digit_weight=1.0),
+        Phase(until=0.86, frames=7, side=16, batch=4, shift=FLOW_SHIFT, digit_weight=1.0),
         Phase(until=1.0, frames=17, side=16, batch=2, shift=FLOW_SHIFT, digit_weight=0.0),
     )
     muon_rate: float = 4e-3
@@ -78,10 +80,22 @@ class Latents:
         corner = (centre - side / 2).round().long() + torch.tensor(shift)
         return tuple(corner.clamp(0, len(shown) - side).tolist())
 
+    def _times(self, count: int, random: torch.Generator) -> Tensor:
+        """`count` frames of a video in order: neighbours, every second one, or any."""
+        total = self.latents.shape[2]
+        stride = int(torch.randint(4, (), generator=random))
+        room = total - 1 - stride * (count - 1)
+        if stride in (1, 2) and room >= 0:
+            start = int(torch.randint(room + 1, (), generator=random))
+            return start + stride * torch.arange(count)
+        return torch.randperm(total, generator=random)[:count].sort().values
+
     def batch(
         self, phase: Phase, seed: int, step: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.Generator]:
-        """Clips of step `step`, a function of `(seed, step)` and the phase alone."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.Generator]:
+        """Clips of step `step` with the times of their frames `[b, frames]`, a function of `(seed,
+        step)` and the phase alone.
+        """
         random = torch.Generator().manual_seed(seed * 1_000_003 + 500_000 + step)
         # A crop shows one digit, so its prompt must name one only.
         pool = (
@@ -90,25 +104,35 @@ class Latents:
             else (self.lengths == self.lengths.min()).nonzero()[:, 0]
         )
         videos = pool[torch.randint(len(pool), (phase.batch,), generator=random)]
-        room = self.latents.shape[2] - phase.frames
-        # The first latent frame is special (it stands for one pixel frame), so half of the clips
-        # start there.
-        starts = torch.randint(-room, room + 1, (phase.batch,), generator=random).clamp(min=0)
+        times = torch.stack([self._times(phase.frames, random) for _ in range(phase.batch)])
         jitter = torch.randint(-1, 2, (phase.batch, 2), generator=random)
         clean, covered = [], []
-        for video, start, shift in zip(
-            videos.tolist(), starts.tolist(), jitter.tolist(), strict=True
-        ):
-            shown = self.coverage[video, start : start + phase.frames]
+        for video, when, shift in zip(videos.tolist(), times, jitter.tolist(), strict=True):
+            shown = self.coverage[video, when]
             h, w = self._corner(shown[0].float(), shift, phase.side)
             covered.append(shown[:, h : h + phase.side, w : w + phase.side])
-            clean.append(
-                self.latents[
-                    video, :, start : start + phase.frames, h : h + phase.side, w : w + phase.side
-                ]
-            )
+            clean.append(self.latents[video][:, when, h : h + phase.side, w : w + phase.side])
         clean, coverage = torch.stack(clean).float(), torch.stack(covered).float() / 255
-        return clean, coverage, self.ids[videos], self.lengths[videos], random
+        return clean, coverage, times, self.ids[videos], self.lengths[videos], random
+
+
+class _FrameRotary:
+    """The rotation of frames that were taken at `times` `[b, frames]`, in place of
+    `WanRotaryPosEmbed.forward`, which numbers them from zero.
+    """
+
+    def __init__(self, rope: nn.Module) -> None:
+        self.own = rope.forward
+        self.times: Tensor | None = None
+
+    def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        _, _, _, height, width = latents.shape
+        last = int(self.times.max()) + 1
+        tables = self.own(latents.new_empty(1, 1, last, height, width))
+        return tuple(
+            table.unflatten(1, (last, height * width))[0][self.times].flatten(1, 2)
+            for table in tables
+        )
 
 
 class _PaddedCrossAttention:
@@ -154,15 +178,18 @@ class _FastSelfAttention:
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def install_processors(transformer: WanTransformer3DModel) -> list[_PaddedCrossAttention]:
+def install_processors(
+    transformer: WanTransformer3DModel,
+) -> tuple[list[_PaddedCrossAttention], _FrameRotary]:
     """Give every attention its training processor; returns those of the cross-attentions, whose
-    `bias` is to be set.
+    `bias` is to be set, and the rotation, whose `times` are.
     """
+    rotary = transformer.rope.forward = _FrameRotary(transformer.rope)
     processors = [_PaddedCrossAttention() for _ in transformer.blocks]
     for block, processor in zip(transformer.blocks, processors, strict=True):
         block.attn1.set_processor(_FastSelfAttention())
         block.attn2.set_processor(processor)
-    return processors
+    return processors, rotary
 
 
 def _padding(size: int, progress: float, random: torch.Generator) -> Tensor:
@@ -217,19 +244,19 @@ def optimisers(
 def denoiser_step(transformer, encoder, cache: Latents, settings: DenoiserSettings, seed: int):
     """The step function of the stage, and the parts of its checkpoint."""
     rank, world = rank_and_world()
-    processors = install_processors(transformer)
+    processors, rotary = install_processors(transformer)
     muon, adam = optimisers(transformer, encoder, settings)
     parameters = [p for m in (transformer, encoder) for p in m.parameters()]
     average = Average({"transformer": transformer, "text_encoder": encoder}, settings.average_decay)
 
     def step(index: int, progress: float) -> dict[str, float]:
         phase = next(p for p in settings.phases if progress < p.until or p is settings.phases[-1])
-        rate = min((index + 1) / 100, 1.0, 1.4 * (1 - progress) + 0.01)
+        rate = min((index + 1) / 100, 1.0, 3 * (1 - progress) + 0.01)
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = (
             settings.muon_rate * rate,
             settings.adam_rate * rate,
         )
-        clean, coverage, ids, lengths, random = cache.batch(phase, seed, index)
+        clean, coverage, times, ids, lengths, random = cache.batch(phase, seed, index)
         size = len(clean)
         dropped = torch.rand(size, generator=random) < settings.prompt_dropout
         ids[dropped], lengths[dropped] = (
@@ -248,8 +275,8 @@ def denoiser_step(transformer, encoder, cache: Latents, settings: DenoiserSettin
         sigma = phase.shift * base / (1 + (phase.shift - 1) * base)
         noise = torch.randn(clean.shape, generator=random)
         mine = slice(rank, None, world)  # every rank draws the whole batch and computes its share
-        clean, coverage, ids, lengths, padded, sigma, noise = (
-            x[mine] for x in (clean, coverage, ids, lengths, padded, sigma, noise)
+        clean, coverage, rotary.times, ids, lengths, padded, sigma, noise = (
+            x[mine] for x in (clean, coverage, times, ids, lengths, padded, sigma, noise)
         )
         s = sigma.view(-1, 1, 1, 1, 1)
         embeds, bias = embed_prompts(encoder, ids, lengths, padded)
