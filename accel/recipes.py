@@ -46,7 +46,13 @@ def full(geometry: Geometry, *, block: tuple[int, int] = (128, 64)) -> Plan:
     the host's attention it is the dense baseline that speed is measured against.
     """
     return Plan.uniform(
-        "full", geometry, DENSE, dense="kernel", block=block, provenance={"recipe": "full"}
+        "full",
+        geometry,
+        DENSE,
+        dense="kernel",
+        schedule=Schedule(dense_start=1.0),
+        block=block,
+        provenance={"recipe": "full"},
     )
 
 

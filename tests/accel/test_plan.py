@@ -102,12 +102,13 @@ def test_the_digest_names_what_a_plan_does():
     same = Plan.from_dict(
         {**plan.to_dict(), "name": "x", "provenance": {"a": 1}, "expected": {"speedup": 2.0}}
     )
-    assert same.digest == plan.digest == "9d20ebdf"
+    assert same.digest == plan.digest == "4f65d854"
     for other in (
         tiny_plan(Choice(Window(t=2))),
         tiny_plan(Choice(Window(t=1), order="hwt")),
         tiny_plan(Choice(Window(t=1), rest="mean")),
         tiny_plan(Choice(Window(t=1)), block=(64, 64)),
+        tiny_plan(Choice(Window(t=1)), dense="kernel"),
         tiny_plan(Choice(Window(t=1)), schedule=Schedule(dense_start=0.5)),
     ):
         assert other.digest != plan.digest

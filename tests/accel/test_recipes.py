@@ -7,6 +7,7 @@ from tiny_denoiser import call, inputs, tiny_denoiser, tiny_geometry
 import accel
 from accel.blocking import Blocking
 from accel.geometry import Geometry, Site
+from accel.kernels.attention import resolve_backend
 from accel.kernels.reference import block_mass_reference
 from accel.layout import Layout
 from accel.pattern import Window
@@ -52,10 +53,10 @@ class TestContract:
         plan = recipe(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64)), LAYOUT))
         assert plan.grid == GRID
 
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "full"])
+class TestSparseContract:
     def test_it_begins_dense(self, name, plans):
-        if name == "full":
-            assert plans[name].dense == "kernel"
-            return
         schedule = plans[name].schedule
         dense = [schedule.phase(step, 50).dense for step in range(50)]
         first = 12 if name == "radial" else 10
@@ -79,6 +80,17 @@ class TestContract:
     def test_a_smaller_share_of_dense_steps_is_taken(self, name):
         plan = recipe(name, tiny_geometry(), dense_start=0.0)
         assert not plan.schedule.phase(0, 50).dense
+
+
+def test_full_leaves_nothing_out(ran):
+    model, out = ran["full"]
+    rows = accel.summary(model).rows
+    assert {(r.site, r.phase, r.calls, r.keep) for r in rows} == {
+        (f"blocks.{i}.attn1", "dense", STEPS, 1.0) for i in range(2)
+    }
+    assert {r.kernels for r in rows} == {(resolve_backend("auto", out.device),)}
+    dense = call(tiny_denoiser(), STEPS - 1, STEPS, **inputs(grid=GRID, seed=STEPS - 1))
+    assert torch.allclose(out, dense, atol=1e-5)
 
 
 def keep_of(model, site="blocks.1.attn1"):

@@ -123,11 +123,28 @@ def test_one_padding_key_stands_for_all_padding() -> None:
         )
         padded = torch.nn.functional.pad(embeds, (0, 0, 0, total - embeds.shape[1]))
         expected = transformer(latents, timestep, padded).sample
-        for processor in install_processors(transformer):
+        processors, rotary = install_processors(transformer)
+        rotary.times = torch.arange(2).expand(2, 2)
+        for processor in processors:
             processor.bias = bias
         torch.testing.assert_close(
             transformer(latents, timestep, embeds).sample, expected, atol=1e-4, rtol=1e-4
         )
+
+
+def test_frames_keep_the_times_at_which_they_were_taken() -> None:
+    from wan_digits_denoiser import install_processors
+    from wan_digits_model import build_transformer
+
+    rope = build_transformer().rope
+    latents = torch.zeros(2, 8, 9, 3, 4)
+    cosine, sine = rope(latents)
+    times = torch.tensor([[0, 3, 8], [1, 2, 5]])
+    model = build_transformer()
+    _, rotary = install_processors(model)
+    rotary.times = times
+    for got, whole in zip(model.rope(latents[:, :, :3]), (cosine, sine), strict=True):
+        assert torch.equal(got, whole.unflatten(1, (9, 12))[0][times].flatten(1, 2))
 
 
 def test_the_committed_pipeline_loads_and_generates() -> None:
