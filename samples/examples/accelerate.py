@@ -20,7 +20,7 @@ CALL = {
     "width": 64,
     "num_frames": 33,
     "num_inference_steps": 30,
-    "guidance_scale": 3.0,
+    "guidance_scale": 4.0,
     "max_sequence_length": 64,
     "output_type": "pil",
 }
