@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from accel.geometry import Geometry
 from accel.order import parse_order
 from accel.pattern import PATTERNS, Full, Pattern, pattern_from_dict
 from accel.schedule import Schedule
+from accel.untrusted import bounded_int, finite, refuse_constant, table, typed
 
 SCHEMA = 1
 MAX_FILE_BYTES = 16 * 2**20
@@ -72,9 +72,9 @@ class Choice:
 
     @classmethod
     def from_dict(cls, data: Any) -> "Choice":
-        data = _table("a choice", data, {"select", "order", "rest"}, {"select"})
-        select = _table("select", data["select"], None, {"kind"})
-        kind = _typed("select kind", select["kind"], str)
+        data = table("a choice", data, {"select", "order", "rest"}, {"select"})
+        select = table("select", data["select"], None, {"kind"})
+        kind = typed("select kind", select["kind"], str)
         if kind in PATTERNS:
             chosen: Pattern | Estimator = _guard(pattern_from_dict, select)
         elif kind in ESTIMATORS:
@@ -82,8 +82,8 @@ class Choice:
         else:
             known = [*PATTERNS, *ESTIMATORS]
             raise PlanError(f"select kind {kind!r} is unknown; {nearest(str(kind), known)}")
-        order = _typed("choice.order", data.get("order", "thw"), str)
-        rest = _typed("choice.rest", data.get("rest", "drop"), str)
+        order = typed("choice.order", data.get("order", "thw"), str)
+        rest = typed("choice.rest", data.get("rest", "drop"), str)
         return cls(chosen, _guard(lambda o: parse_order(o) and o, order), rest)
 
 
@@ -135,13 +135,13 @@ class Plan:
                 )
             if len({len(heads) for heads in bands}) != 1 or not bands[0]:
                 raise PlanError(f"site {site!r} does not have the same heads in every band")
-        if not _finite(self.expected.get("full_ratio", 1.0)):
+        if not finite(self.expected.get("full_ratio", 1.0)):
             raise PlanError(
                 f"expected.full_ratio must be a number, got {self.expected['full_ratio']!r}"
             )
-        ratios = _typed("expected.attention_ratio", self.expected.get("attention_ratio", {}), dict)
+        ratios = typed("expected.attention_ratio", self.expected.get("attention_ratio", {}), dict)
         for site, bands in ratios.items():
-            if not isinstance(bands, list) or not all(_finite(ratio) for ratio in bands):
+            if not isinstance(bands, list) or not all(finite(ratio) for ratio in bands):
                 raise PlanError(
                     f"expected.attention_ratio[{site!r}] must be numbers, got {bands!r}"
                 )
@@ -264,27 +264,27 @@ class Plan:
                 " update accel, or make the plan again with accel-search"
             )
         optional = {"dense", "grid", "expected", "provenance"}
-        data = _table("the plan", data, required | optional, required)
-        choices = [Choice.from_dict(c) for c in _typed("choices", data["choices"], list)]
+        data = table("the plan", data, required | optional, required)
+        choices = [Choice.from_dict(c) for c in typed("choices", data["choices"], list)]
         sites = {}
-        for site, bands in _typed("sites", data["sites"], dict).items():
+        for site, bands in typed("sites", data["sites"], dict).items():
             sites[site] = tuple(
                 tuple(_pick(site, choices, n) for n in _heads(site, heads))
-                for heads in _typed(f"sites[{site!r}]", bands, list)
+                for heads in typed(f"sites[{site!r}]", bands, list)
             )
         grid = data.get("grid")
         return cls(
-            name=_typed("name", data["name"], str),
-            model=_typed("model", data["model"], str),
+            name=typed("name", data["name"], str),
+            model=typed("model", data["model"], str),
             sites=sites,
-            n_sites=_typed("n_sites", data["n_sites"], int),
-            head_dim=_typed("head_dim", data["head_dim"], int),
+            n_sites=typed("n_sites", data["n_sites"], int),
+            head_dim=typed("head_dim", data["head_dim"], int),
             schedule=Schedule.from_dict(data["schedule"]),
-            block=_block(_typed("block", data["block"], list)),
-            dense=_typed("dense", data.get("dense", "host"), str),
-            grid=None if grid is None else _grid(_typed("grid", grid, list)),
-            expected=_typed("expected", data.get("expected", {}), dict),
-            provenance=_typed("provenance", data.get("provenance", {}), dict),
+            block=_block(typed("block", data["block"], list)),
+            dense=typed("dense", data.get("dense", "host"), str),
+            grid=None if grid is None else _grid(typed("grid", grid, list)),
+            expected=typed("expected", data.get("expected", {}), dict),
+            provenance=typed("provenance", data.get("provenance", {}), dict),
         )
 
     @classmethod
@@ -298,7 +298,7 @@ class Plan:
             raise PlanError(f"{path} has {size} bytes; plans have at most {MAX_FILE_BYTES}")
         try:
             text = path.read_text(encoding="utf-8")
-            data = json.loads(text, parse_constant=_refuse_constant, parse_int=_bounded_int)
+            data = json.loads(text, parse_constant=refuse_constant, parse_int=bounded_int)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
         except RecursionError as error:
@@ -337,20 +337,6 @@ class Plan:
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _refuse_constant(word: str) -> None:
-    raise PlanError(f"{word} is not a number that a plan may hold")
-
-
-def _bounded_int(digits: str) -> int:
-    if len(digits) > 15:
-        raise PlanError(f"{digits[:15]}... is too large a number for a plan")
-    return int(digits)
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value)
-
-
 def _grid(value: Sequence[Any]) -> Grid:
     grid = tuple(value)
     if len(grid) != 3 or any(type(n) is not int or n < 1 for n in grid):
@@ -366,26 +352,8 @@ def _block(value: Sequence[Any]) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def _table(what: str, data: Any, known: set[str] | None, required: set[str]) -> Mapping[str, Any]:
-    if not isinstance(data, Mapping):
-        raise PlanError(f"{what} must be a table, got {type(data).__name__}")
-    for key in data if known is not None else ():
-        if key not in known:  # type: ignore[operator]
-            raise PlanError(f"{what} has no key {key!r}; {nearest(str(key), known or ())}")
-    for key in sorted(required):
-        if key not in data:
-            raise PlanError(f"{what} lacks the key {key!r}")
-    return data
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise PlanError(f"{name} must be of type {kind.__name__}, got {value!r:.80}")
-    return value
-
-
 def _heads(site: str, heads: Any) -> list[Any]:
-    if len(_typed(f"sites[{site!r}]", heads, list)) > MAX_HEADS:
+    if len(typed(f"sites[{site!r}]", heads, list)) > MAX_HEADS:
         raise PlanError(f"site {site!r} has {len(heads)} heads, over {MAX_HEADS}")
     return heads
 

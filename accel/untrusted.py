@@ -1,0 +1,46 @@
+"""Reading values of files that nobody vouches for: every departure is a `PlanError` naming it."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from accel.errors import PlanError, nearest
+
+__all__ = ["bounded_int", "finite", "refuse_constant", "table", "typed"]
+
+
+def refuse_constant(word: str) -> None:
+    """For `json.loads`: NaN and Infinity are no numbers of a file."""
+    raise PlanError(f"{word} is not a number that a plan may hold")
+
+
+def bounded_int(digits: str) -> int:
+    """For `json.loads`: at most 15 digits, since longer ones take quadratic time."""
+    if len(digits) > 15:
+        raise PlanError(f"{digits[:15]}... is too large a number for a plan")
+    return int(digits)
+
+
+def finite(value: Any) -> bool:
+    """Whether `value` is a finite number, and not a switch."""
+    return type(value) in (int, float) and isfinite(value)
+
+
+def table(what: str, data: Any, known: set[str] | None, required: set[str]) -> Mapping[str, Any]:
+    """`data` if it is a table with the `required` keys and, unless None, only `known` ones."""
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{what} must be a table, got {type(data).__name__}")
+    for key in data if known is not None else ():
+        if key not in known:  # type: ignore[operator]
+            raise PlanError(f"{what} has no key {key!r}; {nearest(str(key), known or ())}")
+    for key in sorted(required):
+        if key not in data:
+            raise PlanError(f"{what} lacks the key {key!r}")
+    return data
+
+
+def typed(name: str, value: Any, kind: type) -> Any:
+    """`value` if it is a `kind`; a switch is no number."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise PlanError(f"{name} must be of type {kind.__name__}, got {value!r:.80}")
+    return value
