@@ -323,6 +323,16 @@ class Plan:
             raise PlanError(f"plan {self.name!r} holds a number that is not finite") from error
         return write_atomically(path, content + "\n")
 
+    def ratio(self, site: str, band: int, tokens: int, device: str, dtype: str) -> float | None:
+        """Predicted price of a sparse call of `site`, as a ratio to the host's dense attention.
+
+        None without a prediction, and for calls of another length, device or precision than the
+        prediction is for: which of dense and sparse is faster changes with all three.
+        """
+        bands = self.expected.get("attention_ratio", {}).get(site)
+        shape = tuple(self.expected.get(key) for key in ("tokens", "device", "dtype"))
+        return None if bands is None or shape != (tokens, device, dtype) else bands[band]
+
     @property
     def dense_ratio(self) -> float:
         """Predicted price of a dense call, as a ratio to the host's dense attention."""

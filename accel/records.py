@@ -18,7 +18,9 @@ class Record:
     """The calls of one site in one phase.
 
     keep: sum over calls of the fraction of blocks computed; recall: per head, once for every mask
-    and branch; seconds: one entry per call, of the attention and its mask alone.
+    and branch; seconds: one entry per call, of the attention and its mask alone; ratio: predicted
+    price of a sparse call against the host's dense one, None where the plan predicts none for
+    calls like these.
     """
 
     calls: int = 0
@@ -26,6 +28,7 @@ class Record:
     recall: list[torch.Tensor] = field(default_factory=list)
     kernels: set[str] = field(default_factory=set)
     seconds: list[float] = field(default_factory=list)
+    ratio: float | None = None
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def settle(self) -> None:

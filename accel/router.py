@@ -162,6 +162,7 @@ class Session:
             record.recall.append(run.recalls[looked])
         record.calls += 1
         record.keep += chosen.keep
+        record.ratio = self._ratio(site, run, q)
         record.kernels.add(resolve_backend("auto", q.device))
         return out
 
@@ -186,17 +187,19 @@ class Session:
                 f" {run.layout.text_tokens} of text) makes {run.layout.length}; pass layout= to"
                 " accel.enable"
             )
-        ratios = self.plan.expected.get("attention_ratio", {}).get(site.name)
-        if (
-            reason is None
-            and ratios is not None
-            and ratios[run.phase.band] >= self.plan.dense_ratio
-        ):
+        ratio = self._ratio(site, run, q)
+        if reason is None and ratio is not None and ratio >= self.plan.dense_ratio:
             reason = f"dense attention is predicted to be faster at {site.name}"
         if reason is None:
             return choices
         self._runs_dense(reason)
         return None
+
+    def _ratio(self, site: Site, run: Run, q: Heads) -> float | None:
+        """The plan's prediction for this call, if it has one for calls like it."""
+        assert run.phase.band is not None
+        dtype = str(q.dtype).removeprefix("torch.")
+        return self.plan.ratio(site.name, run.phase.band, q.shape[2], q.device.type, dtype)
 
     def _dense_by_kernel(self, run: Run, q: Heads, obstacle: str | None) -> bool:
         """Whether a dense call of this run goes to accel's own kernel, as the plan may ask."""

@@ -15,7 +15,8 @@ class Row:
 
     keep: mean fraction of blocks computed; recall: softmax mass inside them (mean, and the worst
     head), on sampled rows; call_ms: median time of one attention call, masks included;
-    predicted_ms: the plan's predicted ratio times this run's dense call, None without either.
+    predicted_ms: the plan's predicted ratio times this run's dense call; None without either, and
+    for calls of another length, device or precision than was predicted.
     """
 
     site: str
@@ -98,11 +99,9 @@ def _number(value: float | None, form: str) -> str:
 def _row(session: Session, site: str, phase: str, record: Record) -> Row:
     record.settle()
     dense = session.records.get((site, DENSE_LABEL))
-    ratios = session.plan.expected.get("attention_ratio", {}).get(site)
     predicted = None
-    if dense is not None and dense.seconds and ratios is not None and phase != DENSE_LABEL:
-        host = median(dense.seconds) * 1000 / session.plan.dense_ratio
-        predicted = host * ratios[_band(phase)]
+    if dense is not None and dense.seconds and record.ratio is not None:
+        predicted = median(dense.seconds) * 1000 / session.plan.dense_ratio * record.ratio
     recalls = [r.cpu() for r in record.recall]
     return Row(
         site=site,

@@ -20,6 +20,7 @@ from accel.schedule import Schedule
 
 LAYOUT = Layout.of((3, 4, 5))
 GEOMETRY = Geometry("M", (Site("a", 2, 8), Site("b", 2, 8), Site("c", 2, 8)))
+PRICED = {"tokens": LAYOUT.length, "device": "cpu", "dtype": "float32"}  # the calls of `run`
 CHOICES = (Choice(Window(t=0)), Choice(BlockMassTopK(keep=0.5), order="hwt"))
 
 
@@ -115,7 +116,7 @@ def test_sites_left_by_the_plan_are_dense_and_listed():
 
 
 def test_predictions_are_ratios_of_this_runs_dense_calls():
-    one = run(session(expected={"attention_ratio": {"a": [0.5]}}))
+    one = run(session(expected={"attention_ratio": {"a": [0.5]}, **PRICED}))
     one.records["a", "dense"].seconds[:] = [0.004]
     one.records["a", "band 0"].seconds[:] = [0.001, 0.004, 0.009]
     summary = summarise([one])
@@ -127,6 +128,13 @@ def test_predictions_are_ratios_of_this_runs_dense_calls():
     assert "predicted / measured time = 0.50" in str(summary)
     unpriced = [r.predicted_ms for r in summary.rows if (r.site, r.phase) != ("a", "band 0")]
     assert unpriced == [None] * 5
+
+
+def test_predictions_for_another_grid_are_not_shown():
+    one = run(session(expected={"attention_ratio": {"a": [0.5]}, **PRICED, "tokens": 4096}))
+    summary = summarise([one])
+    assert {r.predicted_ms for r in summary.rows} == {None}
+    assert summary.predicted_over_measured is None
 
 
 def test_without_a_prediction_there_is_no_ratio():

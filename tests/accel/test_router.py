@@ -23,6 +23,7 @@ from accel.schedule import Schedule
 LAYOUT = Layout.of((3, 4, 7))
 A, B = Site("a", 2, 8), Site("b", 2, 8)
 GEOMETRY = Geometry("M", (A, B))
+PRICED = {"tokens": LAYOUT.length, "device": "cpu", "dtype": "float32"}  # the calls of `attend`
 STATIC = Choice(Window(t=0))
 ONLINE = Choice(BlockMassTopK(keep=0.5))
 
@@ -247,7 +248,7 @@ REASONS = {
     ),
     "predicted": (
         {},
-        {"expected": {"attention_ratio": {"a": [1.2]}}},
+        {"expected": {"attention_ratio": {"a": [1.2]}, **PRICED}},
         "dense attention is predicted to be faster at a",
     ),
 }
@@ -314,9 +315,29 @@ class TestDense:
         assert out is dense
 
     def test_a_site_predicted_to_be_faster_is_sparse(self):
-        one = session(STATIC, expected={"attention_ratio": {"a": [0.9]}})
+        one = session(STATIC, expected={"attention_ratio": {"a": [0.9]}, **PRICED})
         one.begin(LAYOUT, Where(0, 1))
         assert attend(one)[0] is not attend(one)[1]
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"tokens": 4096}, {"device": "cuda"}, {"dtype": "bfloat16"}, {"tokens": None}],
+        ids=str,
+    )
+    def test_a_prediction_for_other_calls_does_not_count(self, other):
+        one = session(STATIC, expected={"attention_ratio": {"a": [1.2]}, **PRICED, **other})
+        one.begin(LAYOUT, Where(0, 1))
+        out, dense = attend(one)
+        assert out is not dense
+        assert not one.notices
+        assert one.records["a", "band 0"].ratio is None
+
+    def test_a_prediction_holds_at_its_grid_alone(self):
+        one = session(STATIC, expected={"attention_ratio": {"a": [1.2]}, **PRICED})
+        for layout, priced in ((LAYOUT, True), (Layout.of((3, 4, 9)), False), (LAYOUT, True)):
+            one.begin(layout, Where(0, 1))
+            out, dense = attend(one, tensors=qkv(tokens=layout.length))
+            assert (out is dense) == priced
 
 
 def test_an_observer_sees_dense_calls_and_may_replace_them():
