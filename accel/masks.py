@@ -1,6 +1,7 @@
 """From the choices of one site to the block mask, orders and rests of one attention call."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,12 +19,16 @@ RECALL_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class SiteMask:
-    """What `sparse_attention` needs for one site; `keep` is the fraction of blocks computed."""
+    """What `sparse_attention` needs for one site; `keep` is the fraction of blocks computed.
+
+    kv_length: tokens before the layout's padding, which is never attended; None without padding.
+    """
 
     mask: BlockMask
     order: Tensor | None
     rest: str | tuple[str, ...]
     keep: float
+    kv_length: int | None = None
 
 
 def static_keep(
@@ -77,6 +82,7 @@ def site_mask(
         order=order,
         rest=rests[0] if len(set(rests)) == 1 else rests,
         keep=float(mask.keep),
+        kv_length=layout.valid_length if layout.valid_length < tokens else None,
     )
 
 
@@ -92,11 +98,16 @@ def sampled_recall(
     k: Float[Tensor, "batch kv_heads tokens dim"],
     chosen: SiteMask,
 ) -> Float[Tensor, " heads"]:
-    """Share of softmax mass inside the kept blocks, per head, on evenly spaced query rows."""
+    """Share of softmax mass inside the kept blocks, per head, on evenly spaced query rows.
+
+    Padding has no mass and no rows.
+    """
     _, heads, tokens, dim = q.shape
+    valid = tokens if chosen.kv_length is None else chosen.kv_length
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    rows = torch.linspace(0, tokens - 1, min(RECALL_ROWS, tokens), device=q.device).long()
+    rows = torch.linspace(0, valid - 1, min(RECALL_ROWS, valid), device=q.device).long()
     scores = (q[:, :, rows].float() * dim**-0.5) @ k.float().transpose(-1, -2)
+    scores[..., valid:] = -inf
     place = torch.arange(tokens, device=q.device).expand(heads, tokens)
     if chosen.order is not None:
         place = torch.stack([inverse(o) for o in chosen.order])

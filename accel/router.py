@@ -154,7 +154,15 @@ class Session:
             return out
         watch = Stopwatch(record, q.device)
         chosen = self._mask(site, run, choices, q, k, v)
-        out = sparse_attention(q, k, v, chosen.mask, rest=chosen.rest, order=chosen.order)
+        out = sparse_attention(
+            q,
+            k,
+            v,
+            chosen.mask,
+            rest=chosen.rest,
+            order=chosen.order,
+            kv_length=chosen.kv_length,
+        )
         watch.stop()
         looked = (site.name, run.where.branch if run.where else "", label, run.phase.generation)
         if looked not in run.recalls:

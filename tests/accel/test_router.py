@@ -132,6 +132,33 @@ class TestMasks:
         assert run(one, [6], tensors=qkv(batch=3))[0].shape[0] == 3
 
 
+class TestPadding:
+    """Tokens that the layout calls padding are nobody's keys."""
+
+    PADDED = Layout.of((3, 4, 7), padding=28)  # blocks of padding alone, and one shared with tokens
+
+    @pytest.mark.parametrize("rest", ["drop", "mean"])
+    @pytest.mark.parametrize("select", [Window(), BlockMassTopK(keep=1.0), BlockMassTopK(keep=0.3)])
+    def test_what_stands_there_does_not_matter(self, select, rest):
+        outs, recalls = [], []
+        for filling in (0.0, 9.0):
+            q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 28), value=filling) for x in qkv())
+            one = session(Choice(select, rest=rest))
+            one.begin(self.PADDED, Where(0, 1))
+            outs.append(attend(one, tensors=(q, k, v))[0][:, :, : LAYOUT.length])
+            recalls.append(one.records["a", "band 0"].recall[0])
+        torch.testing.assert_close(outs[0], outs[1])
+        torch.testing.assert_close(recalls[0], recalls[1])
+
+    def test_all_blocks_kept_are_dense_attention_without_it(self):
+        tensors = tuple(torch.nn.functional.pad(x, (0, 0, 0, 28), value=3.0) for x in qkv())
+        one = session(Choice(Window()))
+        one.begin(self.PADDED, Where(0, 1))
+        out = attend(one, tensors=tensors)[0][:, :, : LAYOUT.length]
+        torch.testing.assert_close(out, scaled_dot_product_attention(*qkv()), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.records["a", "band 0"].recall[0], torch.ones(2))
+
+
 class TestRuns:
     """A new run starts from nothing: what it gives does not depend on what was before."""
 
