@@ -8,7 +8,7 @@ a device synchronisation.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 BRANCHES = {
@@ -22,11 +22,18 @@ BRANCHES = {
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Step `step` (from 0) of `total`, in guidance branch `branch` ("" when there is only one)."""
+    """Step `step` (from 0) of `total`, in guidance branch `branch` ("" when there is only one).
+
+    run: an object that every run has a new one of (the timesteps of its scheduler), None where
+        nothing tells runs apart.
+    assumed: the step is where the scheduler stands, which is the truth only if somebody steps it.
+    """
 
     step: int
     total: int
     branch: str = ""
+    run: Any = field(default=None, compare=False, repr=False)
+    assumed: bool = field(default=False, compare=False, repr=False)
 
 
 _said = threading.local()
@@ -56,7 +63,8 @@ def locate(cache_context: Any, scheduler: Any) -> Where | None:
     """The place of the current call, or None when no source knows it.
 
     cache_context: diffusers' `CacheContext` or None; scheduler: the pipeline's scheduler or None.
-    A scheduler that has not stepped yet stands at its begin index.
+    A scheduler that has not stepped yet stands at its begin index. One whose steps were never set
+    knows nothing: its timesteps are those of training.
     """
     said = getattr(_said, "where", None)
     if said is not None:
@@ -65,14 +73,17 @@ def locate(cache_context: Any, scheduler: Any) -> Where | None:
     branch = BRANCHES.get(name, name)
     index = getattr(cache_context, "step_index", None)
     total = getattr(cache_context, "num_inference_steps", None)
+    timesteps = getattr(scheduler, "timesteps", None)
+    if getattr(scheduler, "num_inference_steps", None) is None:
+        timesteps = None
+    assumed = index is None
     if index is None and hasattr(scheduler, "step_index"):
         index = scheduler.step_index
         if index is None:
             index = scheduler.begin_index or 0
         total = None
     if total is None:
-        timesteps = getattr(scheduler, "timesteps", None)
         total = None if timesteps is None else len(timesteps)
     if index is None or total is None or not 0 <= index < total:
         return None
-    return Where(int(index), int(total), branch)
+    return Where(int(index), int(total), branch, run=timesteps, assumed=assumed)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def enable(
             session = Session(
                 one, Geometry(type(model).__name__, tuple(sites_of(model))), strict=strict
             )
-            settings = Settings(session, getattr(target, "scheduler", None), layout)
+            settings = Settings(session, _scheduler_of(target), layout)
             handle: Handle | None = getattr(model, HANDLE, None)
             if handle is None:
                 handle = Handle(model, settings)
@@ -124,11 +125,26 @@ def session_of(model: nn.Module) -> Session:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Settings:
-    """What one call of `enable` asked for."""
+    """What one call of `enable` asked for.
+
+    scheduler: gives the pipeline's scheduler of the moment, for a user may put another in.
+    """
 
     session: Session
-    scheduler: Any
+    scheduler: Callable[[], Any]
     layout: LayoutLike
+
+
+def _scheduler_of(target: Any) -> Callable[[], Any]:
+    try:
+        # the denoiser must not keep its pipeline alive
+        pipeline: Callable[[], Any] = weakref.ref(target)
+    except TypeError:
+
+        def pipeline() -> Any:
+            return target
+
+    return lambda: getattr(pipeline(), "scheduler", None)
 
 
 class Handle:
@@ -196,7 +212,7 @@ class Handle:
             raise AccelError(
                 f"the function given as layout= must give a Layout, not {layout!r:.80}"
             )
-        self.session.begin(layout, locate(self._context, self.settings.scheduler))
+        self.session.begin(layout, locate(self._context, self.settings.scheduler()))
 
 
 def _on_call(

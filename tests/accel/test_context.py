@@ -14,10 +14,9 @@ def context(name="cond", step_index=None, num_inference_steps=None):
     )
 
 
-def scheduler(step_index=None, steps=7, begin_index=None):
-    return SimpleNamespace(
-        step_index=step_index, timesteps=list(range(steps)), begin_index=begin_index
-    )
+def scheduler(step_index=None, steps=7, begin_index=None, **more):
+    given = {"num_inference_steps": steps, "timesteps": list(range(steps)), **more}
+    return SimpleNamespace(step_index=step_index, begin_index=begin_index, **given)
 
 
 def test_nothing_said_is_nothing_known():
@@ -81,6 +80,9 @@ def test_branches_of_the_cache_context(name, branch):
         pytest.param(context("cond"), scheduler(3), Where(3, 7, "cond"), id="context names branch"),
         pytest.param(context("", 3), scheduler(5), Where(3, 7), id="context has no total"),
         pytest.param(None, scheduler(7), None, id="after its last step"),
+        pytest.param(
+            None, scheduler(3, num_inference_steps=None), None, id="its steps were never set"
+        ),
         pytest.param(context("cond", 3), None, None, id="no total anywhere"),
         pytest.param(None, SimpleNamespace(step_index=2), None, id="scheduler without timesteps"),
         pytest.param(None, SimpleNamespace(timesteps=[1, 2]), None, id="scheduler without index"),
@@ -88,3 +90,13 @@ def test_branches_of_the_cache_context(name, branch):
 )
 def test_where_a_call_stands(cache, schedule, where):
     assert locate(cache, schedule) == where
+
+
+def test_a_place_names_its_run_and_whether_the_step_is_assumed():
+    clock = scheduler(3)
+    assumed, told = locate(None, clock), locate(context("cond", 3, 7), clock)
+    assert assumed.run is told.run is clock.timesteps
+    assert (assumed.assumed, told.assumed) == (True, False)
+    with accel.step(2, 5):
+        assert locate(None, clock) is locate(None, clock)
+        assert locate(None, clock).run is None

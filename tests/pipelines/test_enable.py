@@ -10,7 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FasterCacheConfig, FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    WanTransformer3DModel,
+)
 from diffusers.models.transformers import transformer_wan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny_denoiser import BLOCK, GRID, SITES, call, inputs, tiny_plan
@@ -415,6 +420,32 @@ class TestSources:
         accel.enable(pipe, "sparsed")
         assert torch.equal(generate(pipe, guidance_scale=1.0), expected)
         assert {r.phase for r in accel.summary(pipe).rows} == {"dense", "band 0"}
+
+    def test_another_scheduler_of_the_pipeline_is_asked(self, pipe, monkeypatch):
+        silent = type(pipe.transformer).cache_context
+        monkeypatch.setattr(
+            type(pipe.transformer), "cache_context", lambda self, name, **_: silent(self, name)
+        )
+        accel.enable(pipe, "sparsed")
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        generate(pipe, guidance_scale=1.0)
+        summary = accel.summary(pipe)
+        assert [(r.phase, r.calls) for r in summary.rows[:2]] == [("dense", 1), ("band 0", 3)]
+        assert not summary.notices
+
+    def test_a_scheduler_whose_steps_were_never_set_knows_nothing(self, pipe):
+        accel.enable(pipe, "sparsed")
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        call(pipe.transformer)
+        assert ["the step is unknown" in why for why in accel.summary(pipe).notices] == [True]
+
+    def test_the_denoiser_does_not_keep_its_pipeline(self, pipe):
+        other = accel.enable(type(pipe)(**pipe.components), "sparsed")
+        gone = weakref.ref(other)
+        del other
+        gc.collect()
+        assert gone() is None
+        call(pipe.transformer)
 
     def test_an_unknown_step_is_dense_with_a_notice(self, model, caplog):
         plain = call(model)
