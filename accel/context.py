@@ -43,7 +43,9 @@ _said = threading.local()
 def step(index: int, total: int, branch: str = "") -> Iterator[None]:
     """Say where a custom denoising loop stands: step `index` (from 0) of `total`.
 
-    Holds for the calling thread, for every denoiser called inside the block.
+    Holds for the calling thread, for every denoiser called inside the block. Guidance as several
+    calls of one step belongs inside one block, or names its branches. A loop that leaves out steps
+    has its masks made anew after each gap.
 
     >>> for i, t in enumerate(timesteps):            # doctest: +SKIP
     ...     with accel.step(i, len(timesteps)):

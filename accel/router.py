@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ logger = logging.getLogger("accel")
 
 Heads = Float[Tensor, "batch heads tokens dim"]
 KeyHeads = Float[Tensor, "batch kv_heads kv_tokens dim"]
+UNNAMED_CALLS = 3  # of one step at most: guidance in three directions
 # Sees every dense call (site, run, q, k, v, out) and may put another output in its place.
 Observer = Callable[[Site, "Run", Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -40,6 +41,7 @@ class Run:
     """What one generation keeps between steps. A fresh one replaces it when a run begins.
 
     where, layout: the last ones known; first_step, first_branches: where the run began.
+    said: the last place as it was given; turns: calls of its step so far, by branch.
     """
 
     where: Where | None = None
@@ -52,6 +54,30 @@ class Run:
     recalls: dict[Any, Tensor] = field(default_factory=dict)
     first_step: int | None = None
     first_branches: set[str] = field(default_factory=set)
+    said: Where | None = None
+    turns: Counter[str] = field(default_factory=Counter)
+
+    def take(self, where: Where) -> Where:
+        """`where`, noted; the second call of a step under one name is the branch "name#2"."""
+        if self.said is None or self.said.step != where.step:
+            self.turns.clear()
+        self.said = where
+        self.turns[where.branch] += 1
+        turn = self.turns[where.branch]
+        self.where = where if turn == 1 else replace(where, branch=f"{where.branch}#{turn}")
+        if self.first_step is None:
+            self.first_step = where.step
+        if where.step == self.first_step:
+            self.first_branches.add(self.where.branch)
+        return self.where
+
+    def forget(self) -> None:
+        """Let go of what was found in the queries and keys of earlier steps."""
+        self.masks = {key: mask for key, mask in self.masks.items() if key[0] is None}
+        self.lse.clear()
+        self.recalls.clear()
+        self.first_step = None
+        self.first_branches.clear()
 
 
 class Session:
@@ -81,25 +107,25 @@ class Session:
 
     def begin(self, layout: Layout | None, where: Where | None) -> None:
         """Called at the start of every denoiser call."""
+        if self.probe is not None:
+            return  # a self-check belongs to no run
         if self._is_new_run(layout, where):
             self.run = Run()
             self.records.clear()
             self.notices.clear()
+        elif where is not None and _leaps(self.run.said, where):
+            self.run.forget()
         run = self.run
         run.layout, run.reason = layout or run.layout, None
-        if where is None:
+        if where is not None:
+            run.take(where)
+        if where is None or (where.assumed and _stands_still(run.turns, where.branch)):
             run.phase = Phase(None, 0)
-            if self.probe is None:
-                self._runs_dense(
-                    "the step is unknown: call the model through its pipeline, or wrap the call in"
-                    " `with accel.step(i, n):`"
-                )
+            self._runs_dense(
+                "the step is unknown: call the model through its pipeline, or wrap the call in"
+                " `with accel.step(i, n):`"
+            )
             return
-        run.where = where
-        if run.first_step is None:
-            run.first_step = where.step
-        if where.step == run.first_step:
-            run.first_branches.add(where.branch)
         run.phase = self.plan.schedule.phase(where.step, where.total)
         if layout is None:
             run.reason = "the layout of the call is unknown; pass layout= to accel.enable"
@@ -107,16 +133,20 @@ class Session:
     def _is_new_run(self, layout: Layout | None, where: Where | None) -> bool:
         """Whether this call belongs to another generation than the one before it.
 
-        The step went back, the number of steps or the layout changed, or the first step of a branch
-        comes a second time (a run that was interrupted in its first step).
+        The scheduler has other timesteps, the step went back, the number of steps or the layout
+        changed, or, where no scheduler tells, the first step of a branch is said a second time (a
+        run that was interrupted in its first step).
         """
-        run = self.run
+        run, last = self.run, self.run.said
         if None not in (layout, run.layout) and layout != run.layout:
             return True
-        if where is None or run.where is None:
+        if where is None or last is None:
             return False
+        if where.run is not last.run or where.total != last.total or where.step < last.step:
+            return True
         again = where.step == run.first_step and where.branch in run.first_branches
-        return where.step < run.where.step or where.total != run.where.total or again
+        # calls in one block of `accel.step` have one place between them: they are guidance
+        return again and where.run is None and where is not last
 
     def attend(
         self,
@@ -262,6 +292,16 @@ class Session:
                 choices, q, k, v, layout=run.layout, block=self.plan.block, lse=lse
             )
         return chosen
+
+
+def _leaps(last: Where | None, where: Where) -> bool:
+    """Whether steps were left out that no scheduler vouches for: it may be another run."""
+    return last is not None and where.run is None and where.step > last.step + 1
+
+
+def _stands_still(turns: Counter[str], branch: str) -> bool:
+    """Whether a step has more calls than guidance makes: then nobody steps the scheduler."""
+    return turns[branch] > (1 if branch else UNNAMED_CALLS)
 
 
 def _needs_gradients(q: Tensor) -> bool:
