@@ -183,6 +183,13 @@ class Plan:
         bands = self.sites.get(site)
         return None if bands is None else bands[band]
 
+    @property
+    def wants_sparse(self) -> bool:
+        """Whether any part of a run is meant to be sparse."""
+        part = 1 - self.schedule.dense_start - self.schedule.dense_end
+        choices = {c for bands in self.sites.values() for heads in bands for c in heads}
+        return part > 0 and not all(c.dense for c in choices)
+
     def for_grid(self, grid: Sequence[int]) -> "Plan":
         """The same plan at another visual grid.
 

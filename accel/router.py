@@ -118,6 +118,8 @@ class Session:
         run = self.run
         run.layout, run.reason = layout or run.layout, None
         if where is not None:
+            if run.said is None:
+                self._look_for_sparse_steps(where.total)
             run.take(where)
         if where is None or (where.assumed and _stands_still(run.turns, where.branch)):
             run.phase = Phase(None, 0)
@@ -129,6 +131,16 @@ class Session:
         run.phase = self.plan.schedule.phase(where.step, where.total)
         if layout is None:
             run.reason = "the layout of the call is unknown; pass layout= to accel.enable"
+
+    def _look_for_sparse_steps(self, total: int) -> None:
+        """A run too short for its schedule says so at its start."""
+        schedule = self.plan.schedule
+        if self.plan.wants_sparse and not schedule.sparse_steps(total):
+            self._runs_dense(
+                f"none of the run's {total} steps is sparse with schedule.dense_start"
+                f" {schedule.dense_start} and dense_end {schedule.dense_end}; lower them, or take"
+                " more steps"
+            )
 
     def _is_new_run(self, layout: Layout | None, where: Where | None) -> bool:
         """Whether this call belongs to another generation than the one before it.

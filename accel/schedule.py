@@ -77,6 +77,10 @@ class Schedule:
             return Phase(None, generation)
         return Phase(sum(p <= progress for p in self.bands), generation)
 
+    def sparse_steps(self, total: int) -> int:
+        """How many steps of a run of `total` are sparse."""
+        return sum(not self.phase(step, total).dense for step in range(total))
+
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 

@@ -370,6 +370,26 @@ class TestDense:
             assert out is dense
         assert not one.notices
 
+    def test_a_run_too_short_for_its_schedule_says_so_once_a_run(self):
+        one = session(STATIC, dense_start=0.3, dense_end=0.3)
+        for _ in range(2):
+            run(one, range(2), total=2, branches=("cond", "uncond"))
+            assert [("none of the run's 2 steps" in why, n) for why, n in one.notices.items()] == [
+                (True, 1)
+            ]
+        run(one, range(4), total=4)
+        assert not one.notices
+        with pytest.raises(AccelError, match=r"strict: none of the run's 1 steps is sparse"):
+            run(session(STATIC, strict=True, dense_start=0.3), [0], total=1)
+
+    @pytest.mark.parametrize("schedule", [{"dense_start": 1.0}, {"dense_end": 1.0}], ids=str)
+    def test_a_plan_that_is_dense_on_purpose_says_nothing(self, schedule):
+        for choice in (STATIC, Choice(Full())):
+            one = session(choice, strict=True, **schedule)
+            run(one, [0], total=1)
+            assert not one.notices
+        run(session(Choice(Full()), strict=True, dense_start=0.5), [0], total=1)
+
     @pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
     @pytest.mark.parametrize(("call", "settings", "reason"), REASONS.values(), ids=REASONS)
     def test_what_has_to_run_dense_says_so_once(self, caplog, call, settings, reason, strict):

@@ -48,6 +48,12 @@ def test_a_schedule_survives_its_dictionary(schedule):
     assert Schedule.from_dict(schedule.to_dict()) == schedule
 
 
+@given(schedules(), st.integers(1, 80))
+def test_sparse_steps_are_those_that_are_not_dense(schedule, total):
+    dense = sum(schedule.phase(step, total).dense for step in range(total))
+    assert schedule.sparse_steps(total) == total - dense
+
+
 def test_phases_by_hand():
     schedule = Schedule(dense_start=0.2, dense_end=0.1, bands=(0.5,), refresh=(0.6,))
     assert [schedule.phase(step, 10) for step in range(10)] == [

@@ -390,6 +390,11 @@ class TestRuns:
         assert torch.equal(generate(pipe, num_inference_steps=1), plain)
         summary = accel.summary(pipe)
         assert {(r.phase, r.keep, r.kernels) for r in summary.rows} == {("dense", 1.0, ("dense",))}
+        assert "none of the run's 1 steps is sparse with schedule.dense_start 0.2" in str(summary)
+        accel.disable(pipe)
+        accel.enable(pipe, "sparsed", strict=True)
+        with pytest.raises(accel.AccelError, match="strict: none of the run's 1 steps is sparse"):
+            generate(pipe, num_inference_steps=1)
 
     def test_the_summary_is_that_of_the_last_run(self, pipe):
         accel.enable(pipe, "sparsed")
