@@ -129,6 +129,9 @@ class Estimator(Kind):
         scale = q.shape[3] ** -0.5 if scale is None else scale
         return self._select(_Call(q, k, v, blocking, scale, lse, lengths, order, valid))
 
+    def check_block(self, block: tuple[int, int]) -> None:
+        """Refuse, with a ValueError, blocks that this estimator cannot select."""
+
     def _select(self, call: _Call) -> Selection:
         raise NotImplementedError(f"{type(self).__name__} selects nothing")
 
@@ -318,10 +321,16 @@ class Antidiagonal(Estimator):
         if type(self.stride) is not int or self.stride < 1:
             raise ValueError(f"stride is a number of tokens, at least 1, got {self.stride!r}")
 
+    def check_block(self, block: tuple[int, int]) -> None:
+        if any(size % self.stride for size in block):
+            raise ValueError(
+                f"block {tuple(block)} is not a multiple of the stride {self.stride}; take a stride"
+                " that divides both sizes"
+            )
+
     def _select(self, call: _Call) -> Selection:
         blocking, stride = call.blocking, self.stride
-        if any(size % stride for size in blocking.block):
-            raise ValueError(f"block {blocking.block} is not a multiple of the stride {stride}")
+        self.check_block(blocking.block)
         valid = call.valid
         q_fill, q_count = self._cells(valid, blocking.q_blocks * blocking.block[0] // stride)
         k_fill, k_count = self._cells(valid, blocking.kv_blocks * blocking.block[1] // stride)

@@ -51,6 +51,7 @@ Extent = int | float | None
 Term = tuple[Tensor, ...]
 Class = TypeVar("Class", bound=type["Kind"])
 CHUNK_ELEMENTS = 1 << 22
+MAX_PARTS = 64
 
 
 def register(table: dict[str, type], *names: str) -> Callable[[Class], Class]:
@@ -83,7 +84,7 @@ def from_kind(data: Mapping, table: dict[str, type], what: str):
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} from {dict(data)}: {error}") from error
+        raise ValueError(f"{what} from {dict(data)!s:.120}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +364,16 @@ class Union(Pattern):
             raise ValueError(f"a union needs patterns, at least one, got {self.parts!r}")
         if any(isinstance(part, Skip) for part in self.parts):
             raise ValueError("a union with skip is the union of the other parts: leave skip out")
+        if self.size > MAX_PARTS:
+            raise ValueError(
+                f"a union has at most {MAX_PARTS} parts, nested ones included, got {self.size};"
+                " leave out those that others hold"
+            )
+
+    @property
+    def size(self) -> int:
+        """Parts that are no unions themselves, over all levels."""
+        return sum(part.size if isinstance(part, Union) else 1 for part in self.parts)
 
     def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
         return [term for part in self.parts for term in part.terms(grid, device)]

@@ -135,15 +135,22 @@ class Plan:
                 )
             if len({len(heads) for heads in bands}) != 1 or not bands[0]:
                 raise PlanError(f"site {site!r} does not have the same heads in every band")
-        if not finite(self.expected.get("full_ratio", 1.0)):
-            raise PlanError(
-                f"expected.full_ratio must be a number, got {self.expected['full_ratio']!r}"
-            )
+        for choice in {c for bands in self.sites.values() for heads in bands for c in heads}:
+            if isinstance(choice.select, Estimator):
+                _guard(choice.select.check_block, self.block)
+        for name in ("full_ratio", "speedup", "measured_speedup"):
+            value = self.expected.get(name, 1.0)
+            if not finite(value) or value <= 0:
+                raise PlanError(
+                    f"expected.{name} must be a number above 0, got {value!r:.80}; leave it out to"
+                    " predict nothing"
+                )
         ratios = typed("expected.attention_ratio", self.expected.get("attention_ratio", {}), dict)
         for site, bands in ratios.items():
-            if not isinstance(bands, list) or not all(finite(ratio) for ratio in bands):
+            if not isinstance(bands, list) or not all(finite(r) and r >= 0 for r in bands):
                 raise PlanError(
-                    f"expected.attention_ratio[{site!r}] must be numbers, got {bands!r}"
+                    f"expected.attention_ratio[{site!r}] must be numbers from 0, got {bands!r:.80};"
+                    " leave it out to predict nothing"
                 )
             if len(bands) != self.schedule.n_bands:
                 raise PlanError(

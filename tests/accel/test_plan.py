@@ -241,12 +241,43 @@ BAD = {
     "dense unknown": (_edit("dense", "kernl"), "dense 'kernl' is unknown; did you mean 'kernel'"),
     "dense a number": (_edit("dense", 1), "dense must be of type str, got 1"),
     "full ratio a word": (_edit("expected", {"full_ratio": "1"}), "full_ratio must be a number"),
+    **{
+        f"{name} {value}": (
+            _edit("expected", {name: value}),
+            f"expected.{name} must be a number above 0, got {value}",
+        )
+        for name in ("full_ratio", "speedup", "measured_speedup")
+        for value in (0, -0.5)
+    },
+    "a negative ratio": (
+        _edit("expected", {"attention_ratio": {SITES[0]: [-0.5]}}),
+        "expected.attention_ratio['blocks.0.attn1'] must be numbers from 0, got [-0.5]",
+    ),
+    "a stride that does not divide the block": (
+        _edit("choices", 0, "select", {"kind": "antidiagonal", "tau": 0.9, "stride": 12}),
+        "block (32, 16) is not a multiple of the stride 12; take a stride that divides both",
+    ),
+    "a stride larger than the block": (
+        _edit("choices", 0, "select", {"kind": "antidiagonal", "tau": 0.9, "stride": 10**9}),
+        "block (32, 16) is not a multiple of the stride 1000000000",
+    ),
+    "a union of too many parts": (
+        _edit("choices", 0, "select", {"kind": "union", "parts": [{"kind": "full"}] * 65}),
+        "a union has at most 64 parts, nested ones included, got 65; leave out",
+    ),
+    "a union of too many unions": (
+        _edit(
+            *("choices", 0, "select"),
+            {"kind": "union", "parts": [{"kind": "union", "parts": [{"kind": "full"}] * 9}] * 8},
+        ),
+        "a union has at most 64 parts, nested ones included, got 72",
+    ),
     "grid of two": (_edit("grid", [4, 4]), "three positive integers (t, h, w), got [4, 4]"),
     "grid of words": (_edit("grid", ["4", 4, 4]), "three positive integers (t, h, w)"),
     "ratios a number": (_edit("expected", {"attention_ratio": 3}), "attention_ratio must be of"),
     "ratio of a site a number": (
         _edit("expected", {"attention_ratio": {SITES[0]: 0.5}}),
-        "expected.attention_ratio['blocks.0.attn1'] must be numbers, got 0.5",
+        "expected.attention_ratio['blocks.0.attn1'] must be numbers from 0, got 0.5",
     ),
     "too few ratios": (
         _edit("expected", {"attention_ratio": {SITES[0]: []}}),
