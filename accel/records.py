@@ -18,9 +18,9 @@ class Record:
     """The calls of one site in one phase.
 
     keep: sum over calls of the fraction of blocks computed; recall: per head, once for every mask
-    and branch; seconds: one entry per call, of the attention and its mask alone; ratio: predicted
-    price of a sparse call against the host's dense one, None where the plan predicts none for
-    calls like these.
+    and branch; seconds: one entry per call, of the attention alone; mask_seconds: one per mask
+    that a call made; ratio: predicted price of a sparse call against the host's dense one, None
+    where the plan predicts none for calls like these.
     """
 
     calls: int = 0
@@ -28,24 +28,31 @@ class Record:
     recall: list[torch.Tensor] = field(default_factory=list)
     kernels: set[str] = field(default_factory=set)
     seconds: list[float] = field(default_factory=list)
+    mask_seconds: list[float] = field(default_factory=list)
     ratio: float | None = None
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _events: list[tuple[list[float], torch.cuda.Event, torch.cuda.Event]] = field(
+        default_factory=list
+    )
 
     def settle(self) -> None:
         """Turn pending CUDA events into seconds."""
-        for start, end in self._events:
+        for seconds, start, end in self._events:
             end.synchronize()
-            self.seconds.append(start.elapsed_time(end) / 1000)
+            seconds.append(start.elapsed_time(end) / 1000)
         self._events.clear()
 
 
 class Stopwatch:
-    """Times one attention call: events on a CUDA device, the wall clock elsewhere."""
+    """Times one attention call, or the making of its mask, into a record.
 
-    __slots__ = ("_record", "_start")
+    Events on a CUDA device, the wall clock elsewhere.
+    """
 
-    def __init__(self, record: Record, device: torch.device) -> None:
+    __slots__ = ("_record", "_seconds", "_start")
+
+    def __init__(self, record: Record, device: torch.device, *, mask: bool = False) -> None:
         self._record = record
+        self._seconds = record.mask_seconds if mask else record.seconds
         self._start: float | torch.cuda.Event
         if device.type == "cuda":
             self._start = torch.cuda.Event(enable_timing=True)
@@ -55,8 +62,8 @@ class Stopwatch:
 
     def stop(self) -> None:
         if isinstance(self._start, float):
-            self._record.seconds.append(time.perf_counter() - self._start)
+            self._seconds.append(time.perf_counter() - self._start)
         else:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
-            self._record._events.append((self._start, end))
+            self._record._events.append((self._seconds, self._start, end))

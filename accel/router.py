@@ -194,8 +194,8 @@ class Session:
             if self.observer is not None:
                 out = self.observer(site, run, q, k, v, out)
             return out
+        chosen = self._mask(site, run, choices, q, k, v, record)
         watch = Stopwatch(record, q.device)
-        chosen = self._mask(site, run, choices, q, k, v)
         out = sparse_attention(
             q,
             k,
@@ -285,6 +285,7 @@ class Session:
         q: Heads,
         k: KeyHeads,
         v: KeyHeads,
+        record: Record,
     ) -> SiteMask:
         assert run.layout is not None
         assert run.where is not None
@@ -299,10 +300,12 @@ class Session:
                 stale = [o for o in run.masks if o[0] == owner]
                 for old in stale:
                     del run.masks[old]
+            watch = Stopwatch(record, q.device, mask=True)
             lse = run.lse.setdefault((owner, q.shape[0], q.device), {})
             chosen = run.masks[key] = site_mask(
                 choices, q, k, v, layout=run.layout, block=self.plan.block, lse=lse
             )
+            watch.stop()
         return chosen
 
 

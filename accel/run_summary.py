@@ -14,9 +14,10 @@ class Row:
     """One site in one phase.
 
     keep: mean fraction of blocks computed; recall: softmax mass inside them (mean, and the worst
-    head), on sampled rows; call_ms: median time of one attention call, masks included;
-    predicted_ms: the plan's predicted ratio times this run's dense call; None without either, and
-    for calls of another length, device or precision than was predicted.
+    head), on sampled rows; call_ms: median time of one attention call, without its mask; mask_s:
+    seconds spent on making masks; total_s: seconds of masks and calls together; predicted_ms: of
+    one call with its part in the making of masks, the plan's predicted ratio times this run's dense
+    call; None without either, and for calls of another length, device or precision than predicted.
     """
 
     site: str
@@ -27,6 +28,7 @@ class Row:
     worst_recall: float | None
     kernels: tuple[str, ...]
     call_ms: float
+    mask_s: float
     total_s: float
     predicted_ms: float | None
 
@@ -42,9 +44,13 @@ class Summary:
 
     @property
     def predicted_over_measured(self) -> float | None:
-        """Predicted over measured time of all sparse attention calls; None without prediction."""
+        """Predicted over measured time of all sparse attention calls; None without prediction.
+
+        Both with the making of masks. Measured calls count by their median, so that a first call
+        that compiles does not decide.
+        """
         priced = [r for r in self.rows if r.predicted_ms is not None and r.phase != DENSE_LABEL]
-        measured = sum(r.call_ms * r.calls for r in priced)
+        measured = sum(r.call_ms * r.calls + r.mask_s * 1000 for r in priced)
         predicted = sum((r.predicted_ms or 0.0) * r.calls for r in priced)
         return predicted / measured if measured else None
 
@@ -112,7 +118,8 @@ def _row(session: Session, site: str, phase: str, record: Record) -> Row:
         worst_recall=min(float(r.min()) for r in recalls) if recalls else None,
         kernels=tuple(sorted(record.kernels)),
         call_ms=median(record.seconds) * 1000,
-        total_s=sum(record.seconds),
+        mask_s=sum(record.mask_seconds, 0.0),
+        total_s=sum(record.seconds) + sum(record.mask_seconds),
         predicted_ms=predicted,
     )
 

@@ -118,12 +118,15 @@ def test_sites_left_by_the_plan_are_dense_and_listed():
 def test_predictions_are_ratios_of_this_runs_dense_calls():
     one = run(session(expected={"attention_ratio": {"a": [0.5]}, **PRICED}))
     one.records["a", "dense"].seconds[:] = [0.004]
-    one.records["a", "band 0"].seconds[:] = [0.001, 0.004, 0.009]
+    one.records["a", "band 0"].seconds[:] = [0.001, 0.003, 0.009]
+    one.records["a", "band 0"].mask_seconds[:] = [0.003]
     summary = summarise([one])
     row = next(r for r in summary.rows if (r.site, r.phase) == ("a", "band 0"))
     assert row.predicted_ms == pytest.approx(2.0)
-    assert row.call_ms == pytest.approx(4.0)
-    assert row.total_s == pytest.approx(0.014)
+    assert row.call_ms == pytest.approx(3.0)
+    assert row.mask_s == pytest.approx(0.003)
+    assert row.total_s == pytest.approx(0.016)
+    # three calls of 2 ms with masks, against three of 3 ms and 3 ms for masks
     assert summary.predicted_over_measured == pytest.approx(0.5)
     assert "predicted / measured time = 0.50" in str(summary)
     unpriced = [r.predicted_ms for r in summary.rows if (r.site, r.phase) != ("a", "band 0")]
@@ -135,6 +138,14 @@ def test_predictions_for_another_grid_are_not_shown():
     summary = summarise([one])
     assert {r.predicted_ms for r in summary.rows} == {None}
     assert summary.predicted_over_measured is None
+
+
+def test_masks_are_timed_apart_from_calls():
+    one = run(session(), total=8, branches=("cond", "uncond"))
+    record = one.records["a", "band 0"]
+    assert (len(record.seconds), len(record.mask_seconds)) == (12, 2)
+    dense = one.records["a", "dense"]
+    assert (len(dense.seconds), dense.mask_seconds) == (4, [])
 
 
 def test_without_a_prediction_there_is_no_ratio():
@@ -198,8 +209,9 @@ def test_labels(band):
 def test_a_stopwatch_adds_one_entry():
     record = Record()
     Stopwatch(record, torch.device("cpu")).stop()
+    Stopwatch(record, torch.device("cpu"), mask=True).stop()
     record.settle()
-    assert len(record.seconds) == 1
+    assert (len(record.seconds), len(record.mask_seconds)) == (1, 1)
     assert record.seconds[0] >= 0
 
 
