@@ -61,7 +61,11 @@ class Entry:
         return first
 
 
-@torch.library.custom_op("accel::enter", mutates_args=())
+# A captured CUDA graph would replay the decisions of the step it was captured in.
+UNSAFE = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("accel::enter", mutates_args=(), tags=UNSAFE)
 def _enter(first: Tensor, entry: int) -> Tensor:
     _entries[entry]._begin(first)
     return first.clone()
@@ -72,7 +76,7 @@ def _(first: Tensor, entry: int) -> Tensor:
     return torch.empty_like(first)
 
 
-@torch.library.custom_op("accel::attend", mutates_args=())
+@torch.library.custom_op("accel::attend", mutates_args=(), tags=UNSAFE)
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -179,7 +183,8 @@ class Interception:
             for site, module in modules.items():
                 taken = Taken(session, site, module)
                 self._taken.append(taken)
-                module.__dict__[SITE] = torch.tensor(taken.number)
+                # on the CPU whatever the default device: reading it must not wait for one
+                module.__dict__[SITE] = torch.tensor(taken.number, device="cpu")
                 copy_plainly(module, SITE)
                 self._rebind(site, module.processor)
         except BaseException:

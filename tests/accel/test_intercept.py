@@ -174,6 +174,19 @@ class TestSdpa:
         assert not model(X)[0].any()
 
 
+@pytest.mark.parametrize("name", ["enter", "attend"])
+def test_operations_keep_out_of_cuda_graphs(name):
+    """A graph that is replayed would do what the step of its capture did."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.accel, name).default.tags
+
+
+def test_sites_are_named_on_the_cpu_whatever_the_default_device():
+    model = Block(Attention())
+    with torch.device("meta"):
+        take(*model.sites)
+    assert model.sites[0].__dict__["_accel_site"].device.type == "cpu"
+
+
 def test_settings_say_what_stands_in_the_way():
     free = How(None, 0.0, False, None, False)
     assert free.obstacle(8) is None
