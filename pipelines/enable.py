@@ -98,12 +98,21 @@ def disable(target: T) -> T:
 
 @contextmanager
 def enabled(target: T, plan: PlanLike, **settings: Any) -> Iterator[T]:
-    """`enable` for the length of a `with` block."""
+    """`enable` for the length of a `with` block; what was enabled before comes back after it."""
+    handles = [(model, getattr(model, HANDLE, None)) for model in denoisers_of(target)]
+    before = [(model, handle and handle.settings) for model, handle in handles]
     enable(target, plan, **settings)
     try:
         yield target
     finally:
-        disable(target)
+        for model, asked in before:
+            handle = getattr(model, HANDLE, None)
+            if asked is None:
+                disable(model)
+            elif handle is None:
+                Handle(model, asked)
+            else:
+                handle.use(asked)
 
 
 def summary(target: Any) -> Summary:

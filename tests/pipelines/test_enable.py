@@ -212,6 +212,27 @@ class TestContextManager:
         assert traces(model) == before
         assert torch.equal(call(model, 0), plain)
 
+    def test_inside_another_the_outer_plan_comes_back(self, model):
+        before, plain = traces(model), call(model)
+        with accel.enabled(model, tiny_plan(SPARSE, name="outer")):
+            outer = call(model, 0)
+            enabled = traces(model)
+            with accel.enabled(model, tiny_plan(Choice(Skip()), name="inner")):
+                assert accel.summary(model).plan == "inner"
+            assert accel.summary(model).plan == "outer"
+            assert traces(model) == enabled
+            with pytest.raises(KeyError), accel.enabled(model, tiny_plan(Choice(Skip()))):
+                raise KeyError("interrupted")
+            assert torch.equal(call(model, 0), outer)
+            with accel.enabled(model, tiny_plan(Choice(Skip()))):
+                accel.disable(model)
+            assert torch.equal(call(model, 0), outer)
+            with pytest.raises(accel.PlanError), accel.enabled(model, "sparsd"):
+                pass
+            assert torch.equal(call(model, 0), outer)
+        assert traces(model) == before
+        assert torch.equal(call(model, 0), plain)
+
     def test_it_restores_after_an_exception(self, model):
         before = traces(model)
         with pytest.raises(KeyError), accel.enabled(model, tiny_plan(SPARSE)):
@@ -550,19 +571,27 @@ class TestProcessors:
         assert all(m.processor is shared for m in _attentions(model))
         assert torch.equal(call(model, 0), plain)
 
-    def test_the_users_dense_attention_stays_in_force(self, model):
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    def test_the_users_dense_attention_stays_in_force(self, model, monkeypatch, compiled):
         model.set_attention_backend("_native_math")
-        accel.enable(model, tiny_plan(DENSE))
-        seen = []
+        dispatch, given = transformer_wan.dispatch_attention_fn, []
 
-        def observe(site, run, q, k, v, out):
-            seen.append(site.name)
-            return out
+        def spy(query, key, *args, backend=None, **settings):
+            if query.shape == key.shape:  # self-attention
+                given.append(getattr(backend, "value", backend))
+            return dispatch(query, key, *args, backend=backend, **settings)
 
-        session_of(model).observer = observe
-        call(model, 0)
-        assert seen == list(SITES)
-        assert {m.processor._attention_backend for m in _attentions(model)} == {"_native_math"}
+        # before enable, which takes the function as it finds it
+        monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", spy)
+        accel.enable(model, tiny_plan(DENSE), check=False)
+        if compiled:
+            torch.compiler.reset()
+            model.compile(fullgraph=True, backend="aot_eager")
+        plain = call(build())
+        given.clear()
+        assert torch.allclose(call(model, 0), plain, atol=1e-5)
+        assert given == ["_native_math"] * len(SITES)
+        assert [r.calls for r in accel.summary(model).rows] == [1] * len(SITES)
 
 
 def test_two_denoisers_take_one_plan_or_one_each():
