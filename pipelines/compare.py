@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from accel.command import run_command
+from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.pipelines.compare_run import Comparison
 from accel.pipelines.compare_settings import CompareSettings, named_plans
@@ -23,9 +24,9 @@ def compare(config: dict[str, Any], command: str) -> None:
     """
     settings = CompareSettings(
         plans=named_plans(config["plan"]),
-        recipes=tuple(config["recipes"]),
+        recipes=config["recipes"],
         prompts=config["prompts"],
-        dtypes=(config["dtype"],) if config["dtype"] else tuple(config["dtypes"]),
+        dtypes=config["dtype"] or config["dtypes"],
         rounds=config["rounds"],
         timing_prompts=config["timing_prompts"],
         seed=config["seed"],
@@ -43,6 +44,8 @@ def compare(config: dict[str, Any], command: str) -> None:
         from accel.pipelines.report import write_report
 
         print(f"report: {write_report(folder)}")
+    if not any(arm["seconds"] for arm in results["arms"].values()):
+        raise AccelError("no arm finished; what went wrong stands below the table")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="compare")

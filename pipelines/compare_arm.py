@@ -3,15 +3,19 @@
     python -m accel.pipelines.compare_arm arms/sparsed/spec.json
 
 On stdin {"do": "start"}, {"do": "generate", ...}, {"do": "look", ...}; on stdout one answer each,
-{"ok": ...} or {"error": ...}. Whatever libraries print goes to stderr. It ends with its stdin.
+{"ok": ...} or {"error": ...}. Whatever libraries print goes to stderr. It ends with its stdin, in
+the middle of a generation too: a comparison that was killed leaves nobody behind.
 """
 
 import json
 import os
+import queue
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +25,10 @@ import torch
 from accel.errors import AccelError
 from accel.pipelines.adapters import denoisers_of
 from accel.pipelines.enable import disable, enable, session_of, summary
-from accel.pipelines.host import Host
+from accel.pipelines.host import Host, device_name
 from accel.pipelines.look import by_denoiser, look
 from accel.pipelines.model_settings import model_config
-from accel.pipelines.pricing import load_or_measure_baseline, priced
+from accel.pipelines.pricing import load_or_measure_baseline, priced, warm_up_steps
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
 from accel.schedule import Schedule
@@ -67,8 +71,7 @@ class Arm:
         loaded = time.perf_counter()
         steps = warm_up_steps(self.schedule, self.host.steps)
         self.host.generate(self._config.prompts[0], 0, num_inference_steps=steps)
-        if self.host.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.host.device)
+        reset_peak_memory(self.host.device)
         plan = self.plans[0] if self.plans else None
         return {
             "load_s": loaded - begun,
@@ -92,6 +95,7 @@ class Arm:
         baseline = load_or_measure_baseline(self.host, self._config.calibration[0], 0, path)
         plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
         enable(self.host.pipe, by_denoiser(plans), check=False)
+        reset_peak_memory(self.host.device)
         return {
             "attention_share": baseline.total_share,
             **predictions(plans[0]),
@@ -164,14 +168,6 @@ class StepClock:
         return time.perf_counter()
 
 
-def warm_up_steps(schedule: Schedule, limit: int) -> int:
-    """The fewest steps, at least two, of which one is sparse; two for a schedule without any."""
-    for steps in range(2, limit + 1):
-        if any(not schedule.phase(step, steps).dense for step in range(steps)):
-            return steps
-    return 2
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak of the device's allocations; on the CPU, of the resident memory of this process."""
     if device.type == "cuda":
@@ -186,16 +182,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def device_name(device: torch.device) -> str:
-    """The graphics card, or the processor with the number of threads in use."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` begin anew: what was loaded and measured before shall not count."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = "CPU"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # elsewhere than on Linux the peak is that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _median(values: Iterable[float]) -> float | None:
@@ -220,6 +212,20 @@ def serve(arm: Any, lines: Iterable[str], say: Callable[[str], Any]) -> None:
         say(json.dumps(answer))
 
 
+def until_closed(stream: Iterable[str]) -> Iterator[str]:
+    """The lines of `stream`; where it ends, so does this process, whatever it is doing."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
+
+
 def main() -> None:
     """Serve the arm that the specification file describes."""
     answers = os.fdopen(os.dup(1), "w")  # what libraries print shall not be taken for one
@@ -227,7 +233,7 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     serve(
         Arm(spec["model"], spec["plan"]),
-        sys.stdin,
+        until_closed(sys.stdin),
         lambda text: print(text, file=answers, flush=True),
     )
 

@@ -1,9 +1,11 @@
 """What a comparison has measured so far, as files: one for every arm, prompt and round.
 
-Each names by a key what it depends on (model files, plan, prompt, seed, precision), so that a
-comparison goes on where it stopped and never mixes in what was measured of something else.
+Each names by a key what it depends on (model files, plan, prompt, seed, precision, device,
+versions, the code that computes), so that a comparison goes on where it stopped and never mixes in
+what was measured of something else. Videos and maps have the key in their names: they are written
+by the arm, and a comparison may be killed before it has noted them.
 
-    arms/<arm>/start.json   p00-r0.json   p00.npz (the video of round 0)   p00-quality.json
+    arms/<arm>/start.json   p00-r0.json   p00-<key>.npz (the video of round 0)   p00-quality.json
 """
 
 import hashlib
@@ -11,14 +13,18 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from accel import __version__
+import accel
 from accel.errors import PlanError
 from accel.files import write_atomically
-from accel.pipelines.host import ModelConfig, find_path
+from accel.pipelines.host import ModelConfig, device_name, find_path, versions
 from accel.plan import Plan
+
+# beside a model's files, but nothing that its outputs depend on
+UNREAD = {".md", ".png", ".jpg", ".gif", ".mp4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class ArmSpec:
     @classmethod
     def of(cls, name: str, plan: str) -> "ArmSpec":
         identity = plan
-        if Path(plan).is_file():
+        if Path(plan).exists():
             with suppress(PlanError):
                 identity = Plan.load(plan).digest
         return cls(name, plan, identity)
@@ -59,6 +65,7 @@ class Book:
 
     sitting: names this run of the command; times of one sitting were measured beside each other.
     priced: plans run with predictions, and so dense wherever that is predicted to be faster.
+    classifier: its directory, or ""; it alone decides what is read in a video.
     """
 
     def __init__(
@@ -69,31 +76,44 @@ class Book:
         seed: int,
         sitting: str,
         priced: bool = False,
+        classifier: str = "",
     ) -> None:
         self.folder = folder
         self.prompts = prompts
         self.seed = seed
         self.sitting = sitting
+        self._priced = priced
+        judge = json.dumps(files_of(find_path(classifier)) if classifier else "")
+        self._classifier_key = hashlib.sha256(judge.encode()).hexdigest()[:16]
         self._model: dict[str, Any] = {
-            "accel": __version__,
+            "versions": versions(),
+            "code": code_digest(),
             "pipeline": model.pipeline,
             "files": files_of(find_path(model.path)),
             "call": dict(model.call),
             "load": dict(model.load),
             "dtype": model.dtype,
-            "device": str(model.resolved_device()),
-            "priced": priced,
+            "device": device_name(model.resolved_device()),
         }
 
     def arm_folder(self, arm: ArmSpec) -> Path:
         return self.folder / "arms" / arm.name
 
     def video(self, arm: ArmSpec, prompt: int) -> Path:
-        return self.arm_folder(arm) / f"p{prompt:02d}.npz"
+        return self.arm_folder(arm) / f"p{prompt:02d}-{self.key(arm, prompt)}.npz"
+
+    def maps(self, arm: ArmSpec) -> Path:
+        """The attention maps of the first prompt."""
+        return self.arm_folder(arm) / f"maps-{self.key(arm, 0)}.npz"
 
     def key(self, arm: ArmSpec, prompt: int | None = None) -> str:
-        """What a measurement of `arm`, or of one of its prompts, depends on."""
+        """What a measurement of `arm`, or of one of its prompts, depends on.
+
+        Nothing of accel touches an arm without a plan, so prices do not change it.
+        """
         what: dict[str, Any] = {**self._model, "plan": arm.identity}
+        if arm.plan is not None:
+            what["priced"] = self._priced
         if prompt is not None:
             what |= {"prompt": self.prompts[prompt], "seed": self.seed + prompt}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -113,6 +133,15 @@ class Book:
         write_atomically(self.arm_folder(arm) / f"{name}.json", json.dumps(record, indent=1))
         return record
 
+    def quality(self, arm: ArmSpec, prompt: int) -> dict[str, Any] | None:
+        """How the video of a prompt was judged, if it was, and by this classifier."""
+        found = self.read(arm, f"p{prompt:02d}-quality", prompt)
+        return found if found and found["classifier"] == self._classifier_key else None
+
+    def write_quality(self, arm: ArmSpec, prompt: int, quality: dict[str, Any]) -> None:
+        quality = {**quality, "classifier": self._classifier_key}
+        self.write(arm, f"p{prompt:02d}-quality", quality, prompt)
+
     def result(self, job: Job) -> dict[str, Any] | None:
         """The record of a finished job; round 0 counts only together with its video."""
         if job.round == 0 and not self.video(job.arm, job.prompt).is_file():
@@ -121,8 +150,22 @@ class Book:
 
 
 def files_of(path: str) -> list[tuple[str, int, int]] | str:
-    """Name, size and time of every file of a local model; a hub name stands for itself."""
+    """Name, size and time of every file that a local model is read from; a hub name stands for
+    itself.
+    """
     if not os.path.isdir(path):
         return path
-    found = sorted(p for p in Path(path).rglob("*") if p.is_file())
+    found = sorted(p for p in Path(path).rglob("*") if p.is_file() and p.suffix not in UNREAD)
     return [(str(p.relative_to(path)), p.stat().st_size, int(p.stat().st_mtime)) for p in found]
+
+
+@cache
+def code_digest() -> str:
+    """Names the code that computes: plans, kernels and interception; not what draws reports."""
+    root = Path(accel.__file__).parent
+    files = [*root.glob("*.py"), *(root / "kernels").glob("*")]
+    files += [root / "pipelines" / f"{name}.py" for name in ("adapters", "enable", "video_dit")]
+    digest = hashlib.sha256()
+    for file in sorted(f for f in files if f.suffix in (".py", ".cpp")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -21,11 +21,7 @@ def measure_quality(book: Book, arms: Sequence[ArmSpec], classifier: Classifier 
             continue
         reference = None
         for arm in arms:
-            name = f"p{prompt:02d}-quality"
-            done = book.read(arm, name, prompt)
-            if book.result(Job(arm, prompt, 0)) is None or (
-                done is not None and (done["reads"] is not None or classifier is None)
-            ):
+            if book.result(Job(arm, prompt, 0)) is None or book.quality(arm, prompt) is not None:
                 continue
             if reference is None:
                 reference = load_frames(book.video(DENSE, prompt))
@@ -38,7 +34,7 @@ def measure_quality(book: Book, arms: Sequence[ArmSpec], classifier: Classifier 
             if arm != DENSE:
                 quality["psnr"] = capped(psnr(video, reference))
                 quality["ssim"] = ssim(video, reference)
-            book.write(arm, name, quality, prompt)
+            book.write_quality(arm, prompt, quality)
 
 
 def fastest_of(book: Book, baselines: Sequence[ArmSpec], jobs: Sequence[Job]) -> ArmSpec:
@@ -61,7 +57,7 @@ def results_of(
         record = book.result(job) if job.arm == arm else None
         if record is not None:
             done[job.prompt, job.round] = record
-    found = {p: book.read(arm, f"p{p:02d}-quality", p) for p in range(len(book.prompts))}
+    found = {p: book.quality(arm, p) for p in range(len(book.prompts))}
     judged = [q for q in found.values() if q is not None]
     flickers = mean(q["flicker"] for q in judged) if judged else None
     steady = _over_dense(book, [p for p, q in found.items() if q is not None], "flicker")
@@ -92,6 +88,8 @@ def results_of(
         "digest": start.get("digest"),
         "notices": {} if summary is None else summary["notices"],
         "summary": summary,
+        "videos": [_video_of(book, arm, prompt, found[prompt]) for prompt in found],
+        "maps": _maps_of(book, arm),
     }
     over = {other.name: _paired(book, jobs, arm, other)["speedup"] for other in baselines}
     return result | {**_paired(book, jobs, arm, fastest), "speedup_over": over}
@@ -120,9 +118,32 @@ def _paired(book: Book, jobs: Sequence[Job], arm: ArmSpec, baseline: ArmSpec) ->
     }
 
 
+def _video_of(
+    book: Book, arm: ArmSpec, prompt: int, quality: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """One video: its file in the comparison's folder and how it was judged; None if not made."""
+    if quality is None:
+        return None
+    shown = ("psnr", "ssim", "flicker", "reads")
+    file = book.video(arm, prompt).relative_to(book.folder).as_posix()
+    return {"file": file, **{name: quality[name] for name in shown if name in quality}}
+
+
+def _maps_of(book: Book, arm: ArmSpec) -> dict[str, Any] | None:
+    """What attention maps there are of this arm, and their file."""
+    record = book.read(arm, "maps", 0)
+    if record is None or not book.maps(arm).is_file():
+        return None
+    file = book.maps(arm).relative_to(book.folder).as_posix()
+    return {
+        "file": file,
+        **{name: record[name] for name in ("step", "steps", "maps") if name in record},
+    }
+
+
 def _over_dense(book: Book, prompts: Sequence[int], name: str) -> float | None:
     """Mean of the quality `name` of dense over `prompts`."""
-    found = [book.read(DENSE, f"p{prompt:02d}-quality", prompt) for prompt in prompts]
+    found = [book.quality(DENSE, prompt) for prompt in prompts]
     values = [quality[name] for quality in found if quality is not None]
     return mean(values) if values else None
 

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from accel.pipelines.compare_book import ArmSpec, Book, Job
 from accel.pipelines.compare_results import fastest_of, measure_quality, results_of
 from accel.pipelines.compare_settings import DENSE, CompareSettings
 from accel.pipelines.compare_worker import ArmFailed, Worker
-from accel.pipelines.host import ModelConfig, find_path
+from accel.pipelines.host import ModelConfig, find_path, versions
 
 SCHEMA = 1
 PROBE_STEPS = 4
-LIBRARIES = ("accel-suite", "torch", "triton", "diffusers", "transformers", "opencv-python")
 
 Launch = Callable[[Path, dict[str, Any]], Any]
 
@@ -45,7 +43,13 @@ class Comparison:
         dtype = self.probe.get("chosen", model.dtype)
         self.model = replace(model, dtype=dtype, prompts=prompts)
         self.book = Book(
-            folder, self.model, prompts, settings.seed, self._sitting, settings.predict
+            folder,
+            self.model,
+            prompts,
+            settings.seed,
+            self._sitting,
+            settings.predict,
+            model.classifier,
         )
         self._classifier = _classifier_of(model)
 
@@ -66,27 +70,29 @@ class Comparison:
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; every arm that can finish does. Returns the results."""
         todo = [job for job in self.jobs if self.book.result(job) is None]
-        shown = self._shown_arm()
         try:
             for arm in self.arms:
-                if any(job.arm == arm for job in todo) or self._lacks_maps(arm, shown):
-                    self._workers[arm] = self._open(arm)
-            for arm in list(self._workers):
-                self._ask(arm, {"do": "start"}, "start")
-            costs = str(self.folder / "costs" / self.book.key(DENSE))
-            for arm in list(self._workers) if self.settings.predict else ():
-                if arm != DENSE:  # nothing of accel ever touches the dense arm
-                    self._ask(arm, {"do": "price", "folder": costs}, "price")
+                if any(job.arm == arm for job in todo):
+                    self._start(arm)
             with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
                 for job in bar:
                     bar.set_description(f"{job.arm.name}, prompt {job.prompt + 1}")
                     self._generate(job)
-            if self._lacks_maps(shown, shown):
-                self._look(shown)
+            self._look()
         finally:
             for worker in self._workers.values():
                 worker.close()
         return self.results()
+
+    def _start(self, arm: ArmSpec) -> None:
+        """Open the process of an arm, let it warm up and, with predictions, measure its costs."""
+        _say(f"{arm.name}: loading and warming up")
+        self._workers[arm] = self._launch(self.book.arm_folder(arm), self._spec(arm, self.model))
+        started = self._ask(arm, {"do": "start"}, "start")
+        if started and self.settings.predict and arm != DENSE:  # accel never touches the dense arm
+            _say(f"{arm.name}: measuring what it costs here")
+            costs = str(self.folder / "costs" / self.book.key(DENSE))
+            self._ask(arm, {"do": "price", "folder": costs}, "price")
 
     def results(self) -> dict[str, Any]:
         """The results so far, also written to results.json."""
@@ -99,6 +105,8 @@ class Comparison:
             if arm in self._errors:
                 arms[arm.name]["error"] = self._errors[arm]
         starts = [self.book.read(arm, "start") for arm in self.arms]
+        done = [r for r in map(self.book.result, self.jobs) if r is not None]
+        sittings = sorted({record["sitting"] for record in done})
         results = {
             "schema": SCHEMA,
             "arms": arms,
@@ -120,16 +128,14 @@ class Comparison:
                 "fps": self.model.fps,
                 "command": self.settings.command,
             },
-            "date": self._sitting,
+            "date": sittings[-1] if sittings else self._sitting,
+            "sittings": sittings,
         }
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         return results
 
     def _spec(self, arm: ArmSpec, model: ModelConfig) -> dict[str, Any]:
         return {"plan": arm.plan, "model": asdict(model)}
-
-    def _open(self, arm: ArmSpec) -> Any:
-        return self._launch(self.book.arm_folder(arm), self._spec(arm, self.model))
 
     def _ask(
         self, arm: ArmSpec, command: dict[str, Any], name: str, prompt: int | None = None
@@ -143,7 +149,7 @@ class Comparison:
         except ArmFailed as error:
             self._errors[arm] = str(error)
             del self._workers[arm]
-            tqdm.write(f"{arm.name} failed: {error}", file=sys.stderr)
+            _say(f"{arm.name} failed: {error}")
             return False
         self.book.write(arm, name, answer, prompt)
         return True
@@ -159,23 +165,21 @@ class Comparison:
         if self._ask(job.arm, command, job.stem, job.prompt):
             self.results()
 
-    def _shown_arm(self) -> ArmSpec:
-        """The arm whose attention the report shows: the first that leaves something out."""
-        return next((arm for arm in self.arms if arm not in self.settings.dense_arms), DENSE)
-
-    def _lacks_maps(self, arm: ArmSpec, shown: ArmSpec) -> bool:
-        wanted = arm == shown and arm != DENSE
-        return wanted and self.book.read(arm, "maps", 0) is None
-
-    def _look(self, arm: ArmSpec) -> None:
-        save = self.book.arm_folder(arm) / "maps.npz"
+    def _look(self) -> None:
+        """Keep attention maps of the first arm that leaves something out and did not fail."""
+        sparse = (arm for arm in self.arms if arm not in self.settings.dense_arms)
+        shown = next((arm for arm in sparse if arm not in self._errors), None)
+        if shown is None or self.book.read(shown, "maps", 0) is not None:
+            return
+        if shown not in self._workers:
+            self._start(shown)
         command = {
             "do": "look",
             "prompt": self.book.prompts[0],
             "seed": self.settings.seed,
-            "save": str(save),
+            "save": str(self.book.maps(shown)),
         }
-        self._ask(arm, command, "maps", 0)
+        self._ask(shown, command, "maps", 0)
 
     def _probe(self, model: ModelConfig, prompts: tuple[str, ...]) -> dict[str, Any]:
         """The precision in which dense is fastest, from a few steps in each; kept with the times.
@@ -192,6 +196,7 @@ class Comparison:
             book = Book(folder, one, prompts, self.settings.seed, self._sitting)
             probed = book.read(DENSE, "probe", 0)
             if probed is None:
+                _say(f"how fast is dense in {dtype}?")
                 worker = self._launch(book.arm_folder(DENSE), self._spec(DENSE, one))
                 try:
                     worker.ask({"do": "start"}, self.settings.arms_timeout_s)
@@ -220,12 +225,5 @@ def _classifier_of(model: ModelConfig) -> Classifier | None:
     return Classifier.load(path)
 
 
-def versions() -> dict[str, str]:
-    """What is installed, by distribution."""
-    found = {"python": sys.version.split()[0]}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+def _say(what: str) -> None:
+    tqdm.write(what, file=sys.stderr)

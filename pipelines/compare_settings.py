@@ -31,6 +31,12 @@ class CompareSettings:
     command: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("recipes", "dtypes", "baselines"):
+            object.__setattr__(self, name, texts(name, getattr(self, name)))
+        if not isinstance(self.prompts, int):
+            object.__setattr__(self, "prompts", texts("prompts", self.prompts))
+            if not self.prompts:
+                raise AccelError("prompts is empty; give a number or a list of texts")
         for name in self.recipes:
             if name not in RECIPES:
                 raise PlanError(f"there is no recipe {name!r}; {nearest(name, RECIPES)}")
@@ -42,9 +48,10 @@ class CompareSettings:
         for name in self.baselines[1:]:
             if name != FULL.name:
                 raise AccelError(f"there is no baseline {name!r}; take 'dense' and 'full'")
-        for name in ("rounds", "timing_prompts"):
-            if getattr(self, name) < 1:
-                raise AccelError(f"{name} is {getattr(self, name)}; it is at least 1")
+        for name in ("rounds", "timing_prompts", "arms_timeout_s"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < 1:
+                raise AccelError(f"{name} is {value!r}; it is a number, at least 1")
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise AccelError(f"dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")
@@ -75,6 +82,14 @@ class CompareSettings:
                 " a list of texts"
             )
         return model.prompts[: self.prompts]
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """A list of texts; nothing is an empty one, and one text is a list of one."""
+    found = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(text, str) and text.strip() for text in found):
+        raise AccelError(f"{name} is {value!r}; it is a list of texts")
+    return found
 
 
 def named_plans(plan: Any) -> dict[str, str]:

@@ -1,8 +1,11 @@
 """The user's own pipeline, loaded and called as a model's configuration says."""
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from accel.errors import AccelError
+from accel.errors import AccelError, nearest
 
 Video = NDArray[np.float32]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LIBRARIES = ("accel-suite", "torch", "triton", "diffusers", "transformers", "opencv-python")
 
 
 @dataclass(frozen=True)
@@ -76,21 +80,60 @@ class Host:
         try:
             pipeline = getattr(import_module(module), name)
             self.pipe = pipeline.from_pretrained(path, dtype=DTYPES[config.dtype], **config.load)
-        except (ImportError, AttributeError, OSError) as error:
+        except (ImportError, AttributeError, OSError, ValueError) as error:
+            where = "" if Path(path).is_dir() else ", which is no folder here"
             raise AccelError(
-                f"model {config.name!r} cannot be loaded from {path!r}: {error}"
+                f"model {config.name!r} cannot be loaded from {path!r}{where}: {error}"
             ) from error
         self.device = config.resolved_device()
         self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
 
     def generate(self, prompt: str, seed: int, **overrides: Any) -> Video:
-        """One video [frames, height, width, 3] in [0, 1]; the noise depends on `seed` alone."""
+        """One video [frames, height, width, 3] in [0, 1]; the noise depends on `seed` alone.
+
+        Raises AccelError for arguments that the pipeline does not take.
+        """
         generator = torch.Generator("cpu").manual_seed(seed)
         call = {**self.config.call, **overrides}
-        frames = self.pipe(prompt, generator=generator, output_type="np", **call).frames[0]
+        known = signature(self.pipe.__call__).parameters
+        for name in call:
+            if name not in known:
+                raise AccelError(
+                    f"model.call.{name}: {self.config.pipeline} takes no such argument;"
+                    f" {nearest(name, known)}"
+                )
+        try:
+            frames = self.pipe(prompt, generator=generator, output_type="np", **call).frames[0]
+        except ValueError as error:
+            if isinstance(error, AccelError):
+                raise
+            raise AccelError(f"{self.config.pipeline} refuses {call}: {error}") from error
         return np.asarray(frames, dtype=np.float32)
 
     @property
     def steps(self) -> int:
         return int(self.config.call["num_inference_steps"])
+
+
+def device_name(device: torch.device) -> str:
+    """The graphics card, or the processor with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """What is installed, by distribution."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

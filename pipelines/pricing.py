@@ -19,6 +19,7 @@ from accel.pipelines.adapters import denoisers_of, geometry_of
 from accel.pipelines.enable import enabled, session_of
 from accel.pipelines.host import Host
 from accel.plan import DENSE, Choice, Plan
+from accel.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +129,11 @@ def priced(host: Host, plan: Plan, baseline: Baseline, folder: Path, rounds: int
         steps=baseline.steps,
         share=baseline.total_share,
     )
+
+
+def warm_up_steps(schedule: Schedule, limit: int) -> int:
+    """The fewest steps, at least two, of which one is sparse; two for a schedule without any."""
+    for steps in range(2, limit + 1):
+        if any(not schedule.phase(step, steps).dense for step in range(steps)):
+            return steps
+    return 2

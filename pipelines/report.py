@@ -23,15 +23,16 @@ def write_report(folder: Path) -> Path:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     arms = results["arms"]
     dense = results["baselines"]
-    shown = next((n for n, a in arms.items() if n not in dense and a.get("seconds")), "dense")
+    finished = [n for n, a in arms.items() if n not in dense and a.get("seconds")]
+    shown = next((n for n in finished if arms[n]["maps"]), next(iter(finished), "dense"))
     sparse = {name: arm for name, arm in arms.items() if name not in dense}
     parts = [
         _head(results, shown),
         _section("Speed, memory and quality", _table(results, shown)),
         _section("Trade-off", _trade_off(folder, sparse, shown)),
     ]
-    parts += [_videos(folder, results, prompt) for prompt in _prompts(folder, results, shown)]
-    parts += [_kept(sparse), _maps(folder, shown), _about(results)]
+    parts += [_videos(folder, results, prompt) for prompt in _prompts(arms[shown])]
+    parts += [_kept(sparse), _maps(folder, shown, arms[shown].get("maps")), _about(results)]
     body = "\n".join(part for part in parts if part)
     title = escape(f"accel: {results['settings']['model']}")
     page = (
@@ -106,24 +107,18 @@ def _trade_off(folder: Path, arms: Mapping[str, Any], shown: str) -> str:
     )
 
 
-def _prompts(folder: Path, results: Mapping[str, Any], shown: str) -> list[int]:
+def _prompts(arm: Mapping[str, Any]) -> list[int]:
     """The first prompt, and the one in which the shown arm is furthest from dense."""
-    worst: dict[int, float] = {}
-    for number in range(len(results["settings"]["prompts"])):
-        path = folder / "arms" / shown / f"p{number:02d}-quality.json"
-        if path.is_file():
-            worst[number] = json.loads(path.read_text()).get("psnr", np.inf)
-    return sorted({0, min(worst, key=worst.__getitem__)}) if worst else []
+    made = {n: v.get("psnr", np.inf) for n, v in enumerate(arm.get("videos", ())) if v}
+    return sorted({min(made), min(made, key=made.__getitem__)}) if made else []
 
 
 def _videos(folder: Path, results: Mapping[str, Any], prompt: int) -> str:
     videos = {}
-    for name in results["arms"]:
-        path = folder / "arms" / name / f"p{prompt:02d}.npz"
-        if path.is_file() and results["arms"][name].get("seconds"):
-            videos[name] = load_frames(path)
-    if not videos:
-        return ""
+    for name, arm in results["arms"].items():
+        made = arm.get("videos", [])
+        if prompt < len(made) and made[prompt]:
+            videos[name] = load_frames(folder / made[prompt]["file"])
     fps = results["settings"]["fps"]
     moving, still = [], []
     for name, video in videos.items():
@@ -165,14 +160,10 @@ def _kept(arms: Mapping[str, Any]) -> str:
     )
 
 
-def _maps(folder: Path, shown: str) -> str:
-    record, arrays = folder / "arms" / shown / "maps.json", folder / "arms" / shown / "maps.npz"
-    if not record.is_file() or not arrays.is_file():
+def _maps(folder: Path, shown: str, seen: Mapping[str, Any] | None) -> str:
+    if not seen or not seen["maps"]:
         return ""
-    seen = json.loads(record.read_text())
-    if not seen["maps"]:
-        return ""
-    with np.load(arrays, allow_pickle=False) as file:
+    with np.load(folder / seen["file"], allow_pickle=False) as file:
         mass, keep = (
             [file[f"{key}-{i}"] for i in range(len(seen["maps"]))] for key in ("mass", "keep")
         )

@@ -304,7 +304,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, default=HERE / "models" / "wan-digits")
     parser.add_argument("--classifier", type=Path, default=HERE / "models" / "digit-classifier")
     parser.add_argument("--videos", type=int, default=40)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[5.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0])
     parser.add_argument(
         "--scheduler", choices=("euler", "unipc"), default=None, help="instead of the saved one"
     )

@@ -17,7 +17,7 @@ from moving_digits import DIGIT_WORDS, draw_scene, render
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import Run
+from training import Length, Run
 
 HERE = Path(__file__).parent
 ARCHITECTURE = "test_resnet"
@@ -116,7 +116,7 @@ def main(minutes: float, seed: int, out: Path, work: Path, videos: int) -> None:
         return {"loss": loss.item()}
 
     done = Run(work, seed).stage(
-        "classifier", minutes, {"model": model, "optimiser": optimiser}, step
+        "classifier", Length(minutes), {"model": model, "optimiser": optimiser}, step
     )
     held_out = _frames(seed, 4_000_000, 200, "held-out")
     accuracy = _accuracy(model, *held_out)

@@ -3,6 +3,8 @@
 
     python samples/train_wan_digits.py --minutes 85 --seed 0
 
+A length in minutes suits any machine; `--steps` gives the same weights again on the same one.
+
 Four stages, each resumed where it stopped when the command is given again with --resume: the
 autoencoder, the cache of encoded videos, the denoiser with its text encoder, and the decoder once
 more on whole videos. Two CPU cores are enough.
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from training import Run, save_atomically
+from training import Length, Run, save_atomically
 from wan_digits_denoiser import DenoiserSettings, Latents, denoiser_step
 from wan_digits_model import build_text_encoder, build_tokenizer, build_transformer, export
 from wan_digits_vae import VaeSettings, build_vae, encode_videos, refine_decoder, train_vae
@@ -28,7 +30,7 @@ FIRST_TRAINING_VIDEO = (
 )
 
 
-def trained_vae(run: Run, minutes: float) -> AutoencoderKLWan:
+def trained_vae(run: Run, length: Length) -> AutoencoderKLWan:
     """The autoencoder with the mean and deviation of its latents in the config.
 
     Once these are measured it is settled: cached latents depend on it, so a resumed run does not
@@ -38,7 +40,7 @@ def trained_vae(run: Run, minutes: float) -> AutoencoderKLWan:
     vae = build_vae()
     path = run.folder / "latent-statistics.json"
     if not path.exists():
-        print("autoencoder:", train_vae(run, vae, VaeSettings(minutes=minutes)))
+        print("autoencoder:", train_vae(run, vae, VaeSettings(length=length)))
         sample, _, _ = encode_videos(vae.eval(), run.seed, FIRST_TRAINING_VIDEO, 64)
         mean, std = sample.float().mean((0, 2, 3, 4)), sample.float().std((0, 2, 3, 4))
         path.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
@@ -82,7 +84,7 @@ def train_denoiser(
     run: Run,
     vae: AutoencoderKLWan,
     cache: Latents,
-    minutes: float,
+    length: Length,
     out: Path,
     scheduler: str,
 ) -> None:
@@ -97,21 +99,20 @@ def train_denoiser(
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     torch.manual_seed(run.seed + 1)
     transformer, encoder = build_transformer(), build_text_encoder(build_tokenizer())
-    step, parts = denoiser_step(
-        transformer, encoder, cache, DenoiserSettings(minutes=minutes), run.seed
-    )
+    step, parts = denoiser_step(transformer, encoder, cache, DenoiserSettings(), run.seed)
 
     def after_checkpoint(progress: float) -> None:
         export_average(out, vae, parts["average"].weights, scheduler)
         run.log(stage="export", progress=progress)
 
-    done = run.stage("denoiser", minutes, parts, step, after_checkpoint=after_checkpoint)
+    done = run.stage("denoiser", length, parts, step, after_checkpoint=after_checkpoint)
     if rank == 0:
         print("denoiser:", done)
 
 
 def main(
     minutes: float,
+    steps: list[int] | None,
     seed: int,
     out: Path,
     work: Path,
@@ -130,9 +131,13 @@ def main(
             f"{work} holds an earlier run: give --resume to go on with it, or another --work"
         )
     run = Run(work, seed)
-    vae = trained_vae(run, minutes * 0.13)
+    shares, counts = (0.13, 0.82, 0.05), steps or (None, None, None)
+    vae_length, denoiser_length, decoder_length = (
+        Length(minutes * share, count) for share, count in zip(shares, counts, strict=True)
+    )
+    vae = trained_vae(run, vae_length)
     cache = cached_latents(run, vae, videos)
-    arguments = (processes, run, vae, cache, minutes * 0.82, out, scheduler)
+    arguments = (processes, run, vae, cache, denoiser_length, out, scheduler)
     if processes == 1:
         train_denoiser(0, *arguments)
     else:
@@ -140,7 +145,7 @@ def main(
             signal.SIGTERM, lambda *_: sys.exit(143)
         )  # an orderly exit takes the child processes along
         torch.multiprocessing.spawn(train_denoiser, arguments, nprocs=processes)
-    print("decoder:", refine_decoder(run, vae, minutes * 0.05))
+    print("decoder:", refine_decoder(run, vae, decoder_length))
     export_average(
         out, vae, torch.load(work / "denoiser.pt", weights_only=True)["average"], scheduler
     )
@@ -150,6 +155,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--minutes", type=float, default=85.0, help="training time, shared out among the stages"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=3,
+        metavar=("VAE", "DENOISER", "DECODER"),
+        help="steps of the stages, instead of minutes",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "models" / "wan-digits")

@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-__all__ = ["Average", "Muon", "Run", "average_gradients", "rank_and_world", "save_atomically"]
+__all__ = [
+    "Average",
+    "Length",
+    "Muon",
+    "Run",
+    "average_gradients",
+    "rank_and_world",
+    "save_atomically",
+]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -129,6 +137,24 @@ class Average:
         self.weights = state
 
 
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long a stage trains: `minutes` on the clock, or `steps` where that is given.
+
+    Rates and phases follow the progress, so only a length in steps gives the same weights twice.
+    """
+
+    minutes: float
+    steps: int | None = None
+
+    def progress(self, done: dict[str, float]) -> float:
+        """From 0 to 1; a length of nothing is over at once."""
+        whole, part = (60 * self.minutes, done["seconds"])
+        if self.steps is not None:
+            whole, part = self.steps, done["steps"]
+        return min(1.0, part / whole) if whole > 0 else 1.0
+
+
 @dataclass(frozen=True)
 class Run:
     """A work folder with one checkpoint per stage and a log of JSON lines."""
@@ -143,18 +169,18 @@ class Run:
     def stage(
         self,
         name: str,
-        minutes: float,
+        length: Length,
         parts: dict[str, object],
         step: Callable[[int, float], dict[str, float]],
         *,
         checkpoint_minutes: float = 3.0,
         after_checkpoint: Callable[[float], None] = lambda progress: None,
     ) -> dict:
-        """Call `step(index, progress)` until `minutes` have been trained in all, over any number of
+        """Call `step(index, progress)` until `length` has been trained in all, over any number of
         restarts.
 
-        `parts` are the things with a `state_dict`; `progress` goes from 0 to 1 with the clock.
-        Returns `{"steps": …, "seconds": …}`. The data of a step must depend on its index alone.
+        `parts` are the things with a `state_dict`. What a step does must depend on its index and
+        the progress alone. Returns `{"steps": …, "seconds": …}`.
         """
         path = self.folder / f"{name}.pt"
         done = {"steps": 0, "seconds": 0.0}
@@ -166,19 +192,19 @@ class Run:
         first = rank_and_world()[0] == 0
         previous, last_checkpoint, shown = time.monotonic(), done["seconds"], {}
         with tqdm(
-            total=round(minutes, 2),
-            initial=round(done["seconds"] / 60, 2),
+            total=100,
+            initial=round(100 * length.progress(done), 2),
             desc=name,
-            unit="min",
+            bar_format="{desc} {percentage:5.1f}%|{bar}| {elapsed} {postfix}",
             mininterval=10,
             disable=not first,
         ) as bar:
-            while (progress := _of_rank_zero(done["seconds"] / (60 * minutes))) < 1:
+            while (progress := _of_rank_zero(length.progress(done))) < 1:
                 values = step(done["steps"], progress)
                 shown = {k: 0.95 * shown.get(k, v) + 0.05 * v for k, v in values.items()}
                 now = time.monotonic()
                 done = {"steps": done["steps"] + 1, "seconds": done["seconds"] + now - previous}
-                bar.update((now - previous) / 60)
+                bar.update(100 * (length.progress(done) - progress))
                 bar.set_postfix(
                     {"step": done["steps"], **{k: f"{v:.4f}" for k, v in shown.items()}},
                     refresh=False,
@@ -190,11 +216,11 @@ class Run:
                     self.log(stage=name, **done, **shown)
                 if (
                     done["seconds"] - last_checkpoint > 60 * checkpoint_minutes
-                    or done["seconds"] >= 60 * minutes
+                    or length.progress(done) >= 1
                 ):
                     save_atomically(
                         {"done": done, **{k: p.state_dict() for k, p in parts.items()}}, path
                     )
-                    after_checkpoint(min(1.0, done["seconds"] / (60 * minutes)))
+                    after_checkpoint(length.progress(done))
                     last_checkpoint, previous = done["seconds"], time.monotonic()
         return done

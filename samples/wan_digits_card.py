@@ -1,6 +1,6 @@
 """Write the model card of wan-digits from the files of its training and evaluation.
 
-python samples/wan_digits_card.py
+python samples/wan_digits_card.py --minutes 85
 """
 
 import argparse
@@ -51,7 +51,7 @@ def _rates(rates: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
-def card(model: Path, log: Path, notes: str) -> str:
+def card(model: Path, log: Path, minutes: str, notes: str) -> str:
     """The text of the card."""
     e = json.loads((model / "evaluation.json").read_text())
     pipe = WanPipeline.from_pretrained(model)
@@ -101,7 +101,7 @@ makes video `(seed, index)`; seed 0 was used.
 
 ## Architecture
 
-{parts}; {size:.1f} MiB in float32.
+{parts}; {size:.1f} MiB, the autoencoder in float16 and the rest in float32.
 `WanTransformer3DModel`: 4 blocks, 4 heads of 48, feed-forward 448, patches of one latent cell, RMS-
 normalised queries and keys. `AutoencoderKLWan`: 4x in space (pixels folded 2x2, then one stride),
 2x in time, 8 channels. 33 frames of 64x64 become 17 x 16 x 16 = 4352 tokens. `UMT5EncoderModel`: 2
@@ -109,11 +109,10 @@ layers of width 64, 23 words. Scheduler {e["scheduler"]}, shift 3.
 
 ## Training
 
-    python samples/train_wan_digits.py --minutes 66 --seed 0
+    python samples/train_wan_digits.py --minutes {minutes} --seed 0
     python samples/train_digit_classifier.py --seed 0
 
-Two Intel Ice Lake cores at 2.8 GHz, shared with other work, float32, no accelerator. Muon for
-matrices, AdamW for the rest.
+Two Intel Ice Lake cores at 2.8 GHz, float32, no accelerator. Muon for matrices, AdamW for the rest.
 
 {_stages(log)}
 
@@ -165,8 +164,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE / "models" / "wan-digits")
     parser.add_argument("--log", type=Path, default=HERE / ".work" / "wan-digits" / "log.jsonl")
+    parser.add_argument("--minutes", required=True, help="the --minutes that training was given")
     parser.add_argument(
         "--notes", default="", help="a paragraph on what differed from the command above"
     )
     options = parser.parse_args()
-    (options.model / "README.md").write_text(card(options.model, options.log, options.notes))
+    (options.model / "README.md").write_text(
+        card(options.model, options.log, options.minutes, options.notes)
+    )

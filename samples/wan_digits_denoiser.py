@@ -43,7 +43,6 @@ class Phase:
 class DenoiserSettings:
     """Numbers of the denoiser stage."""
 
-    minutes: float
     phases: tuple[Phase, ...] = (
         Phase(until=0.33, frames=1, side=10, batch=40, shift=2.0, digit_weight=1.0),
         Phase(until=0.46, frames=1, side=16, batch=16, shift=2.0, digit_weight=1.0),

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 from moving_digits import coverage, draw_scene, make_video, prompt_of, render
 from torch import Tensor
 from tqdm import tqdm
-from training import Muon, Run, save_atomically
+from training import Length, Muon, Run, save_atomically
 
 __all__ = ["VaeSettings", "build_vae", "encode_videos", "refine_decoder", "train_vae"]
 
@@ -19,7 +19,7 @@ __all__ = ["VaeSettings", "build_vae", "encode_videos", "refine_decoder", "train
 class VaeSettings:
     """Numbers of the autoencoder stage."""
 
-    minutes: float
+    length: Length
     pool_videos: int = 384
     learning_rate: float = 3e-3
     kl_weight: float = 3e-4
@@ -134,11 +134,11 @@ def train_vae(run: Run, vae: AutoencoderKLWan, settings: VaeSettings) -> dict:
             "kl": kl.item(),
         }
 
-    return run.stage("vae", settings.minutes, {"vae": vae, "muon": muon, "adam": adam}, step)
+    return run.stage("vae", settings.length, {"vae": vae, "muon": muon, "adam": adam}, step)
 
 
 def refine_decoder(
-    run: Run, vae: AutoencoderKLWan, minutes: float, learning_rate: float = 1.5e-3
+    run: Run, vae: AutoencoderKLWan, length: Length, learning_rate: float = 1.5e-3
 ) -> dict:
     """Train the decoder alone on whole videos: after clips of 13 frames its causal cache drifts on
     the frames beyond.
@@ -147,7 +147,7 @@ def refine_decoder(
     as it is, so that cached latents remain valid.
     """
     _make_channels_last(vae)
-    pool = _render_pool(run, VaeSettings(minutes=0).pool_videos)
+    pool = _render_pool(run, VaeSettings(length=length).pool_videos)
     weights = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     muon = Muon([p for p in weights if p.ndim > 3 and p[0].numel() > 24], lr=learning_rate)
     chosen = {id(p) for p in muon.param_groups[0]["params"]}
@@ -176,7 +176,7 @@ def refine_decoder(
         return {"psnr": (10 * torch.log10(4 / squared.detach())).item()}
 
     return run.stage(
-        "decoder", minutes, {"vae": vae, "muon": muon, "adam": adam}, step, checkpoint_minutes=1.0
+        "decoder", length, {"vae": vae, "muon": muon, "adam": adam}, step, checkpoint_minutes=1.0
     )
 
 

@@ -16,7 +16,7 @@ def search(config: dict[str, Any]) -> None:
     """Run the search that `config` describes and say where the plan is."""
     settings = SearchSettings(
         space=config["space"],
-        budget=float(config["budget"]["time"]),
+        budget=config["budget"]["time"],
         schedule=Schedule.from_dict(config["schedule"]),
         block=config["block"],
         rows=config["rows"],
@@ -28,7 +28,7 @@ def search(config: dict[str, Any]) -> None:
     folder = Path(config["out"])
     plan, points = Search(model_config(config["model"]), settings, folder).run()
     path = plan.save(config["plan"] or folder / "plan.json")
-    for line in describe(plan, points):
+    for line in describe(plan, points, settings.budget):
         print(line)
     print(f"plan: {path}\ntrade-off: {folder / 'front.png'}")
 

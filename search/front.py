@@ -55,6 +55,11 @@ class Times:
     dense: float = 1.0
     share: float = 0.0
 
+    @property
+    def fastest_dense(self) -> float:
+        """A dense generation by what computes it fastest, as a part of the host's own."""
+        return 1 - self.share * (1 - self.dense)
+
     def of(self, key: Key) -> Tensor:
         """[candidates + 1] times of one head over the band; the last entry is dense."""
         site, band = key
@@ -70,7 +75,7 @@ def front(profile: Profile, times: Times, *, points: int = 200) -> list[Point]:
     spans = torch.logspace(-6, 4, points, dtype=torch.float64)
     for lam in [0.0, *spans.tolist()]:
         assignment: dict[Key, tuple[int, ...]] = {}
-        saved, harm = times.share * (1 - times.dense), 0.0
+        saved, harm = 1 - times.fastest_dense, 0.0
         for key, errors in profile.errors.items():
             time = times.of(key)
             error = torch.cat([errors.double(), torch.zeros(1, errors.shape[1])])

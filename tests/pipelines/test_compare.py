@@ -3,19 +3,24 @@
 import json
 import shutil
 import sys
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tiny_wan import tiny_wan_config
 
 from accel.errors import AccelError, PlanError
-from accel.pipelines.compare_arm import Arm, StepClock, serve, warm_up_steps
+from accel.pipelines import compare_book
+from accel.pipelines.compare_arm import Arm, StepClock, serve
 from accel.pipelines.compare_book import ArmSpec, Book, Job
 from accel.pipelines.compare_run import Comparison
 from accel.pipelines.compare_settings import DENSE, CompareSettings, named_plans
 from accel.pipelines.compare_table import as_markdown, as_text
 from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.model_settings import model_config
+from accel.pipelines.pricing import warm_up_steps
+from accel.pipelines.video_files import load_frames, save_frames
 from accel.schedule import Schedule
 
 
@@ -130,7 +135,7 @@ def test_the_same_comparison_again_makes_nothing_but_what_is_missing(
     original, before, _ = compared
     folder = shutil.copytree(original, tmp_path / "again")
     kept = replace(settings, plans={})
-    (folder / "arms" / "sparsed" / "p01.npz").unlink()
+    next((folder / "arms" / "sparsed").glob("p01-*.npz")).unlink()
     _, asked = run(model, kept, folder)
     generated = [(arm, prompt) for arm, do, prompt in asked if do == "generate"]
     assert generated == [("sparsed", "a two moving right")]
@@ -149,7 +154,9 @@ def test_tables_name_every_arm_and_what_went_wrong(compared):
     assert "float32, 4 steps, prompts: 2, rounds: 2" in markdown
 
 
-def test_measurements_of_other_noise_or_another_plan_are_not_taken_over(model, tmp_path):
+def test_measurements_of_other_noise_or_another_plan_are_not_taken_over(
+    model, tmp_path, monkeypatch
+):
     def book(seed=0, **changes):
         return Book(tmp_path, replace(model, **changes), ("a one",), seed, "now")
 
@@ -160,6 +167,48 @@ def test_measurements_of_other_noise_or_another_plan_are_not_taken_over(model, t
     assert book(seed=1).result(job) is None
     assert book(dtype="bfloat16").result(job) is None
     assert book().result(Job(ArmSpec.of("window", "radial"), 0, 1)) is None
+    monkeypatch.setattr(compare_book, "versions", lambda: {"torch": "another"})
+    assert book().result(job) is None
+
+
+def test_a_video_of_other_noise_is_not_taken_for_one_that_a_killed_comparison_made(model, tmp_path):
+    """The arm writes the video, then dies with the comparison before that has noted it."""
+    job = Job(DENSE, 0, 0)
+    first = Book(tmp_path, model, ("a one",), 0, "now")
+    save_frames(first.video(DENSE, 0), np.zeros((1, 8, 8, 3), np.float32))
+    first.write(DENSE, job.stem, {"seconds": 1.0}, 0)
+    killed = Book(tmp_path, model, ("a one",), 1, "later")
+    save_frames(killed.video(DENSE, 0), np.ones((1, 8, 8, 3), np.float32))
+    again = Book(tmp_path, model, ("a one",), 0, "at last")
+    assert again.result(job)["seconds"] == 1.0
+    assert load_frames(again.video(DENSE, 0)).max() == 0
+
+
+def test_predictions_touch_no_arm_without_a_plan(model, tmp_path):
+    books = [Book(tmp_path, model, ("a one",), 0, "now", priced=p) for p in (False, True)]
+    keys = {arm: {book.key(arm, 0) for book in books} for arm in (DENSE, ArmSpec.of("w", "window"))}
+    assert [len(k) for k in keys.values()] == [1, 2]
+
+
+def test_another_classifier_judges_anew(model, tmp_path):
+    judges = [tmp_path / name for name in ("old", "new")]
+    for judge in judges:
+        judge.mkdir()
+        (judge / f"{judge.name}.safetensors").touch()
+    old, new = (Book(tmp_path, model, ("a one",), 0, "now", classifier=str(j)) for j in judges)
+    old.write_quality(DENSE, 0, {"reads": True})
+    assert old.quality(DENSE, 0)["reads"]
+    assert new.quality(DENSE, 0) is None
+
+
+def test_files_that_no_output_depends_on_do_not_count(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = compare_book.files_of(str(tmp_path))
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "samples.png").touch()
+    assert compare_book.files_of(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    assert compare_book.files_of(str(tmp_path)) != before
 
 
 def test_the_precision_in_which_dense_is_fastest_is_taken(model, settings, tmp_path):
@@ -231,6 +280,19 @@ def test_a_worker_that_fails_says_how(tmp_path, do, message):
     worker.close()
 
 
+def test_an_arm_ends_with_its_stdin_whatever_it_is_doing(tmp_path):
+    busy = (
+        "import sys, time\n"
+        "from accel.pipelines.compare_arm import until_closed\n"
+        "for line in until_closed(sys.stdin): print('{\"ok\": {}}', flush=True); time.sleep(600)"
+    )
+    worker = Worker(tmp_path, {}, (sys.executable, "-c", busy))
+    worker.ask({"do": "start"}, 60)
+    begun = time.monotonic()
+    worker.close()
+    assert time.monotonic() - begun < 9  # CLOSING_S is when it would be killed
+
+
 def test_an_arm_answers_errors_and_goes_on(model):
     answers = []
     lines = ['{"do": "generate", "prompt": "a one", "seed": 0}', '{"do": "__init__"}']
@@ -253,6 +315,18 @@ def test_wrong_settings_are_refused_before_anything_runs(model, settings, tmp_pa
         _ = replace(settings, plans={"dense": "a"}).arms
     with pytest.raises(AccelError, match="no file"):
         named_plans("nowhere.json")
+    with pytest.raises(AccelError, match="rounds is 'two'"):
+        replace(settings, rounds="two")
+    with pytest.raises(AccelError, match="prompts is empty"):
+        replace(settings, prompts=[])
+    with pytest.raises(AccelError, match="it is a list of texts"):
+        replace(settings, recipes=[7])
+
+
+def test_one_text_is_a_list_of_one(settings, model):
+    assert replace(settings, recipes="sparsed").recipes == ("sparsed",)
+    assert replace(settings, recipes=None).recipes == ()
+    assert replace(settings, prompts="a seven").prompts_of(model) == ("a seven",)
 
 
 def test_plans_are_named_by_their_files_or_by_the_user(tmp_path):
@@ -286,7 +360,9 @@ def test_the_report_is_written_from_what_was_measured(compared):
     folder, _, _ = compared
     page = write_report(folder).read_text()
     assert "foreign failed: " in page
-    assert "blocks" in page
+    # the first arm failed: maps are those of the next one
+    for title in ("What is computed, and what it holds", "Attention and kept blocks of sparsed"):
+        assert f"<h2>{title}</h2>" in page
     assert len(list((folder / "animations").glob("*.gif"))) >= 3
 
 
@@ -306,7 +382,7 @@ def test_speed_is_measured_against_the_fastest_dense_arm(model, settings, tmp_pa
     assert all(arms[name]["speedup"] <= 1 for name in ("dense", "full"))
     for arm in arms.values():
         assert arm["speedup"] == arm["speedup_over"][fastest]
-    assert (tmp_path / "arms" / "sparsed" / "maps.npz").is_file()
+    assert (tmp_path / arms["sparsed"]["maps"]["file"]).is_file()
 
 
 def test_a_baseline_is_dense(settings):

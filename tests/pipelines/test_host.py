@@ -58,6 +58,9 @@ def test_dtype_and_device_are_those_of_the_configuration(config):
             id="path",
         ),
         pytest.param(
+            {"path": "no/such/model"}, "'no/such/model', which is no folder here", id="deep path"
+        ),
+        pytest.param(
             {"pipeline": "diffusers.NoPipeline"}, "model 'tiny-wan' cannot be loaded", id="class"
         ),
         pytest.param(
@@ -76,6 +79,13 @@ def test_dtype_and_device_are_those_of_the_configuration(config):
 def test_what_cannot_be_loaded_says_why(config, changes, message):
     with pytest.raises(AccelError, match=re.escape(message)):
         Host(dataclasses.replace(config, **changes))
+
+
+def test_a_call_that_the_pipeline_does_not_take_is_refused_in_one_line(host):
+    with pytest.raises(AccelError, match=r"model.call.hight: .* did you mean 'height'"):
+        host.generate("a two", 0, hight=64)
+    with pytest.raises(AccelError, match=r"refuses .*'height': 60.*divisible by 16"):
+        host.generate("a two", 0, height=60)
 
 
 def test_paths_are_looked_for_here_and_in_the_checkout(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +119,30 @@ def test_the_first_prompt_and_the_hardest_one_are_shown(folder, page):
     with Image.open(folder / "animations" / "p01-sparsed.gif") as gif:
         assert gif.n_frames == FRAMES
         assert min(gif.size) >= 192
+
+
+def test_every_part_of_the_report_is_there(page):
+    titles = re.findall(r"<h2>([^<]+)</h2>", page)
+    assert titles == [
+        "Speed, memory and quality",
+        "Trade-off",
+        "Prompt 1: “a seven &amp; a two”",
+        "Prompt 2: “a &lt;one&gt;”",
+        "What is computed, and what it holds",
+        "Attention and kept blocks of sparsed",
+        "How it was measured",
+    ]
+
+
+def test_files_of_an_earlier_comparison_are_not_shown(folder, tmp_path):
+    """Only what the results name is taken: other videos may lie in the same folders."""
+    again = shutil.copytree(folder, tmp_path / "again")
+    results = json.loads((again / "results.json").read_text())
+    results["arms"]["sparsed"] |= {"videos": [None, None], "maps": None}
+    (again / "results.json").write_text(json.dumps(results))
+    page = write_report(again).read_text()
+    assert "<figcaption>sparsed" not in page
+    assert "Attention and kept blocks" not in page
 
 
 def test_how_to_make_it_again_is_on_the_page(page):

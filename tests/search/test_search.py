@@ -1,9 +1,11 @@
 """A whole search on a tiny random pipeline: its files, its plan, its resumption."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_wan import CALL
 
 from accel.cost import KEEPS, CostTable
@@ -86,7 +88,40 @@ def test_the_plan_fits_the_model_and_says_how_it_was_made(done, model):
     assert done.plan.expected["speedup"] > 0
     assert "measured_psnr" in done.plan.expected
     assert Plan.from_dict(done.plan.to_dict()) == done.plan
-    assert len(list(describe(done.plan, done.points))) == 3
+    assert len(done.plan.provenance["weights"]) == 8
+    assert len(list(describe(done.plan, done.points, 1.0))) == 3
+
+
+def test_a_budget_that_no_plan_meets_is_told(done):
+    told = list(describe(done.plan, done.points, 0.01))
+    assert any("the budget of 0.01 is not reached" in line for line in told)
+
+
+def test_a_plan_that_leaves_everything_dense_is_written_too(model, tmp_path, monkeypatch):
+    """Its videos are those of dense, bit for bit: their PSNR is no number that a file can hold."""
+
+    def expensive(shape, *, estimators, **_):
+        names = ("drop/natural", "drop/ordered", "mean/natural", "mean/ordered")
+        return CostTable(
+            shape, 1.0, dict.fromkeys(names, (1.5,) * len(KEEPS)), {e.kind: 1.0 for e in estimators}
+        )
+
+    monkeypatch.setattr(pricing, "measure", expensive)
+    plan, _ = Search(replace(model, calibration=model.calibration[:1]), settings(), tmp_path).run()
+    assert plan.expected["measured_psnr"] == 100
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+
+
+def test_weights_are_told_apart_by_their_fingerprint():
+    one, other = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    assert search_run.fingerprint(one) == search_run.fingerprint(one)
+    assert search_run.fingerprint(one) != search_run.fingerprint(other)
+
+
+def test_a_band_without_steps_is_refused_before_anything_is_measured(model, tmp_path):
+    wanted = settings(schedule=Schedule(dense_start=0.6, bands=(0.6,)))
+    with pytest.raises(AccelError, match="band 0 of the schedule holds none of the 4 steps"):
+        Search(model, wanted, tmp_path)
 
 
 def test_the_folder_has_the_front_and_its_picture(done):
@@ -135,7 +170,7 @@ def test_other_weights_are_calibrated_anew(done, model, monkeypatch):
     assert other.digest != Search(model, settings(), done.folder).digest
 
 
-@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5])
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, "half", True])
 def test_a_budget_outside_its_range_is_refused(budget):
     with pytest.raises(AccelError, match=r"budget\.time is"):
         settings(budget=budget)

@@ -1,0 +1,112 @@
+"""The commands as they are typed: their configurations, their help, and what goes wrong in them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from tiny_wan import tiny_wan_config
+
+from accel.pipelines.compare import compare
+from accel.pipelines.generate import generate
+from accel.search.__main__ import search
+
+COMMANDS = {
+    "accel-compare": "accel.pipelines.compare",
+    "accel-generate": "accel.pipelines.generate",
+    "accel-bench": "accel.pipelines.bench",
+    "accel-search": "accel.search",
+}
+CHECKOUT = Path(__file__).parent.parent
+
+
+def configured(name, tiny, out, *overrides):
+    """The configuration of a command with the tiny model in place of the sample."""
+    with initialize_config_module("accel.configs", version_base="1.3"):
+        config = compose(name, overrides=[*overrides, f"out={out}"])
+    values = OmegaConf.to_container(config, resolve=True)
+    if tiny is not None:
+        values["model"] = tiny_wan_config(tiny)
+    return values
+
+
+@pytest.mark.parametrize("experiment", ["demo", "wan-digits"])
+def test_the_comparisons_of_the_readme_are_configured(experiment, tmp_path):
+    config = configured("compare", None, tmp_path, f"experiment={experiment}")
+    assert (CHECKOUT / config["plan"]).is_file()
+    assert (CHECKOUT / config["model"]["path"]).is_dir()
+    assert len(config["model"]["prompts"]) >= config["prompts"]
+
+
+def test_demo_and_the_whole_comparison_keep_apart():
+    with initialize_config_module("accel.configs", version_base="1.3"):
+        folders = {
+            compose("compare", overrides=[f"experiment={name}"]).out
+            for name in ("demo", "wan-digits")
+        }
+    assert len(folders) == 2
+
+
+def test_compare_writes_results_table_and_report(tiny_wan_path, tmp_path, capsys):
+    overrides = ["recipes=[window]", "prompts=1", "rounds=1", "dtype=float32", "predict=false"]
+    config = configured("compare", tiny_wan_path, tmp_path, *overrides, "baselines=[dense]")
+    compare(config, "accel-compare")
+    assert "report: " in capsys.readouterr().out
+    for name in ("results.json", "results.md", "report.html", "trade-off.svg"):
+        assert (tmp_path / name).is_file()
+
+
+def test_search_writes_the_plan(tiny_wan_path, tmp_path, capsys):
+    overrides = ["cost_rounds=1", "rows=16", "block=[32,32]", "validate=false", "budget.time=1.0"]
+    config = configured("search", tiny_wan_path, tmp_path, *overrides)
+    search(config | {"schedule": {"dense_start": 0.25}})
+    assert (tmp_path / "plan.json").is_file()
+    assert "plan: " in capsys.readouterr().out
+
+
+def test_generate_writes_a_video(tiny_wan_path, tmp_path):
+    config = configured(
+        "generate", tiny_wan_path, tmp_path / "v.gif", "prompt=a two", "plan=window"
+    )
+    generate(config)
+    assert (tmp_path / "v.gif").stat().st_size > 100
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command):
+    said = run(command, "--help")
+    assert said.returncode == 0
+    assert f"{command} " in said.stdout
+    assert "Configuration" in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("accel-compare", ["rounds=two"], "error: rounds is 'two'"),
+        ("accel-search", ["budget.time=half"], "error: budget.time is 'half'"),
+        (
+            "accel-generate",
+            ["prompt=a one", "model.path=no/such/model"],
+            "error: model 'wan-digits'",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(command, arguments, message, tmp_path):
+    said = run(command, *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert said.returncode == 1
+    assert message in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def run(command, *arguments, cwd=CHECKOUT):
+    return subprocess.run(
+        [sys.executable, "-m", COMMANDS[command], *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=240,
+        check=False,
+    )
