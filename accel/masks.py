@@ -49,11 +49,14 @@ def site_mask(
     layout: Layout,
     block: tuple[int, int],
     lse: dict[Choice, Tensor],
+    patterns: dict[tuple[Choice, torch.device], Tensor] | None = None,
 ) -> SiteMask:
     """Select the blocks of every head; heads with the same choice are selected together.
 
     lse: log-sum-exp rows cached by choice over refreshes (AdaSpa); read and updated.
+    patterns: blocks of the static choices met before at this layout and block; the same.
     """
+    patterns = {} if patterns is None else patterns
     batch, heads, tokens, _ = q.shape
     online = any(c.online for c in choices)
     q_blocks, kv_blocks = (-(-tokens // b) for b in block)
@@ -71,17 +74,23 @@ def site_mask(
                 lse[choice] = found.lse
             keep[:, group] = found.keep
         else:
-            keep[:, group] = choice.select.mask(blocking, q.device)
+            known = (choice, q.device)
+            if known not in patterns:
+                patterns[known] = choice.select.mask(blocking, q.device)
+            keep[:, group] = patterns[known]
         for h in group:
             orders[h] = blocking.indices(q.device)
     order = _stack(orders, tokens, q.device)
     mask = BlockMask.from_dense(keep, block=block, q_length=tokens, kv_length=tokens)
+    # the one place that waits for the device: the keep, and how long the lists have to be
+    kept, width = torch.stack([mask.keep_per_head().mean(), mask.counts.max().float()]).tolist()
     rests = tuple(c.rest for c in choices)
     return SiteMask(
-        mask=mask,
+        # by sixteens: Triton compiles anew for sizes that sixteen divides and for those it does not
+        mask=mask.trimmed(max(1, -(-int(width) // 16)) * 16),
         order=order,
         rest=rests[0] if len(set(rests)) == 1 else rests,
-        keep=float(mask.keep),
+        keep=kept,
         kv_length=layout.valid_length if layout.valid_length < tokens else None,
     )
 

@@ -50,6 +50,7 @@ class Run:
     reason: str | None = None
     masks: dict[Any, SiteMask] = field(default_factory=dict)
     full: dict[Any, BlockMask] = field(default_factory=dict)
+    patterns: dict[Any, Tensor] = field(default_factory=dict)
     lse: dict[Any, dict[Choice, Tensor]] = field(default_factory=dict)
     recalls: dict[Any, Tensor] = field(default_factory=dict)
     first_step: int | None = None
@@ -301,9 +302,19 @@ class Session:
                 for old in stale:
                     del run.masks[old]
             watch = Stopwatch(record, q.device, mask=True)
-            lse = run.lse.setdefault((owner, q.shape[0], q.device), {})
+            rows = (owner, q.shape[0], q.device)
+            lse = run.lse.pop(rows, {})
+            if self.plan.schedule.looks_again(run.phase):
+                run.lse[rows] = lse
             chosen = run.masks[key] = site_mask(
-                choices, q, k, v, layout=run.layout, block=self.plan.block, lse=lse
+                choices,
+                q,
+                k,
+                v,
+                layout=run.layout,
+                block=self.plan.block,
+                lse=lse,
+                patterns=run.patterns,
             )
             watch.stop()
         return chosen

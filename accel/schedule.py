@@ -77,6 +77,11 @@ class Schedule:
             return Phase(None, generation)
         return Phase(sum(p <= progress for p in self.bands), generation)
 
+    def looks_again(self, phase: Phase) -> bool:
+        """Whether a later sparse step may select blocks anew: at a refresh point, or in a band."""
+        points = self.refresh[phase.generation :] + self.bands[phase.band or 0 :]
+        return any(p < 1 - self.dense_end for p in points)
+
     def sparse_steps(self, total: int) -> int:
         """How many steps of a run of `total` are sparse."""
         return sum(not self.phase(step, total).dense for step in range(total))

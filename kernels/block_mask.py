@@ -1,6 +1,6 @@
 """Which key blocks every query block attends to, per head: the one mask type the kernels share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import no_type_check
 
@@ -85,8 +85,8 @@ class BlockMask:
     ) -> "BlockMask":
         """The mask that keeps block ``(i, j)`` of head ``h`` where ``keep[..., h, i, j]``.
 
-        On an accelerator the lists have full width, so that nothing waits for the device;
-        on the CPU they are as wide as the longest.
+        On an accelerator the lists have full width, so that nothing waits for the device (see
+        `trimmed`); on the CPU they are as wide as the longest.
         """
         _check_geometry(block, q_length, kv_length)
         blocks = (ceil(q_length / block[0]), ceil(kv_length / block[1]))
@@ -124,6 +124,16 @@ class BlockMask:
         shape = (heads, ceil(q_length / block[0]), ceil(kv_length / block[1]))
         keep = torch.ones(shape, dtype=torch.bool, device=device)
         return cls.from_dense(keep, block=block, q_length=q_length, kv_length=kv_length)
+
+    def trimmed(self, width: int) -> "BlockMask":
+        """The same mask with lists of `width`, the largest count or more; frees what was padding.
+
+        The width is taken at its word on an accelerator, where a check would wait for the device.
+        """
+        if width >= self.indices.shape[3]:
+            return self
+        # a copy, since a view would keep the whole lists alive
+        return replace(self, indices=self.indices[..., :width].clone())
 
     @property
     def batch(self) -> int:

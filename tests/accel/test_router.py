@@ -70,9 +70,9 @@ def looks(monkeypatch):
     made = []
     select = accel.router.site_mask
 
-    def spy(choices, q, k, v, *, layout, block, lse):
+    def spy(choices, q, k, v, *, layout, **settings):
         made.append((choices, layout))
-        return select(choices, q, k, v, layout=layout, block=block, lse=lse)
+        return select(choices, q, k, v, layout=layout, **settings)
 
     monkeypatch.setattr(accel.router, "site_mask", spy)
     return made
@@ -116,6 +116,37 @@ class TestMasks:
         monkeypatch.setattr(AdaptiveBlockMass, "_select", spy)
         run(session(Choice(AdaptiveBlockMass(keep=0.5)), refresh=(0.5,)), range(10))
         assert given == [False, False, True, True]
+
+    def test_rows_are_kept_for_a_later_look_alone(self):
+        one = session(Choice(AdaptiveBlockMass(keep=0.5)), refresh=(0.3, 0.6, 0.9), dense_end=0.2)
+        kept = []
+        for step in range(10):
+            run(one, [step])
+            kept.append(len(one.run.lse))
+        assert kept == [2] * 6 + [0] * 4, "the last refresh point lies in the dense end"
+        one = session(ONLINE)
+        run(one, [0])
+        assert not one.run.lse
+
+    def test_a_pattern_is_made_once_a_run(self, looks, monkeypatch):
+        made = []
+        make = Window.mask
+
+        def spy(self, blocking, device=None):
+            made.append(self)
+            return make(self, blocking, device)
+
+        monkeypatch.setattr(Window, "mask", spy)
+        other = Choice(Window(h=1))
+        one = session(STATIC, other, bands=(0.5,))
+        sites = {"a": ((STATIC, other), (other, STATIC)), "b": ((other, other), (STATIC, STATIC))}
+        one.plan = replace(one.plan, sites=sites)
+        run(one, range(10))
+        assert len(looks) == 4
+        assert sorted(p.name for p in made) == sorted([STATIC.select.name, other.select.name])
+        one.begin(Layout.of((7, 4, 3)), Where(0, 10))
+        attend(one)
+        assert len(made) == 4, "another layout is another run"
 
     def test_another_batch_size_gets_masks_of_its_own(self):
         one = session(ONLINE, refresh=(0.5,))

@@ -49,6 +49,16 @@ def test_a_schedule_survives_its_dictionary(schedule):
 
 
 @given(schedules(), st.integers(1, 80))
+def test_whether_blocks_are_selected_again_is_known(schedule, total):
+    phases = [schedule.phase(step, total) for step in range(total)]
+    sparse = [p for p in phases if not p.dense]
+    for i, phase in enumerate(sparse):
+        # the dense end is whole steps, so that a point beyond it may lie in a sparse step
+        later = any(p != phase for p in sparse[i:]) and schedule.dense_end == 0
+        assert schedule.looks_again(phase) >= later
+
+
+@given(schedules(), st.integers(1, 80))
 def test_sparse_steps_are_those_that_are_not_dense(schedule, total):
     dense = sum(schedule.phase(step, total).dense for step in range(total))
     assert schedule.sparse_steps(total) == total - dense

@@ -1,5 +1,7 @@
 """The mask type: lists and dense form are one thing, and wrong lists are refused."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -44,6 +46,28 @@ def test_lists_are_sorted_and_padding_is_valid(generator):
     assert mask.indices.max() < 7
     for count, row in zip(mask.counts.flatten(), mask.indices.flatten(0, 2), strict=True):
         assert (row[:count].diff() > 0).all()
+
+
+def test_lists_are_trimmed_to_a_width(generator):
+    mask = BlockMask.from_dense(random_keep(generator, 6, 2, 7), **GEOMETRY)
+    wide = torch.nn.functional.pad(mask.indices, (0, 7 - mask.indices.shape[3]))
+    wide = dataclasses.replace(mask, indices=wide)
+    width = int(mask.counts.max())
+    trimmed = wide.trimmed(width)
+    assert torch.equal(trimmed.indices, mask.indices)
+    assert torch.equal(trimmed.to_dense(), mask.to_dense())
+    assert trimmed.indices.untyped_storage().nbytes() == 4 * trimmed.indices.numel()
+    assert trimmed.trimmed(width) is trimmed
+    assert wide.trimmed(7) is wide
+
+
+@pytest.mark.gpu
+def test_lists_on_an_accelerator_are_trimmed_too(generator):
+    keep = random_keep(generator, 6, 2, 7).cuda()
+    mask = BlockMask.from_dense(keep, **GEOMETRY)
+    assert mask.indices.shape[3] == 7
+    width = int(mask.counts.max())
+    assert torch.equal(mask.trimmed(width).to_dense()[0], keep)
 
 
 def test_full():
