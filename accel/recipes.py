@@ -1,7 +1,8 @@
 """Published methods, each as a function from a model's geometry to a plan.
 
-The defaults are the papers'. Where a paper counts steps, the schedule here holds the same fraction
-of the run.
+Shares and dense steps default to the papers'; where a paper counts steps, the schedule here holds
+the same fraction of the run. The block does not: it is (128, 64), the tile of the kernel, unless a
+recipe says otherwise (AdaSpa's paper has 64 tokens). What else departs is said at the recipe.
 """
 
 from collections.abc import Callable
@@ -91,6 +92,7 @@ def adaspa(
     """AdaSpa: exact block mass, head-adaptive keep, one refresh with the cached log-sum-exp.
 
     10 of 50 steps dense, searches at steps 10 and 30, sparsity 0.8 (arXiv 2502.21079, ICCV 2025).
+    Its blocks are of 64 tokens in the paper: `block=(64, 64)`.
     """
     return Plan.uniform(
         "adaspa",
