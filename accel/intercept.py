@@ -45,13 +45,42 @@ _taken: "weakref.WeakValueDictionary[int, Taken]" = weakref.WeakValueDictionary(
 _entries: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionary()
 
 
+class _Slot:
+    """Names the attention module whose processor is running. One per denoiser, hence one thread."""
+
+    site: Tensor | None = None
+
+    @property
+    def taken(self) -> "Taken":
+        return _taken[int(self.site)]  # type: ignore[arg-type]
+
+
+class _Kit:
+    """What was generated for one denoiser: classes with the globals they were made from.
+
+    It outlives `undo` and goes with the denoiser: graphs that were compiled with these classes
+    serve again after the next `enable`, where new ones would compile anew each time, up to torch's
+    limit.
+    """
+
+    def __init__(self) -> None:
+        self.slot = _Slot()
+        self.generated: dict[type, tuple[type, dict[str, Any]]] = {}
+        self.namespaces: dict[str, types.ModuleType] = {}
+
+
+# by a denoiser's first attention module, which dies with it
+_kits: "weakref.WeakKeyDictionary[nn.Module, _Kit]" = weakref.WeakKeyDictionary()
+
+
 class Entry:
     """The start of a denoiser call: `begin(first)` tells the session where it stands."""
 
     def __init__(self, begin: Callable[[Tensor], None]) -> None:
         self._begin = begin
-        self.number = next(_numbers)
-        _entries[self.number] = self
+        number = next(_numbers)
+        self.number = torch.tensor(number, device="cpu")  # a tensor, as sites are named
+        _entries[number] = self
 
     def __call__(self, first: Tensor) -> Tensor:
         """Pass the first tensor of the call through; it comes back unchanged."""
@@ -66,13 +95,13 @@ UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op("accel::enter", mutates_args=(), tags=UNSAFE)
-def _enter(first: Tensor, entry: int) -> Tensor:
-    _entries[entry]._begin(first)
+def _enter(first: Tensor, entry: Tensor) -> Tensor:
+    _entries[int(entry)]._begin(first)
     return first.clone()
 
 
 @_enter.register_fake
-def _(first: Tensor, entry: int) -> Tensor:
+def _(first: Tensor, entry: Tensor) -> Tensor:
     return torch.empty_like(first)
 
 
@@ -166,6 +195,8 @@ class Taken:
 class Interception:
     """The processors of one denoiser, rebound. `undo` puts every one back as it was.
 
+    One at a time for a denoiser.
+
     modules: attention module by site. A module whose processor is shared with attention that is no
     site (cross-attention) is told apart at the call, by the module.
     """
@@ -173,12 +204,11 @@ class Interception:
     def __init__(self, session: Session, modules: dict[Site, nn.Module]) -> None:
         self._rebound: list[tuple[Any, type]] = []
         self._modules = list(modules.values())
-        self._generated: dict[type, type] = {}
-        self._namespaces: dict[str, types.ModuleType] = {}
         self._taken: list[Taken] = []
-        self._slot = _Slot()
+        self._kit = _kits.setdefault(self._modules[0], _Kit())
+        sys.modules.update(self._kit.namespaces)
         # a model that is dropped while enabled takes its namespaces along
-        self._forget = weakref.finalize(self, _forget, self._namespaces)
+        self._forget = weakref.finalize(self, _forget, self._kit.namespaces)
         try:
             for site, module in modules.items():
                 taken = Taken(session, site, module)
@@ -209,7 +239,8 @@ class Interception:
     @property
     def intact(self) -> bool:
         """Whether every site still has a processor that was rebound here."""
-        return all(type(m.processor) in self._generated.values() for m in self._modules)
+        classes = [generated for generated, _ in self._kit.generated.values()]
+        return all(type(m.processor) in classes for m in self._modules)
 
     def _rebind(self, site: Site, processor: Any) -> None:
         original = type(processor)
@@ -221,9 +252,14 @@ class Interception:
                 " taken; reset it with model.set_default_attn_processor()"
             )
         # one generated class for all layers: a class of its own each would recompile per layer
-        if original not in self._generated:
-            self._generated[original] = self._generate(original)
-        processor.__class__ = self._generated[original]
+        generated, known = self._kit.generated.get(original, (None, {}))
+        own = original.__call__.__globals__
+        if generated is None or any(own.get(name) is not value for name, value in known.items()):
+            generated = self._generate(original)
+            # names with two underscores are the compiler's
+            known = {name: value for name, value in own.items() if not name.startswith("__")}
+            self._kit.generated[original] = (generated, known)
+        processor.__class__ = generated
         self._rebound.append((processor, original))
 
     def _generate(self, original: type) -> type:
@@ -233,7 +269,7 @@ class Interception:
             call.__code__, namespace.__dict__, call.__name__, call.__defaults__, call.__closure__
         )
         body.__kwdefaults__ = call.__kwdefaults__
-        slot = self._slot
+        slot = self._kit.slot
 
         @functools.wraps(call)
         def __call__(self, attn, *args, **kwargs):
@@ -256,23 +292,23 @@ class Interception:
         It is registered in `sys.modules`: the compiler resolves the globals of a function there.
         """
         name = f"accel._rebound_{self._taken[0].number}_{own['__name__'].replace('.', '_')}"
-        if name in self._namespaces:
-            return self._namespaces[name]
+        if name in self._kit.namespaces:
+            return self._kit.namespaces[name]
         module = types.ModuleType(name)
         module.__dict__.update({k: v for k, v in own.items() if k not in ("__name__", "__spec__")})
         if DISPATCH in own:
-            module.__dict__[DISPATCH] = _shim(own[DISPATCH], self._slot, True)
+            module.__dict__[DISPATCH] = _shim(own[DISPATCH], self._kit.slot, True)
         if own.get("F") is F:
             functional = types.ModuleType(f"{name}.F")
             functional.__dict__.update(
                 {k: v for k, v in F.__dict__.items() if k not in ("__name__", "__spec__")}
             )
-            functional.__dict__[SDPA] = _shim(_sdpa, self._slot, False)
+            functional.__dict__[SDPA] = _shim(_sdpa, self._kit.slot, False)
             module.__dict__["F"] = functional
             sys.modules[functional.__name__] = functional
-            self._namespaces[functional.__name__] = functional
+            self._kit.namespaces[functional.__name__] = functional
         sys.modules[name] = module
-        self._namespaces[name] = module
+        self._kit.namespaces[name] = module
         return module
 
 
@@ -299,16 +335,6 @@ def _plain(original: type, state: dict[str, Any]) -> Any:
     processor: Any = object.__new__(original)
     processor.__dict__.update(state)
     return processor
-
-
-class _Slot:
-    """Names the attention module whose processor is running. One per denoiser, hence one thread."""
-
-    site: Tensor | None = None
-
-    @property
-    def taken(self) -> Taken:
-        return _taken[int(self.site)]  # type: ignore[arg-type]
 
 
 def _sdpa(q, k, v, mask=None, dropout=0.0, causal=False, scale=None, gqa=False) -> Tensor:

@@ -137,6 +137,21 @@ def test_enabling_after_compiling(compiled):
     assert close(run(model, 6), dense)
 
 
+@pytest.mark.parametrize("compiled", [whole, blocks])
+def test_enabling_again_compiles_nothing(compiled):
+    backend, plain = Counting(), build(num_layers=1)
+    model, plan = compiled(build(num_layers=1), backend), plan_of(plain)
+    expected, dense = run(accel.enable(plain, plan), 5)[-1], run(build(num_layers=1), 5)[-1]
+    graphs = []
+    for _ in range(3):
+        accel.enable(model, plan)
+        assert close(run(model, 5)[-1:], [expected])
+        accel.disable(model)
+        assert close(run(model, 5)[-1:], [dense])
+        graphs.append(backend.graphs)
+    assert graphs[0] == graphs[1] == graphs[2]
+
+
 @pytest.mark.slow
 def test_another_grid_is_a_new_run_in_a_compiled_model():
     plan = tiny_plan(Choice(Window(t=0)))
