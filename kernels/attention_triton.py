@@ -40,18 +40,22 @@ def choose_tiles(
     """Tiles inside a block that fit shared memory and spill no register on sm_<arch>."""
     padded = max(16, triton.next_power_of_2(dim))
     row_bytes = padded * element_bytes
+    warps = None
     if row_bytes > 512:
-        queries, keys, stages = 32, 16, 2
+        queries, keys, stages, warps = 32, 16, 2, 8
     elif row_bytes > 256:
         queries, keys, stages = 64, 32, 2
     elif row_bytes == 256 and ordered and arch not in (90, 100):
         # without wgmma the gathered rows' 64-bit pointers stand beside the operands
         queries, keys, stages = 64, 32, 3
+    elif row_bytes == 256 and dim % 16 and arch not in (90, 100):
+        # rows that are not aligned are loaded by elements
+        queries, keys, stages, warps = 64, 32, 3, 8
     else:
         queries, keys, stages = 128, 64, 3
     queries = max(16, min(queries, triton.next_power_of_2(block[0])))
     keys = max(16, min(keys, triton.next_power_of_2(block[1])))
-    return Tiles(queries, keys, padded, 8 if queries == 128 else 4, stages)
+    return Tiles(queries, keys, padded, warps or (8 if queries == 128 else 4), stages)
 
 
 @triton.jit

@@ -17,19 +17,21 @@ from triton.compiler import ASTSource
 
 from accel.kernels.attention_triton import attention_kernel, choose_tiles
 
+ELEMENT = "*element"  # stands for the dtype of q, k and v
 POINTERS = {
-    "p_q": "*bf16",
-    "p_k": "*bf16",
-    "p_v": "*bf16",
-    "p_out": "*bf16",
+    "p_q": ELEMENT,
+    "p_k": ELEMENT,
+    "p_v": ELEMENT,
+    "p_out": ELEMENT,
     "p_lse": "*fp32",
     "p_counts": "*i32",
     "p_indices": "*i32",
 }
+LENGTHS = {"p_lengths": "*i32"}
 ORDER = {"p_order": "*i64"}
 MEAN = {
-    "p_k_mean": "*bf16",
-    "p_v_mean": "*bf16",
+    "p_k_mean": ELEMENT,
+    "p_v_mean": ELEMENT,
     "p_log_count": "*fp32",
     "p_kept": "*u8",
     "p_pooled": "*i8",
@@ -38,8 +40,10 @@ MEAN = {
 ALIGNED = {f"s_{x}_{axis}" for x in "qkv" for axis in ("batch", "head", "token")}
 
 
-def build(arch: int, block: tuple[int, int], dim: int, order: bool, mean: bool):
-    tiles = choose_tiles(block, dim, 2, arch=arch, ordered=order)
+def build(
+    arch: int, block: tuple[int, int], dtype: str, dim: int, order: bool, mean: bool, lengths: bool
+):
+    tiles = choose_tiles(block, dim, 4 if dtype == "fp32" else 2, arch=arch, ordered=order)
     constants = {
         "DIM": dim,
         "Q_BLOCK": block[0],
@@ -50,16 +54,17 @@ def build(arch: int, block: tuple[int, int], dim: int, order: bool, mean: bool):
         "UPCAST": False,
     }
     pointers = POINTERS | (ORDER if order else {}) | (MEAN if mean else {})
+    pointers |= LENGTHS if lengths else {}
     signature, attributes = {}, {}
     for i, name in enumerate(attention_kernel.arg_names):
         if name in pointers:
-            signature[name] = pointers[name]
+            signature[name] = pointers[name].replace("element", dtype)
         elif name.startswith("p_") or name in constants:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
         else:
             signature[name] = "fp32" if name == "scale_log2" else "i32"
-        if name in pointers or name in ALIGNED:
+        if name in pointers or (name in ALIGNED and dim % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(attention_kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
@@ -82,9 +87,7 @@ def inspect(cubin: bytes) -> dict:
 
 
 if __name__ == "__main__":
-    blocks, switches = json.loads(sys.argv[1])
-    for arch, block, dim, (order, mean) in product((80, 89, 90), blocks, (64, 128), switches):
-        kernel = build(arch, tuple(block), dim, order, mean)
-        variant = {"arch": arch, "block": block, "dim": dim, "order": order, "mean": mean}
+    for arch, variant in product((80, 89, 90), json.loads(sys.argv[1])):
+        kernel = build(arch, **{**variant, "block": tuple(variant["block"])})
         used = inspect(kernel.asm["cubin"]) | {"shared": kernel.metadata.shared}
-        print(json.dumps(variant | used), flush=True)
+        print(json.dumps({"arch": arch, **variant} | used), flush=True)

@@ -15,7 +15,12 @@ TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA"}
 ROOT = Path(__file__).parents[2]
 
 
-def compile_variants(blocks, switches) -> list[dict]:
+def variant(block=(128, 64), dtype="bf16", dim=128, order=False, mean=False, lengths=False):
+    names = ("block", "dtype", "dim", "order", "mean", "lengths")
+    return dict(zip(names, (block, dtype, dim, order, mean, lengths), strict=True))
+
+
+def compile_variants(variants) -> list[dict]:
     command = [sys.executable, Path(__file__).with_name("compile_ahead.py")]
     environment = {
         **os.environ,
@@ -23,30 +28,45 @@ def compile_variants(blocks, switches) -> list[dict]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [*command, json.dumps([blocks, switches])], env=environment, capture_output=True, text=True
+        [*command, json.dumps(variants)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def check(variants: list[dict]) -> None:
-    for variant in variants:
-        arch = variant["arch"]
-        assert variant["stack"] == variant["local"] == 0, f"spills: {variant}"
-        assert variant["shared"] <= SHARED_BYTES[arch], f"too much shared memory: {variant}"
-        assert TENSOR_CORE[arch] in variant["opcodes"], f"no tensor core: {variant}"
+    for one in variants:
+        arch = one["arch"]
+        assert one["stack"] == one["local"] == 0, f"spills: {one}"
+        assert one["shared"] <= SHARED_BYTES[arch], f"too much shared memory: {one}"
+        # full fp32 precision is none of a tensor core
+        core = TENSOR_CORE[arch] in one["opcodes"]
+        assert core == (one["dtype"] != "fp32"), f"tensor core or not: {one}"
+
+
+VARIANTS = [
+    *(variant(dim=dim, order=on, mean=on) for dim in (64, 128) for on in (False, True)),
+    variant(order=True, mean=True, lengths=True),
+    variant(dtype="fp16", dim=72, lengths=True),  # strides that 16 does not divide
+    variant(dtype="fp32", dim=256),
+]
 
 
 def test_compiles_without_spills():
-    variants = compile_variants([(128, 64)], [(False, False), (True, True)])
-    assert len(variants) == 3 * 2 * 2
+    variants = compile_variants(VARIANTS)
+    assert len(variants) == 3 * len(VARIANTS)
     check(variants)
 
 
 @pytest.mark.slow
 def test_compiles_without_spills_every_variant():
-    blocks = [(64, 64), (128, 64), (64, 128), (128, 128)]
-    switches = [(order, mean) for order in (False, True) for mean in (False, True)]
-    variants = compile_variants(blocks, switches)
-    assert len(variants) == 3 * 2 * len(blocks) * len(switches)
+    wanted = [
+        variant(block=block, dim=dim, order=order, mean=mean)
+        for block in [(64, 64), (128, 64), (64, 128), (128, 128)]
+        for dim in (64, 128)
+        for order in (False, True)
+        for mean in (False, True)
+    ]
+    variants = compile_variants(wanted)
+    assert len(variants) == 3 * len(wanted)
     check(variants)
