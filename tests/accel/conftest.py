@@ -1,0 +1,19 @@
+"""What tests of sessions share."""
+
+import pytest
+
+import accel.router
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Every selection of blocks that is made, as (choices, layout)."""
+    made = []
+    select = accel.router.site_mask
+
+    def spy(choices, q, k, v, *, layout, **settings):
+        made.append((choices, layout))
+        return select(choices, q, k, v, layout=layout, **settings)
+
+    monkeypatch.setattr(accel.router, "site_mask", spy)
+    return made
