@@ -52,8 +52,7 @@ class SearchSettings:
     seed: int = 1000
 
     def __post_init__(self) -> None:
-        number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
-        if not number or not 0 < self.budget <= 1:
+        if not isinstance(self.budget, int | float) or not 0 < self.budget <= 1:
             raise AccelError(
                 f"budget.time is {self.budget!r}; it is a fraction of the dense time, in (0, 1]"
             )

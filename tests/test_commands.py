@@ -86,6 +86,7 @@ def test_help_teaches(command):
     ("command", "arguments", "message"),
     [
         ("accel-compare", ["rounds=two"], "error: rounds is 'two'"),
+        ("accel-compare", ["recipes=[7]"], "error: recipes is [7]"),
         ("accel-search", ["budget.time=half"], "error: budget.time is 'half'"),
         (
             "accel-generate",
