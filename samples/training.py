@@ -201,7 +201,7 @@ class Run:
         ) as bar:
             while (progress := _of_rank_zero(length.progress(done))) < 1:
                 values = step(done["steps"], progress)
-                shown = {k: 0.95 * shown.get(k, v) + 0.05 * v for k, v in values.items()}
+                shown |= {k: 0.95 * shown.get(k, v) + 0.05 * v for k, v in values.items()}
                 now = time.monotonic()
                 done = {"steps": done["steps"] + 1, "seconds": done["seconds"] + now - previous}
                 bar.update(100 * (length.progress(done) - progress))

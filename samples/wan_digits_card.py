@@ -105,7 +105,8 @@ makes video `(seed, index)`; seed 0 was used.
 `WanTransformer3DModel`: 4 blocks, 4 heads of 48, feed-forward 448, patches of one latent cell, RMS-
 normalised queries and keys. `AutoencoderKLWan`: 4x in space (pixels folded 2x2, then one stride),
 2x in time, 8 channels. 33 frames of 64x64 become 17 x 16 x 16 = 4352 tokens. `UMT5EncoderModel`: 2
-layers of width 64, 23 words. Scheduler {e["scheduler"]}, shift 3.
+layers of width 64, 23 words. Scheduler {e["scheduler"]}, flow
+shift {pipe.scheduler.config.get("flow_shift", 1.0):g}.
 
 ## Training
 

@@ -3,10 +3,11 @@
     x_s = (1 - s) x_0 + s e,    the model predicts e - x_0 at timestep 1000 s.
 
 Clips grow during the run: crops of single latent frames around a digit first (100 tokens, cheap),
-then whole frames, then seven of the seventeen frames of a video, mostly far apart, then all of them
-(4352 tokens). Positions enter by rotation only, so what a crop teaches carries over, and frames
-keep the times at which they were taken: a third of the tokens teaches the motion of the whole video
-at an eighth of the cost of its attention.
+then whole frames, then three or seven of the seventeen frames of a video, mostly far apart, then
+all of them (4352 tokens) in turn with seven. Positions enter by rotation only, so what a crop
+teaches carries over, and frames keep the times at which they were taken: seven frames teach the
+motion of the whole video at an eighth of the cost of its attention, and three of many videos what
+digits look like.
 """
 
 import math
@@ -18,25 +19,36 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from training import Average, Muon, average_gradients, rank_and_world
 from transformers import UMT5EncoderModel
-from wan_digits_model import FLOW_SHIFT
 
-__all__ = ["DenoiserSettings", "Latents", "Phase", "denoiser_step", "install_processors"]
+__all__ = ["Clips", "DenoiserSettings", "Latents", "Phase", "denoiser_step", "install_processors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """Up to `until` (fraction of the stage) train on `frames` latent frames of a video, `side`
-    cells high and wide.
+class Clips:
+    """A batch of `frames` latent frames of videos, `side` cells high and wide.
+
+    shift: of the noise levels; digit_weight: extra loss weight of cells that show a digit.
     """
 
-    until: float
     frames: int
     side: int
     batch: int
-    shift: float
-    digit_weight: (
-        float  # extra loss weight of cells that show a digit; none at the end, where it would bias
-    )
+    shift: float = 3.0
+    digit_weight: float = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Up to `until` (fraction of the stage) train on `clips`, step by step in turn."""
+
+    until: float
+    clips: tuple[Clips, ...]
+
+
+FEW = Clips(frames=3, side=16, batch=12, shift=2.0)
+SOME = Clips(frames=7, side=16, batch=4)
+# no extra weight at the end, where it would bias
+ALL = Clips(frames=17, side=16, batch=2, digit_weight=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +56,10 @@ class DenoiserSettings:
     """Numbers of the denoiser stage."""
 
     phases: tuple[Phase, ...] = (
-        Phase(until=0.33, frames=1, side=10, batch=40, shift=2.0, digit_weight=1.0),
-        Phase(until=0.46, frames=1, side=16, batch=16, shift=2.0, digit_weight=1.0),
-        Phase(until=0.86, frames=7, side=16, batch=4, shift=FLOW_SHIFT, digit_weight=1.0),
-        Phase(until=1.0, frames=17, side=16, batch=2, shift=FLOW_SHIFT, digit_weight=0.0),
+        Phase(0.3, (Clips(frames=1, side=10, batch=40, shift=2.0),)),
+        Phase(0.4, (Clips(frames=1, side=16, batch=16, shift=2.0),)),
+        Phase(0.85, (FEW, SOME)),
+        Phase(1.0, (ALL, SOME)),
     )
     muon_rate: float = 4e-3
     adam_rate: float = 2e-3
@@ -90,27 +102,27 @@ class Latents:
         return torch.randperm(total, generator=random)[:count].sort().values
 
     def batch(
-        self, phase: Phase, seed: int, step: int
+        self, clips: Clips, seed: int, step: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.Generator]:
         """Clips of step `step` with the times of their frames `[b, frames]`, a function of `(seed,
-        step)` and the phase alone.
+        step)` and their kind alone.
         """
         random = torch.Generator().manual_seed(seed * 1_000_003 + 500_000 + step)
         # A crop shows one digit, so its prompt must name one only.
         pool = (
             torch.arange(len(self.latents))
-            if phase.side == 16
+            if clips.side == 16
             else (self.lengths == self.lengths.min()).nonzero()[:, 0]
         )
-        videos = pool[torch.randint(len(pool), (phase.batch,), generator=random)]
-        times = torch.stack([self._times(phase.frames, random) for _ in range(phase.batch)])
-        jitter = torch.randint(-1, 2, (phase.batch, 2), generator=random)
+        videos = pool[torch.randint(len(pool), (clips.batch,), generator=random)]
+        times = torch.stack([self._times(clips.frames, random) for _ in range(clips.batch)])
+        jitter = torch.randint(-1, 2, (clips.batch, 2), generator=random)
         clean, covered = [], []
         for video, when, shift in zip(videos.tolist(), times, jitter.tolist(), strict=True):
             shown = self.coverage[video, when]
-            h, w = self._corner(shown[0].float(), shift, phase.side)
-            covered.append(shown[:, h : h + phase.side, w : w + phase.side])
-            clean.append(self.latents[video][:, when, h : h + phase.side, w : w + phase.side])
+            h, w = self._corner(shown[0].float(), shift, clips.side)
+            covered.append(shown[:, h : h + clips.side, w : w + clips.side])
+            clean.append(self.latents[video][:, when, h : h + clips.side, w : w + clips.side])
         clean, coverage = torch.stack(clean).float(), torch.stack(covered).float() / 255
         return clean, coverage, times, self.ids[videos], self.lengths[videos], random
 
@@ -250,12 +262,13 @@ def denoiser_step(transformer, encoder, cache: Latents, settings: DenoiserSettin
 
     def step(index: int, progress: float) -> dict[str, float]:
         phase = next(p for p in settings.phases if progress < p.until or p is settings.phases[-1])
+        clips = phase.clips[index % len(phase.clips)]
         rate = min((index + 1) / 100, 1.0, 3 * (1 - progress) + 0.01)
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = (
             settings.muon_rate * rate,
             settings.adam_rate * rate,
         )
-        clean, coverage, times, ids, lengths, random = cache.batch(phase, seed, index)
+        clean, coverage, times, ids, lengths, random = cache.batch(clips, seed, index)
         size = len(clean)
         dropped = torch.rand(size, generator=random) < settings.prompt_dropout
         ids[dropped], lengths[dropped] = (
@@ -271,7 +284,7 @@ def denoiser_step(transformer, encoder, cache: Latents, settings: DenoiserSettin
         base = torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)).sigmoid()
         uniform = torch.rand(size, generator=random)
         base = torch.where(torch.rand(size, generator=random) < 0.15, uniform, base)
-        sigma = phase.shift * base / (1 + (phase.shift - 1) * base)
+        sigma = clips.shift * base / (1 + (clips.shift - 1) * base)
         noise = torch.randn(clean.shape, generator=random)
         mine = slice(rank, None, world)  # every rank draws the whole batch and computes its share
         clean, coverage, rotary.times, ids, lengths, padded, sigma, noise = (
@@ -285,7 +298,7 @@ def denoiser_step(transformer, encoder, cache: Latents, settings: DenoiserSettin
             (1 - s) * clean + s * noise, sigma * 1000, embeds, return_dict=False
         )[0]
         squared = (velocity - (noise - clean)).square()
-        weight = 1 + phase.digit_weight * coverage[:, None]
+        weight = 1 + clips.digit_weight * coverage[:, None]
         loss = (squared * weight).mean() / weight.mean()
         for optimiser in (muon, adam):
             optimiser.zero_grad(set_to_none=True)
@@ -297,7 +310,7 @@ def denoiser_step(transformer, encoder, cache: Latents, settings: DenoiserSettin
         average.update(index)
         return {
             "loss": squared.detach().mean().item(),
-            f"loss_{phase.frames}x{phase.side}": squared.detach().mean().item(),
+            f"loss_{clips.frames}x{clips.side}": squared.detach().mean().item(),
         }
 
     parts = {

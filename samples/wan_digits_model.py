@@ -29,7 +29,9 @@ __all__ = [
     "export",
 ]
 
-FLOW_SHIFT = 3.0
+# 3 for the 32,760 tokens of Wan at 480p, scaled by the root of the tokens as in Esser et al. 2024
+# (arXiv 2403.03206, section 5.3.2): 3 * sqrt(4352 / 32760) = 1.09
+FLOW_SHIFT = 1.0
 TEXT_DIM = 64
 
 
