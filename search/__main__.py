@@ -18,7 +18,7 @@ def search(config: dict[str, Any]) -> None:
         space=config["space"],
         budget=config["budget"]["time"],
         schedule=Schedule.from_dict(config["schedule"]),
-        block=config["block"],
+        block=tuple(config["block"]),
         rows=config["rows"],
         tolerance=config["tolerance"],
         cost_rounds=config["cost_rounds"],
