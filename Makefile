@@ -23,7 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "accel needs Python 3.10 to 3.13; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[samples,dev]'
+	@# the one warning of an editable install is about folders named like the package: there is none
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[samples,dev]'
 	@touch $@
 	@echo "== set up"
 

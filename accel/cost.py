@@ -192,6 +192,11 @@ def price(plan: Plan, table: CostTable, *, layout: Layout, steps: int, share: fl
     return replace(plan, expected=expected)
 
 
+def full_speedup(expected: Mapping[str, Any]) -> float:
+    """What a priced plan expects of the recipe `full`: its speed-up over the host's dense."""
+    return 1 / (1 - expected["attention_share"] * (1 - expected["full_ratio"]))
+
+
 def dense_price(table: CostTable) -> float:
     """Price of a dense call: 1 by the host, or less by accel's own kernel where that is faster.
 

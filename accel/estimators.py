@@ -3,12 +3,9 @@
 The common contract, whatever the estimator:
 
 * q, k and v come in natural layout; blocks are those of `blocking`, in its order.
-* Text rows and columns are always kept, blocks of padding never (`Blocking.force`). Text columns
-  take nothing from the share of the visual ones.
-* Every row with a valid query keeps at least one block, and rows of one head keep equally many
-  wherever a share is given; a global choice over rows shows as artefacts (AdaSpa).
-* Scores are fp32. Half-precision ties at the cut would favour one region; true ties go to the
-  block that comes first, so the same call selects the same blocks.
+* Scores become blocks by the rules of `accel.ranking`: text is kept, padding never, every row with
+  a valid query keeps at least one block.
+* Scores are fp32: half-precision ties at the cut would favour one region.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +20,15 @@ from accel.blocking import Blocking
 from accel.kernels.arguments import check_tensors, valid_lengths
 from accel.kernels.block_mass import block_mass
 from accel.pattern import Kind, from_kind, register
+from accel.ranking import (
+    best_blocks,
+    competing_blocks,
+    recall_of,
+    row_counts,
+    settled,
+    top_blocks,
+    top_mass,
+)
 
 __all__ = [
     "ESTIMATORS",
@@ -33,9 +39,6 @@ __all__ = [
     "Pooled",
     "Selection",
     "estimator_from_dict",
-    "recall_of",
-    "top_blocks",
-    "top_mass",
 ]
 
 CHUNK_ELEMENTS = 1 << 22
@@ -141,65 +144,6 @@ def estimator_from_dict(data: Mapping) -> Estimator:
     return from_kind(data, ESTIMATORS, "estimator")
 
 
-def top_blocks(
-    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], keep: int | float, blocking: Blocking
-) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
-    """Per row the `ceil(keep * n)` best of its n visual blocks, and text; never a score of -inf."""
-    allowed = _visual(scores, blocking)
-    return _force(_best(scores, allowed, _share(keep, allowed)), scores, blocking)
-
-
-def top_mass(
-    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], tau: int | float, blocking: Blocking
-) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
-    """Per row text and the fewest visual blocks that together hold `tau` of the row's mass.
-
-    Scores are masses, at least 0, in any unit; -inf marks a block that must not be kept. `tau = 1`
-    keeps the blocks of mass 0 too.
-    """
-    allowed = _visual(scores, blocking)
-    text = blocking.text_blocks(scores.device)[1] & (scores > -inf)
-    fixed = scores.where(text, 0.0).sum(-1, keepdim=True)
-    ranked = scores.where(allowed, 0.0).sort(dim=-1, descending=True, stable=True).values
-    needed = tau * (fixed + ranked.sum(-1, keepdim=True))
-    before = fixed + ranked.cumsum(-1) - ranked
-    counts = (before < needed).sum(-1, keepdim=True).clamp(min=1)
-    counts = allowed.sum(-1, keepdim=True) if tau >= 1 else counts
-    return _force(_best(scores, allowed, counts), scores, blocking)
-
-
-def recall_of(
-    mass: Float[Tensor, "batch heads q_blocks kv_blocks"],
-    keep: Bool[Tensor, "batch heads q_blocks kv_blocks"],
-) -> Float[Tensor, "batch heads"]:
-    """Share of the mass that lies in kept blocks; rows weigh as much as they have mass."""
-    return mass.where(keep, 0.0).sum((2, 3)) / mass.sum((2, 3)).clamp(min=1e-30)
-
-
-def _visual(scores: Tensor, blocking: Blocking) -> Tensor:
-    """Blocks that compete: columns without text, not padding, and a score above -inf."""
-    apart = blocking.text_blocks(scores.device)[1] | blocking.pad_blocks(scores.device)[1]
-    return ~apart & (scores > -inf)
-
-
-def _share(keep: int | float, allowed: Tensor) -> Tensor:
-    """`ceil(keep * n)` and at least 1, per row; the slack keeps 0.7 * 10 at 7."""
-    count = allowed.sum(-1, keepdim=True)
-    return (count.double() * keep - 1e-6).ceil().long().clamp(min=1)
-
-
-def _best(scores: Tensor, allowed: Tensor, counts: Tensor) -> Tensor:
-    """The `counts` best allowed blocks of every row, ties to the one that comes first."""
-    order = scores.masked_fill(~allowed, -inf).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return (torch.empty_like(order).scatter_(-1, order, places) < counts) & allowed
-
-
-def _force(keep: Tensor, scores: Tensor, blocking: Blocking) -> Tensor:
-    """Text in, padding out, and out whatever the scores rule out (valid length of this call)."""
-    return blocking.force(keep) & (scores > -inf)
-
-
 def _blocks(x: Tensor, size: int, count: int | None = None) -> Tensor:
     """`[batch, tokens, dim]` as `[batch, count or ceil(tokens / size), size, dim]`, zero-padded."""
     count = -(-x.shape[1] // size) if count is None else count
@@ -258,9 +202,9 @@ class BlockMassTopK(Estimator):
             keep = torch.zeros_like(scores, dtype=torch.bool)
             owner = call.blocking.grid_blocks(scores.device)
             for grid in range(len(call.blocking.layout.grids)):
-                allowed = _visual(scores, call.blocking) & (owner == grid)
-                keep |= _best(scores, allowed, _share(self.keep, allowed))
-            keep = _force(keep, scores, call.blocking)
+                allowed = competing_blocks(scores, call.blocking) & (owner == grid)
+                keep |= best_blocks(scores, allowed, row_counts(self.keep, allowed))
+            keep = settled(keep, scores, call.blocking)
         else:
             keep = top_blocks(scores, self.keep, call.blocking)
         return Selection(keep, lse, recall_of(mass, keep))
@@ -292,11 +236,11 @@ class AdaptiveBlockMass(Estimator):
         order = recall.argsort(dim=1, descending=True, stable=True)
         rank = order.argsort(1)
         turn = (rank >= heads - easy).long() - (rank < easy).long()
-        allowed = _visual(scores, call.blocking)
-        base = _share(self.keep, allowed)
+        allowed = competing_blocks(scores, call.blocking)
+        base = row_counts(self.keep, allowed)
         step = torch.minimum(base // 2, allowed.sum(-1, keepdim=True) - base).clamp(min=0)
-        keep = _best(scores, allowed, base + turn[:, :, None, None] * step)
-        keep = _force(keep, scores, call.blocking)
+        keep = best_blocks(scores, allowed, base + turn[:, :, None, None] * step)
+        keep = settled(keep, scores, call.blocking)
         return Selection(keep, lse, recall_of(mass, keep))
 
 

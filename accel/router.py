@@ -58,8 +58,8 @@ class Run:
     said: Where | None = None
     turns: Counter[str] = field(default_factory=Counter)
 
-    def take(self, where: Where) -> Where:
-        """`where`, noted; the second call of a step under one name is the branch "name#2"."""
+    def take(self, where: Where) -> None:
+        """Note `where`; the second call of a step under one name is the branch "name#2"."""
         if self.said is None or self.said.step != where.step:
             self.turns.clear()
         self.said = where
@@ -70,7 +70,6 @@ class Run:
             self.first_step = where.step
         if where.step == self.first_step:
             self.first_branches.add(self.where.branch)
-        return self.where
 
     def forget(self) -> None:
         """Let go of what was found in the queries and keys of earlier steps."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from accel.cost import full_speedup
 from accel.errors import AccelError
 from accel.pipelines.adapters import denoisers_of
 from accel.pipelines.enable import disable, enable, session_of, summary
@@ -135,11 +136,9 @@ def predictions(plan: Plan | None) -> dict[str, float | None]:
     """What a priced plan expects of itself, and of `full`: speed-ups over the host's dense run."""
     found: dict[str, float | None] = {"predicted_speedup": None, "predicted_full": None}
     if plan is not None and "speedup" in plan.expected:
-        expected = plan.expected
-        found["predicted_speedup"] = expected["speedup"]
-        if "full_ratio" in expected:
-            saved = expected["attention_share"] * (1 - expected["full_ratio"])
-            found["predicted_full"] = 1 / (1 - saved)
+        found["predicted_speedup"] = plan.expected["speedup"]
+        if "full_ratio" in plan.expected:
+            found["predicted_full"] = full_speedup(plan.expected)
     return found
 
 

@@ -133,6 +133,12 @@ class Book:
         write_atomically(self.arm_folder(arm) / f"{name}.json", json.dumps(record, indent=1))
         return record
 
+    def drop_others(self, path: Path) -> None:
+        """Remove what `video` or `maps` named under other keys: its records were overwritten."""
+        for other in path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*.npz"):
+            if other != path:
+                other.unlink(missing_ok=True)
+
     def quality(self, arm: ArmSpec, prompt: int) -> dict[str, Any] | None:
         """How the video of a prompt was judged, if it was, and by this classifier."""
         found = self.read(arm, f"p{prompt:02d}-quality", prompt)

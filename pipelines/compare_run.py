@@ -160,9 +160,11 @@ class Comparison:
             "prompt": self.book.prompts[job.prompt],
             "seed": self.settings.seed + job.prompt,
         }
+        video = self.book.video(job.arm, job.prompt)
         if job.round == 0:
-            command["save"] = str(self.book.video(job.arm, job.prompt))
+            command["save"] = str(video)
         if self._ask(job.arm, command, job.stem, job.prompt):
+            self.book.drop_others(video)
             self.results()
 
     def _look(self) -> None:
@@ -179,7 +181,8 @@ class Comparison:
             "seed": self.settings.seed,
             "save": str(self.book.maps(shown)),
         }
-        self._ask(shown, command, "maps", 0)
+        if self._ask(shown, command, "maps", 0):
+            self.book.drop_others(self.book.maps(shown))
 
     def _probe(self, model: ModelConfig, prompts: tuple[str, ...]) -> dict[str, Any]:
         """The precision in which dense is fastest, from a few steps in each; kept with the times.

@@ -14,7 +14,15 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from accel.cost import CostTable, dense_price, fastest_dense, keep_of, price, select_price
+from accel.cost import (
+    CostTable,
+    dense_price,
+    fastest_dense,
+    full_speedup,
+    keep_of,
+    price,
+    select_price,
+)
 from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.layout import Layout
@@ -295,15 +303,14 @@ class Search:
 def describe(plan: Plan, points: Sequence[Point], budget: float) -> Iterable[str]:
     """What a person wants to know of a finished search, line by line."""
     expected = plan.expected
-    own = 1 - expected["attention_share"] * (1 - min(1.0, expected["full_ratio"]))
-    fastest = own if plan.dense == "kernel" else 1.0
-    predicted = 1 / expected["speedup"] / fastest
+    fastest = full_speedup(expected) if plan.dense == "kernel" else 1.0
+    speedup = expected["speedup"] / fastest
     yield f"front: {len(points)} plans, time {points[-1].time:.2f} to {points[0].time:.2f} of dense"
     yield (
         f"plan {plan.name!r} ({plan.digest}): predicted speed-up {expected['speedup']:.2f} over the"
-        f" host's dense attention, {1 / predicted:.2f} over the fastest dense here"
+        f" host's dense attention, {speedup:.2f} over the fastest dense here"
     )
-    if predicted > budget + 0.01:
+    if 1 / speedup > budget + 0.01:
         yield (
             f"the budget of {budget:g} is not reached: this is the fastest plan of the space; make"
             " schedule.dense_start smaller, or add cheaper candidates to the space"

@@ -182,6 +182,8 @@ def test_a_video_of_other_noise_is_not_taken_for_one_that_a_killed_comparison_ma
     again = Book(tmp_path, model, ("a one",), 0, "at last")
     assert again.result(job)["seconds"] == 1.0
     assert load_frames(again.video(DENSE, 0)).max() == 0
+    again.drop_others(again.video(DENSE, 0))
+    assert list(again.arm_folder(DENSE).glob("*.npz")) == [again.video(DENSE, 0)]
 
 
 def test_predictions_touch_no_arm_without_a_plan(model, tmp_path):

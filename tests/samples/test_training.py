@@ -63,10 +63,11 @@ def test_progress_is_by_the_clock_or_by_steps(length: Length, done: dict, progre
     assert length.progress(done) == progress
 
 
-def test_clips_take_turns_within_a_phase() -> None:
+def test_the_last_phase_has_whole_videos_and_no_bias() -> None:
     from wan_digits_denoiser import DenoiserSettings
 
     phases = DenoiserSettings().phases
     assert [p.until for p in phases] == sorted(p.until for p in phases)
     assert phases[-1].until == 1.0
-    assert any(clips.frames == 17 and clips.digit_weight == 0 for clips in phases[-1].clips)
+    assert 17 in [clips.frames for clips in phases[-1].clips]
+    assert all(clips.digit_weight == 0 for clips in phases[-1].clips)
