@@ -28,6 +28,7 @@ __all__ = [
     "coverage",
     "draw_scene",
     "make_video",
+    "positions",
     "prompt_of",
     "render",
     "scans",
@@ -35,6 +36,7 @@ __all__ = [
 
 CANVAS = 64  # pixels, height and width
 FRAMES = 33
+CASTS = 32
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOTIONS = {
     "moving left": (0, -1),
@@ -96,7 +98,7 @@ def scans(split: Literal["train", "held-out"]) -> tuple[torch.Tensor, torch.Tens
     ).long()
 
 
-def _positions(actor: Actor, frames: int) -> np.ndarray:
+def positions(actor: Actor, frames: int) -> np.ndarray:
     """Centres `[frames, 2]` as (h, w): straight lines folded back at the border."""
     low, high = actor.size / 2, CANVAS - actor.size / 2
     line = np.asarray(actor.start) + np.arange(frames)[:, None] * np.asarray(actor.velocity)
@@ -140,12 +142,13 @@ def draw_scene(
     motions = rng.choice(list(MOTIONS), count, p=[0.22, 0.22, 0.22, 0.22, 0.12])
     size = rng.uniform(25, 30) if count == 1 else rng.uniform(23, 27)
     best, best_distance = (), -1.0
-    for _ in range(6):  # of a few casts take the one whose two digits keep furthest apart
+    # of some casts take the one whose two digits keep furthest apart: most never meet then
+    for _ in range(CASTS if count == 2 else 1):
         actors = tuple(
             _draw_actor(rng, int(d), str(m), labels, size)
             for d, m in zip(digits, motions, strict=True)
         )
-        places = [_positions(actor, FRAMES) for actor in actors]
+        places = [positions(actor, FRAMES) for actor in actors]
         distance = (
             np.sort(np.abs(places[0] - places[-1]).max(1))[: FRAMES // 3].mean()
             if count == 2
@@ -188,7 +191,7 @@ def _background(scene: Scene, frames: int) -> torch.Tensor:
 
 def _stroke(actor: Actor, scan: torch.Tensor, frames: int) -> torch.Tensor:
     """Opacity `[frames, 1, h, w]` of the digit along its path."""
-    centre = torch.from_numpy(_positions(actor, frames)).float() / CANVAS * 2 - 1
+    centre = torch.from_numpy(positions(actor, frames)).float() / CANVAS * 2 - 1
     zoom = CANVAS / actor.size
     theta = torch.zeros(frames, 2, 3)
     theta[:, 0, 0], theta[:, 0, 1], theta[:, 1, 1] = zoom, zoom * actor.shear, zoom

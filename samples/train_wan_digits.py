@@ -4,6 +4,8 @@
     python samples/train_wan_digits.py --minutes 85 --seed 0
 
 A length in minutes suits any machine; `--steps` gives the same weights again on the same one.
+`--start FOLDER` goes on from a pipeline that was trained before: its autoencoder is taken as it is,
+its denoiser skips the single frames with which training begins.
 
 Four stages, each resumed where it stopped when the command is given again with --resume: the
 autoencoder, the cache of encoded videos, the denoiser with its text encoder, and the decoder once
@@ -18,8 +20,9 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from training import Length, Run, save_atomically
+from transformers import UMT5EncoderModel
 from wan_digits_denoiser import DenoiserSettings, Latents, denoiser_step
 from wan_digits_model import build_text_encoder, build_tokenizer, build_transformer, export
 from wan_digits_vae import VaeSettings, build_vae, encode_videos, refine_decoder, train_vae
@@ -28,21 +31,26 @@ HERE = Path(__file__).parent
 FIRST_TRAINING_VIDEO = (
     10_000  # indices below are the autoencoder's, those above a million are for evaluation
 )
+TWO_DIGITS = 0.65  # of the videos: they teach twice as much about digits, and are the harder ones
+STARTED = 0.3  # how far a denoiser given by --start is in its stage: single frames lie behind it
 
 
-def trained_vae(run: Run, length: Length) -> AutoencoderKLWan:
-    """The autoencoder with the mean and deviation of its latents in the config.
+def trained_vae(run: Run, length: Length, start: Path | None) -> AutoencoderKLWan:
+    """The autoencoder with the mean and deviation of its latents in the config; that of `start` as
+    it is.
 
     Once these are measured it is settled: cached latents depend on it, so a resumed run does not
     train it further.
     """
+    if start is not None:
+        return AutoencoderKLWan.from_pretrained(start, subfolder="vae").eval()
     torch.manual_seed(run.seed)
     vae = build_vae()
     path = run.folder / "latent-statistics.json"
     if not path.exists():
         print("autoencoder:", train_vae(run, vae, VaeSettings(length=length)))
-        sample, _, _ = encode_videos(vae.eval(), run.seed, FIRST_TRAINING_VIDEO, 64)
-        mean, std = sample.float().mean((0, 2, 3, 4)), sample.float().std((0, 2, 3, 4))
+        sample = encode_videos(vae.eval(), run.seed, FIRST_TRAINING_VIDEO, 64)["latents"].float()
+        mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
         path.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
     result = build_vae(**json.loads(path.read_text()))
     result.load_state_dict(torch.load(run.folder / "vae.pt", weights_only=True)["vae"])
@@ -53,17 +61,19 @@ def cached_latents(run: Run, vae: AutoencoderKLWan, videos: int) -> Latents:
     """Encode the training videos once; normalised as the pipeline normalises them."""
     path = run.folder / f"latents-{run.seed}-{videos}.pt"
     if not path.exists():
-        save_atomically(encode_videos(vae, run.seed, FIRST_TRAINING_VIDEO, videos), path)
-    latents, coverage, prompts = torch.load(path, weights_only=True)
+        encoded = encode_videos(vae, run.seed, FIRST_TRAINING_VIDEO, videos, two=TWO_DIGITS)
+        save_atomically(encoded, path)
+    cache = torch.load(path, weights_only=True)
     mean, std = (
         torch.tensor(v).view(1, -1, 1, 1, 1)
         for v in (vae.config.latents_mean, vae.config.latents_std)
     )
     tokenizer = build_tokenizer()
-    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    tokens = tokenizer(cache["prompts"], padding=True, return_tensors="pt")
     return Latents(
-        latents=((latents.float() - mean) / std).half(),
-        coverage=coverage,
+        latents=((cache["latents"].float() - mean) / std).half(),
+        digits=cache["digits"],
+        inside=cache["inside"],
         ids=tokens.input_ids,
         lengths=tokens.attention_mask.sum(1),
         empty_id=tokenizer("").input_ids[0],
@@ -87,6 +97,7 @@ def train_denoiser(
     length: Length,
     out: Path,
     scheduler: str,
+    start: Path | None,
 ) -> None:
     """The denoiser stage in one of `processes` processes, which share the gradients and split the
     cores.
@@ -98,8 +109,13 @@ def train_denoiser(
         )
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     torch.manual_seed(run.seed + 1)
-    transformer, encoder = build_transformer(), build_text_encoder(build_tokenizer())
-    step, parts = denoiser_step(transformer, encoder, cache, DenoiserSettings(), run.seed)
+    if start is None:
+        transformer, encoder = build_transformer(), build_text_encoder(build_tokenizer())
+    else:
+        transformer = WanTransformer3DModel.from_pretrained(start, subfolder="transformer").train()
+        encoder = UMT5EncoderModel.from_pretrained(start / "text_encoder").train()
+    begin = STARTED if start is not None else 0.0
+    step, parts = denoiser_step(transformer, encoder, cache, DenoiserSettings(), run.seed, begin)
 
     def after_checkpoint(progress: float) -> None:
         export_average(out, vae, parts["average"].weights, scheduler)
@@ -119,6 +135,7 @@ def main(
     videos: int,
     scheduler: str,
     processes: int,
+    start: Path | None,
     resume: bool,
 ) -> None:
     """Run the stages: 13% of the time for the autoencoder, 82% for the denoiser, 5% for the decoder
@@ -135,9 +152,9 @@ def main(
     vae_length, denoiser_length, decoder_length = (
         Length(minutes * share, count) for share, count in zip(shares, counts, strict=True)
     )
-    vae = trained_vae(run, vae_length)
+    vae = trained_vae(run, vae_length, start)
     cache = cached_latents(run, vae, videos)
-    arguments = (processes, run, vae, cache, denoiser_length, out, scheduler)
+    arguments = (processes, run, vae, cache, denoiser_length, out, scheduler, start)
     if processes == 1:
         train_denoiser(0, *arguments)
     else:
@@ -173,6 +190,9 @@ def _arguments() -> argparse.Namespace:
         type=int,
         default=2,
         help="for the denoiser; each gets its share of two cores",
+    )
+    parser.add_argument(
+        "--start", type=Path, help="a trained pipeline to go on from, instead of random weights"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoints in --work"

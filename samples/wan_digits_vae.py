@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from moving_digits import coverage, draw_scene, make_video, prompt_of, render
+from moving_digits import CANVAS, Scene, draw_scene, make_video, positions, prompt_of, render
 from torch import Tensor
 from tqdm import tqdm
 from training import Length, Muon, Run, save_atomically
 
-__all__ = ["VaeSettings", "build_vae", "encode_videos", "refine_decoder", "train_vae"]
+__all__ = ["BACKGROUND", "VaeSettings", "build_vae", "encode_videos", "refine_decoder", "train_vae"]
+
+
+BACKGROUND = 10  # the label of a latent cell that shows no digit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,26 +183,44 @@ def refine_decoder(
     )
 
 
+def digits_in_cells(scene: Scene) -> tuple[Tensor, Tensor]:
+    """Which digit's square covers each latent cell `[17, 16, 16]` (`BACKGROUND` where none does),
+    and where in the square the cell lies `[17, 2, 16, 16]`: (h, w) from -1 to 1, 0 outside.
+
+    Latent frame 0 shows frame 0, latent frame i shows 2i-1 and 2i. Later actors stand in front.
+    """
+    cells = CANVAS // 4
+    place = 4 * torch.arange(cells) + 2.0
+    digits = torch.full((17, cells, cells), BACKGROUND, dtype=torch.uint8)
+    inside = torch.zeros(17, 2, cells, cells)
+    for actor in scene.actors:
+        path = torch.from_numpy(positions(actor, 33)).float()
+        centre = torch.cat([path[:1], path[1:].unflatten(0, (-1, 2)).mean(1)])
+        h, w = ((place - centre[:, axis, None]) / (actor.size / 2) for axis in (0, 1))
+        where = torch.stack(torch.broadcast_tensors(h[:, :, None], w[:, None, :]), 1)
+        covered = where.abs().amax(1) < 1
+        digits[covered] = actor.digit
+        inside = torch.where(covered[:, None], where, inside)
+    return digits, inside
+
+
 @torch.no_grad()
 def encode_videos(
-    vae: AutoencoderKLWan, seed: int, first: int, count: int, batch: int = 8
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Latents `[count, 8, 17, 16, 16]` (float16), coverage `[count, 17, 16, 16]` (uint8) and
-    prompts.
+    vae: AutoencoderKLWan, seed: int, first: int, count: int, *, two: float = 0.4, batch: int = 8
+) -> dict:
+    """Latents `[count, 8, 17, 16, 16]` (float16), digits `[count, 17, 16, 16]` (uint8), where in
+    their squares the cells lie `[count, 17, 2, 16, 16]` (float16), and prompts.
 
-    Coverage says which latent cells show a digit; training may weigh them. The latents are
-    posterior means.
+    The latents are posterior means; a share `two` of the videos shows two digits.
     """
-    latents, covered, prompts = [], [], []
+    result = {"latents": [], "digits": [], "inside": [], "prompts": []}
     for start in tqdm(range(first, first + count, batch), desc="encode", mininterval=10):
-        scenes = [draw_scene(seed, i) for i in range(start, min(start + batch, first + count))]
-        prompts += [prompt_of(scene) for scene in scenes]
+        indices = range(start, min(start + batch, first + count))
+        scenes = [draw_scene(seed, i, two=two) for i in indices]
+        digits, inside = zip(*(digits_in_cells(scene) for scene in scenes), strict=True)
         pixels = torch.stack([render(scene) for scene in scenes])
-        shown = torch.stack([coverage(scene) for scene in scenes])
-        cells = F.avg_pool2d(
-            shown, 4
-        )  # [b, 33, 16, 16]: latent frame 0 shows frame 0, latent frame i shows 2i-1 and 2i
-        cells = torch.cat([cells[:, :1], cells[:, 1:].unflatten(1, (-1, 2)).amax(2)], 1)
-        covered.append((cells.clamp(0, 1) * 255).to(torch.uint8))
-        latents.append(vae.encode(pixels).latent_dist.mode().half())
-    return torch.cat(latents), torch.cat(covered), prompts
+        result["latents"].append(vae.encode(pixels).latent_dist.mode().half())
+        result["digits"].append(torch.stack(digits))
+        result["inside"].append(torch.stack(inside).half())
+        result["prompts"] += [prompt_of(scene) for scene in scenes]
+    return {k: v if k == "prompts" else torch.cat(v) for k, v in result.items()}
