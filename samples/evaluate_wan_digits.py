@@ -23,6 +23,8 @@ from tqdm import tqdm
 from train_digit_classifier import load_classifier, video_hits
 from wan_digits_model import build_scheduler
 
+from accel.pipelines.host import device_name
+
 HERE = Path(__file__).parent
 FIRST_EVALUATION_VIDEO = 1_000_000
 
@@ -280,6 +282,7 @@ def main(
         "guidance": guidance,
         "guidance_trials": trials,
         "scheduler": type(pipe.scheduler).__name__,
+        "device": device_name(torch.device("cpu")),
         "steps": steps,
         "vae_psnr_db": round(vae_psnr(pipe, seed), 2),
         **timings(pipe),

@@ -1,6 +1,6 @@
 """Write the model card of wan-digits from the files of its training and evaluation.
 
-python samples/wan_digits_card.py --minutes 85
+python samples/wan_digits_card.py --command "python samples/train_wan_digits.py --minutes 85"
 """
 
 import argparse
@@ -51,7 +51,7 @@ def _rates(rates: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
-def card(model: Path, log: Path, minutes: str, notes: str) -> str:
+def card(model: Path, log: Path, command: str, notes: str) -> str:
     """The text of the card."""
     e = json.loads((model / "evaluation.json").read_text())
     pipe = WanPipeline.from_pretrained(model)
@@ -110,10 +110,12 @@ shift {pipe.scheduler.config.get("flow_shift", 1.0):g}.
 
 ## Training
 
-    python samples/train_wan_digits.py --minutes {minutes} --seed 0
+    {command}
     python samples/train_digit_classifier.py --seed 0
 
-Two Intel Ice Lake cores at 2.8 GHz, float32, no accelerator. Muon for matrices, AdamW for the rest.
+{e["device"]}, float32, no accelerator. Muon for matrices, AdamW for the rest; a head that is thrown
+away reads from the third block which digit's square covers each cell (see
+`samples/wan_digits_denoiser.py`).
 
 {_stages(log)}
 
@@ -165,11 +167,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE / "models" / "wan-digits")
     parser.add_argument("--log", type=Path, default=HERE / ".work" / "wan-digits" / "log.jsonl")
-    parser.add_argument("--minutes", required=True, help="the --minutes that training was given")
+    parser.add_argument("--command", required=True, help="the command that trained the weights")
     parser.add_argument(
         "--notes", default="", help="a paragraph on what differed from the command above"
     )
     options = parser.parse_args()
     (options.model / "README.md").write_text(
-        card(options.model, options.log, options.minutes, options.notes)
+        card(options.model, options.log, options.command, options.notes)
     )

@@ -32,12 +32,13 @@ def test_links_lead_to_the_folders(folder):
 
 
 def test_the_map_of_the_wheel_names_every_folder():
+    """The groups of the configuration too: setuptools takes a folder with files for a package."""
+    groups = sorted(p.name for p in (ROOT / "configs").iterdir() if any(p.glob("*.yaml")))
+    folders = {f"accel.{name}": name for name in FOLDERS}
+    folders |= {f"accel.configs.{name}": f"configs/{name}" for name in groups}
     setuptools = PROJECT["tool"]["setuptools"]
-    assert setuptools["packages"] == ["accel", *(f"accel.{folder}" for folder in FOLDERS)]
-    assert setuptools["package-dir"] == {
-        "accel": "accel",
-        **{f"accel.{folder}": folder for folder in FOLDERS},
-    }
+    assert setuptools["packages"] == ["accel", *folders]
+    assert setuptools["package-dir"] == {"accel": "accel", **folders}
 
 
 @pytest.mark.parametrize("folder", ["accel", *FOLDERS])
