@@ -4,8 +4,8 @@
     python samples/train_wan_digits.py --minutes 85 --seed 0
 
 A length in minutes suits any machine; `--steps` gives the same weights again on the same one.
-`--start FOLDER` goes on from a pipeline that was trained before: its autoencoder is taken as it is,
-its denoiser skips the single frames with which training begins.
+`--start FOLDER --begin 0.3` goes on from a pipeline that was trained before: its autoencoder is
+taken as it is, and its denoiser skips that part of its stage: single frames, for example.
 
 Four stages, each resumed where it stopped when the command is given again with --resume: the
 autoencoder, the cache of encoded videos, the denoiser with its text encoder, and the decoder once
@@ -32,7 +32,6 @@ FIRST_TRAINING_VIDEO = (
     10_000  # indices below are the autoencoder's, those above a million are for evaluation
 )
 TWO_DIGITS = 0.65  # of the videos: they teach twice as much about digits, and are the harder ones
-STARTED = 0.3  # how far a denoiser given by --start is in its stage: single frames lie behind it
 
 
 def trained_vae(run: Run, length: Length, start: Path | None) -> AutoencoderKLWan:
@@ -98,6 +97,7 @@ def train_denoiser(
     out: Path,
     scheduler: str,
     start: Path | None,
+    begin: float,
 ) -> None:
     """The denoiser stage in one of `processes` processes, which share the gradients and split the
     cores.
@@ -114,7 +114,6 @@ def train_denoiser(
     else:
         transformer = WanTransformer3DModel.from_pretrained(start, subfolder="transformer").train()
         encoder = UMT5EncoderModel.from_pretrained(start / "text_encoder").train()
-    begin = STARTED if start is not None else 0.0
     step, parts = denoiser_step(transformer, encoder, cache, DenoiserSettings(), run.seed, begin)
 
     def after_checkpoint(progress: float) -> None:
@@ -136,6 +135,7 @@ def main(
     scheduler: str,
     processes: int,
     start: Path | None,
+    begin: float,
     resume: bool,
 ) -> None:
     """Run the stages: 13% of the time for the autoencoder, 82% for the denoiser, 5% for the decoder
@@ -154,7 +154,7 @@ def main(
     )
     vae = trained_vae(run, vae_length, start)
     cache = cached_latents(run, vae, videos)
-    arguments = (processes, run, vae, cache, denoiser_length, out, scheduler, start)
+    arguments = (processes, run, vae, cache, denoiser_length, out, scheduler, start, begin)
     if processes == 1:
         train_denoiser(0, *arguments)
     else:
@@ -193,6 +193,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--start", type=Path, help="a trained pipeline to go on from, instead of random weights"
+    )
+    parser.add_argument(
+        "--begin",
+        type=float,
+        default=0.0,
+        help="the fraction of the denoiser's stage that --start has behind it",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoints in --work"

@@ -89,7 +89,7 @@ video = pipe(
 ```
 
 Prompts: `a|an <zero … nine> moving left|right|up|down` or `standing still`, and two of these joined
-by `and`.
+by `and`, the left or upper digit first.
 
 ## Data
 

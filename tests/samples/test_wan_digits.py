@@ -13,6 +13,7 @@ from moving_digits import (
     coverage,
     draw_scene,
     make_video,
+    positions,
     prompt_of,
     render,
     scans,
@@ -77,6 +78,17 @@ def test_prompts_use_the_vocabulary_and_name_the_digits() -> None:
         assert [w for w in words if w in DIGIT_WORDS] == [
             DIGIT_WORDS[a.digit] for a in scene.actors
         ]
+
+
+def test_two_digits_are_named_in_reading_order() -> None:
+    names = set()
+    for index in range(20):
+        scene = draw_scene(2, index, two=1.0)
+        first, second = (positions(actor, 33).mean(0) for actor in scene.actors)
+        apart = second - first
+        names.add("left" if abs(apart[1]) > abs(apart[0]) else "upper")
+        assert apart[abs(apart).argmax()] > 0
+    assert names == {"left", "upper"}
 
 
 def test_digits_stand_out_from_the_background() -> None:
