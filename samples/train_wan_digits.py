@@ -42,7 +42,10 @@ def trained_vae(run: Run, length: Length, start: Path | None) -> AutoencoderKLWa
     train it further.
     """
     if start is not None:
-        return AutoencoderKLWan.from_pretrained(start, subfolder="vae").eval()
+        given = AutoencoderKLWan.from_pretrained(start, subfolder="vae")
+        vae = build_vae(given.config.latents_mean, given.config.latents_std)
+        vae.load_state_dict(given.state_dict())
+        return vae.eval()  # a new one: `given` would write into its config where it came from
     torch.manual_seed(run.seed)
     vae = build_vae()
     path = run.folder / "latent-statistics.json"

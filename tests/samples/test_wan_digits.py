@@ -200,3 +200,8 @@ def test_the_committed_classifier_reads_held_out_scans() -> None:
         video = render(scene, split="held-out")[:, ::8].transpose(0, 1) / 2 + 0.5
         hits.append(video_hits(model, video, {actor.digit for actor in scene.actors}))
     assert sum(hits) >= 6
+
+
+def test_committed_configurations_name_no_folder() -> None:
+    for config in MODEL.rglob("*.json"):
+        assert "_name_or_path" not in config.read_text(), config
