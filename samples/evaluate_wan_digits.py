@@ -4,10 +4,12 @@ attention block-sparse?
     python samples/evaluate_wan_digits.py --videos 40 --guidance 3 5 8
 
 Writes `evaluation.json` and `samples.png` into the model folder. All videos are dense runs. Given
-several guidance scales, the best on ten other videos is taken.
+several guidance scales, the best on ten other videos is taken. Finished videos are kept in a work
+folder, so that the same command goes on where a killed one stopped.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import time
@@ -24,11 +26,12 @@ from train_digit_classifier import load_classifier, video_hits
 from wan_digits_model import build_scheduler
 
 from accel.pipelines.host import device_name
+from accel.pipelines.video_files import load_frames, save_frames
 
 HERE = Path(__file__).parent
 FIRST_EVALUATION_VIDEO = 1_000_000
 
-__all__ = ["evaluation_prompts", "generate", "moves_as_told", "parse_prompt"]
+__all__ = ["evaluation_prompts", "generate", "kept_video", "moves_as_told", "parse_prompt"]
 
 
 def evaluation_prompts(count: int, two: float = 0.3) -> list[str]:
@@ -69,6 +72,30 @@ def generate(pipe: WanPipeline, prompt: str, seed: int, guidance: float, steps: 
     return torch.from_numpy(np.asarray(frames)).float().permute(0, 3, 1, 2)
 
 
+def weights_digest(pipe: WanPipeline) -> str:
+    """Sixteen hexadecimal digits that change with any weight of the pipeline or its scheduler."""
+    made = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), default=str).encode())
+    for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        for name, weight in sorted(part.state_dict().items()):
+            made.update(name.encode() + weight.contiguous().numpy().tobytes())
+    return made.hexdigest()[:16]
+
+
+def kept_video(
+    pipe: WanPipeline, prompt: str, seed: int, guidance: float, steps: int, folder: Path
+) -> Tensor:
+    """`generate`, or the file that an earlier call with equal arguments kept in `folder`.
+
+    The video has 8 bits per channel either way, so that a resumed evaluation equals a whole one.
+    """
+    words = json.dumps([prompt, seed, guidance, steps])
+    path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.npz"
+    if not path.exists():
+        video = generate(pipe, prompt, seed, guidance, steps)
+        save_frames(path, video.permute(0, 2, 3, 1).numpy())
+    return torch.from_numpy(load_frames(path)).permute(0, 3, 1, 2)
+
+
 def moves_as_told(video: Tensor, motions: list[str]) -> tuple[bool, list[float]]:
     """Whether the bright pixels' centre moves within 45 degrees of the sum of the prompted
     directions.
@@ -99,12 +126,12 @@ def judge(
     guidance: float,
     steps: int,
     seed: int,
+    folder: Path,
 ) -> dict:
-    """Generate one video per prompt and judge it."""
+    """Generate one video per prompt, or take it from `folder`, and judge it."""
     rows, shown = [], []
     for index, prompt in enumerate(tqdm(prompts, desc="videos", mininterval=10)):
-        begin = time.perf_counter()
-        video = generate(pipe, prompt, seed + index, guidance, steps)
+        video = kept_video(pipe, prompt, seed + index, guidance, steps, folder)
         parsed = parse_prompt(prompt)
         agrees, moved = moves_as_told(video, [motion for _, motion in parsed])
         rows.append(
@@ -114,7 +141,6 @@ def judge(
                 "digits": video_hits(classifier, video, {d for d, _ in parsed}),
                 "motion": agrees,
                 "moved_pixels": [round(m, 1) for m in moved],
-                "seconds": round(time.perf_counter() - begin, 1),
             }
         )
         shown.append(video)
@@ -122,13 +148,20 @@ def judge(
 
 
 def best_guidance(
-    pipe: WanPipeline, classifier: torch.nn.Module, scales: list[float], steps: int, seed: int
+    pipe: WanPipeline,
+    classifier: torch.nn.Module,
+    scales: list[float],
+    steps: int,
+    seed: int,
+    folder: Path,
 ) -> tuple[float, dict[str, float]]:
     """The scale with most digits and motions right on ten prompts, and the share of each scale."""
     trials = {}
     if len(scales) > 1:
         for scale in scales:
-            judged = judge(pipe, classifier, evaluation_prompts(10), scale, steps, seed + 10_000)
+            judged = judge(
+                pipe, classifier, evaluation_prompts(10), scale, steps, seed + 10_000, folder
+            )
             shares = rates(judged["rows"])
             trials[f"{scale:g}"] = (2 * shares["all_digits_right"] + shares["all_motion_right"]) / 3
         return max(scales, key=lambda scale: trials[f"{scale:g}"]), trials
@@ -269,6 +302,7 @@ def main(
     steps: int,
     seed: int,
     out: Path,
+    work: Path,
 ) -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
     pipe = WanPipeline.from_pretrained(model)
@@ -276,8 +310,9 @@ def main(
     if scheduler:
         pipe.scheduler = build_scheduler(scheduler)
     out.mkdir(parents=True, exist_ok=True)
+    kept = work / weights_digest(pipe)
     judges = load_classifier(classifier)
-    guidance, trials = best_guidance(pipe, judges, guidance, steps, seed)
+    guidance, trials = best_guidance(pipe, judges, guidance, steps, seed, kept)
     result = {
         "guidance": guidance,
         "guidance_trials": trials,
@@ -295,7 +330,7 @@ def main(
         )
     print(json.dumps(result))
     prompts = evaluation_prompts(videos)
-    judged = judge(pipe, judges, prompts, guidance, steps, seed)
+    judged = judge(pipe, judges, prompts, guidance, steps, seed, kept)
     result |= {"rates": rates(judged["rows"]), "rows": judged["rows"]}
     print(json.dumps(result["rates"]))
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -314,4 +349,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "models" / "wan-digits")
+    parser.add_argument("--work", type=Path, default=HERE / ".work" / "evaluation")
     main(**vars(parser.parse_args()))

@@ -205,3 +205,25 @@ def test_the_committed_classifier_reads_held_out_scans() -> None:
 def test_committed_configurations_name_no_folder() -> None:
     for config in MODEL.rglob("*.json"):
         assert "_name_or_path" not in config.read_text(), config
+
+
+def test_a_killed_evaluation_does_not_make_its_videos_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import evaluate_wan_digits as evaluation
+
+    made = []
+
+    def generate(pipe: object, prompt: str, seed: int, guidance: float, steps: int) -> torch.Tensor:
+        made.append((prompt, seed, guidance, steps))
+        return torch.rand(5, 3, 8, 16, generator=torch.Generator().manual_seed(seed))
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    calls = [("a two moving up", 3, 4.0, 30), ("a two moving up", 4, 4.0, 30)]
+    first = [evaluation.kept_video(None, *call, tmp_path) for call in calls]
+    again = [evaluation.kept_video(None, *call, tmp_path) for call in calls]
+    assert made == calls
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(*first)
+    evaluation.kept_video(None, "a two moving up", 3, 4.0, 15, tmp_path)
+    assert len(made) == 3
