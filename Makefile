@@ -36,10 +36,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests (GPU tests are skipped where there is none)"
-	@$(BIN)/python -P -m pytest -q -m "not slow" -ra --durations=5
+	@$(BIN)/pytest -q -m "not slow" -ra --durations=5
 
 test-all: $(STAMP)
-	@$(BIN)/python -P -m pytest -q -ra --durations=20
+	@$(BIN)/pytest -q -ra --durations=20
 
 lint: $(STAMP)
 	@echo "== ruff and mypy"

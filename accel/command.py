@@ -6,13 +6,17 @@ from collections.abc import Callable
 from accel.errors import AccelError
 
 
-def run_command(job: Callable[[], None]) -> None:
-    """Run a command's job; an `AccelError` becomes its message on stderr and exit status 1."""
+def run_command(job: Callable[[], None], *, resumes: bool = False) -> None:
+    """Run a command's job; an `AccelError` becomes its message on stderr and exit status 1.
+
+    resumes: whether the same command goes on where it was interrupted.
+    """
     try:
         job()
     except AccelError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        how = "the same command goes on where it stopped" if resumes else "nothing is kept"
+        print(f"interrupted; {how}", file=sys.stderr)
         sys.exit(130)

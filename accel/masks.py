@@ -48,12 +48,13 @@ def site_mask(
     *,
     layout: Layout,
     block: tuple[int, int],
-    lse: dict[Choice, Tensor],
+    lse: dict[int, Tensor],
     patterns: dict[tuple[Choice, torch.device], Tensor] | None = None,
 ) -> SiteMask:
     """Select the blocks of every head; heads with the same choice are selected together.
 
-    lse: log-sum-exp rows cached by choice over refreshes (AdaSpa); read and updated.
+    lse: log-sum-exp rows `[batch, 1, tokens]` of single heads, cached over refreshes (AdaSpa) and
+    whatever the head's choice was; read and updated.
     patterns: blocks of the static choices met before at this layout and block; the same.
     """
     patterns = {} if patterns is None else patterns
@@ -67,17 +68,18 @@ def site_mask(
         group = [h for h, c in enumerate(choices) if c == choice]
         blocking = Blocking(layout, choice.order, block)
         if isinstance(choice.select, Estimator):
+            known = torch.cat([lse[h] for h in group], 1) if lse.keys() >= set(group) else None
             found = choice.select.select(
-                q[:, group], k[:, group], v[:, group], blocking=blocking, lse=lse.get(choice)
+                q[:, group], k[:, group], v[:, group], blocking=blocking, lse=known
             )
             if found.lse is not None:
-                lse[choice] = found.lse
+                lse.update(zip(group, found.lse.split(1, dim=1), strict=True))
             keep[:, group] = found.keep
         else:
-            known = (choice, q.device)
-            if known not in patterns:
-                patterns[known] = choice.select.mask(blocking, q.device)
-            keep[:, group] = patterns[known]
+            pattern = (choice, q.device)
+            if pattern not in patterns:
+                patterns[pattern] = choice.select.mask(blocking, q.device)
+            keep[:, group] = patterns[pattern]
         for h in group:
             orders[h] = blocking.indices(q.device)
     order = _stack(orders, tokens, q.device)

@@ -120,7 +120,7 @@ class Plan:
             raise PlanError(f"plan {self.name!r} names no site")
         if len(self.sites) > MAX_SITES:
             raise PlanError(f"plan {self.name!r} names {len(self.sites)} sites, over {MAX_SITES}")
-        object.__setattr__(self, "block", _block(self.block))
+        object.__setattr__(self, "block", check_block(self.block))
         if self.dense not in DENSE_BY:
             raise PlanError(f"dense {self.dense!r} is unknown; {nearest(self.dense, DENSE_BY)}")
         sites = {s: tuple(tuple(heads) for heads in bands) for s, bands in self.sites.items()}
@@ -145,6 +145,11 @@ class Plan:
                     f"expected.{name} must be a number above 0, got {value!r:.80}; leave it out to"
                     " predict nothing"
                 )
+        share = self.expected.get("attention_share", 0.0)
+        if not finite(share) or not 0 <= share <= 1:
+            raise PlanError(f"expected.attention_share must be in [0, 1], got {share!r:.80}")
+        if "full_ratio" in self.expected and "attention_share" not in self.expected:
+            raise PlanError("expected.full_ratio needs expected.attention_share beside it")
         ratios = typed("expected.attention_ratio", self.expected.get("attention_ratio", {}), dict)
         for site, bands in ratios.items():
             if not isinstance(bands, list) or not all(finite(r) and r >= 0 for r in bands):
@@ -294,7 +299,7 @@ class Plan:
             n_sites=typed("n_sites", data["n_sites"], int),
             head_dim=typed("head_dim", data["head_dim"], int),
             schedule=Schedule.from_dict(data["schedule"]),
-            block=_block(typed("block", data["block"], list)),
+            block=check_block(typed("block", data["block"], list)),
             dense=typed("dense", data.get("dense", "host"), str),
             grid=None if grid is None else _grid(typed("grid", grid, list)),
             expected=typed("expected", data.get("expected", {}), dict),
@@ -368,12 +373,14 @@ def _grid(value: Sequence[Any]) -> Grid:
     return grid
 
 
-def _block(value: Sequence[Any]) -> tuple[int, int]:
-    if len(value) != 2 or any(
-        type(b) is not int or not 16 <= b <= MAX_BLOCK or b & (b - 1) for b in value
+def check_block(value: Any) -> tuple[int, int]:
+    """`value` as a block (query, key tokens) if it is one."""
+    block = tuple(value) if isinstance(value, Sequence) else ()
+    if len(block) != 2 or any(
+        type(b) is not int or not 16 <= b <= MAX_BLOCK or b & (b - 1) for b in block
     ):
         raise PlanError(f"block must be two powers of two from 16 to {MAX_BLOCK}, got {value!r}")
-    return value[0], value[1]
+    return block
 
 
 def _heads(site: str, heads: Any) -> list[Any]:

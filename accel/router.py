@@ -51,7 +51,7 @@ class Run:
     masks: dict[Any, SiteMask] = field(default_factory=dict)
     full: dict[Any, BlockMask] = field(default_factory=dict)
     patterns: dict[Any, Tensor] = field(default_factory=dict)
-    lse: dict[Any, dict[Choice, Tensor]] = field(default_factory=dict)
+    lse: dict[Any, dict[int, Tensor]] = field(default_factory=dict)
     recalls: dict[Any, Tensor] = field(default_factory=dict)
     first_step: int | None = None
     first_branches: set[str] = field(default_factory=set)

@@ -1,12 +1,12 @@
-"""Reading values of files that nobody vouches for: every departure is a `PlanError` naming it."""
+"""Values that nobody vouches for, of files and settings: every departure is an error naming it."""
 
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from accel.errors import PlanError, nearest
+from accel.errors import AccelError, PlanError, nearest
 
-__all__ = ["bounded_int", "finite", "refuse_constant", "table", "typed"]
+__all__ = ["bounded_int", "check_whole", "finite", "refuse_constant", "table", "typed"]
 
 
 def refuse_constant(word: str) -> None:
@@ -24,6 +24,12 @@ def bounded_int(digits: str) -> int:
 def finite(value: Any) -> bool:
     """Whether `value` is a finite number, and not a switch."""
     return type(value) in (int, float) and isfinite(value)
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse a setting that is not a whole number from `least`."""
+    if type(value) is not int or value < least:
+        raise AccelError(f"{name} is {value!r}; it is a whole number, at least {least}")
 
 
 def table(what: str, data: Any, known: set[str] | None, required: set[str]) -> Mapping[str, Any]:

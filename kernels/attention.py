@@ -1,6 +1,7 @@
 """Block-sparse attention: one entry for every backend."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Literal
 
@@ -62,30 +63,40 @@ def sparse_attention(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     chosen = resolve_backend(backend, q.device)
-    if chosen == "reference":
-        out, lse = sparse_attention_reference(
-            q, k, v, mask, rest=rest, scale=scale, kv_length=kv_length, order=order, return_lse=True
-        )
-        out, lse = out.to(q.dtype), lse.float()
-    else:
-        if chosen == "triton":
-            from accel.kernels.attention_triton import forward
-        elif chosen == "native":
-            from accel.kernels.attention_native import forward
+    # what the paths that are not Triton make on the way lies beside q, whatever torch's default is
+    with nullcontext() if chosen == "triton" else q.device:
+        if chosen == "reference":
+            out, lse = sparse_attention_reference(
+                q,
+                k,
+                v,
+                mask,
+                rest=rest,
+                scale=scale,
+                kv_length=kv_length,
+                order=order,
+                return_lse=True,
+            )
+            out, lse = out.to(q.dtype), lse.float()
         else:
-            from accel.kernels.attention_cpu import forward
-        out, lse = forward(
-            q,
-            k,
-            v,
-            mask.counts,
-            mask.indices,
-            block=mask.block,
-            pooled=pooled_heads(rest, q.shape[1]),
-            scale=q.shape[3] ** -0.5 if scale is None else scale,
-            lengths=valid_lengths(kv_length, k),
-            order=head_orders(order, q, k),
-        )
+            if chosen == "triton":
+                from accel.kernels.attention_triton import forward
+            elif chosen == "native":
+                from accel.kernels.attention_native import forward
+            else:
+                from accel.kernels.attention_cpu import forward
+            out, lse = forward(
+                q,
+                k,
+                v,
+                mask.counts,
+                mask.indices,
+                block=mask.block,
+                pooled=pooled_heads(rest, q.shape[1]),
+                scale=q.shape[3] ** -0.5 if scale is None else scale,
+                lengths=valid_lengths(kv_length, k),
+                order=head_orders(order, q, k),
+            )
     return (out, lse) if return_lse else out
 
 

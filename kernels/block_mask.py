@@ -67,7 +67,7 @@ class BlockMask:
                 f"indices must lie in 0..{self.kv_blocks - 1} ({self.kv_length} keys in blocks of "
                 f"{self.block[1]}), padding included, got {low}..{high}"
             )
-        listed = torch.arange(1, self.indices.shape[3]) < self.counts[..., None]
+        listed = torch.arange(1, self.indices.shape[3], device=self.device) < self.counts[..., None]
         if (listed & (self.indices[..., 1:] <= self.indices[..., :-1])).any():
             raise ValueError(
                 "the listed indices of a row must strictly ascend; sort them, or build the mask "

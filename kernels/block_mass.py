@@ -47,7 +47,8 @@ def block_mass(
     if q.device.type == "cpu" and native.available():
         from accel.kernels.attention_native import block_mass as compiled
 
-        return compiled(q, k, block=block, scale=scale, lse=lse, lengths=lengths, order=orders)
+        with q.device:  # whatever torch's default is
+            return compiled(q, k, block=block, scale=scale, lse=lse, lengths=lengths, order=orders)
     q_blocks, kv_blocks = ceil(tokens / block[0]), ceil(kv_tokens / block[1])
     valid = torch.ones(batch, kv_tokens, dtype=torch.bool, device=q.device)
     if lengths is not None:

@@ -99,6 +99,8 @@ def _cache_folder() -> Iterator[Path]:
     folder = base / "accel-suite"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _ours(folder):
+            raise PermissionError(f"{folder} can be written to by others")
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError:
@@ -107,6 +109,12 @@ def _cache_folder() -> Iterator[Path]:
             yield Path(temporary)
     else:
         yield folder
+
+
+def _ours(folder: Path) -> bool:
+    """Whether nobody else can put a library there; always where files have no owners."""
+    told = folder.stat()
+    return not hasattr(os, "getuid") or (told.st_uid == os.getuid() and not told.st_mode & 0o022)
 
 
 def _build(compiler: str, path: Path) -> None:

@@ -1,8 +1,8 @@
 """What accel has to know of a kind of model: about ten lines each, found by the model's class."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from accel.errors import UnsupportedModelError, nearest
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +62,26 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 def denoisers_of(target: Any) -> list[nn.Module]:
     """The denoisers of a pipeline (`transformer`, `transformer_2`), or the model itself."""
-    found = [
-        getattr(target, name, None)
-        for name in ("transformer", "transformer_2")
-        if not isinstance(target, nn.Module)
-    ]
+    return list(named_denoisers(target).values())
+
+
+def named_denoisers(target: Any) -> dict[str, nn.Module]:
+    """`denoisers_of` by the pipeline's names for them; a model itself is the `transformer`."""
+    found = {name: getattr(target, name, None) for name in ("transformer", "transformer_2")}
     if isinstance(target, nn.Module):
-        found = [target]
-    models = [getattr(m, "_orig_mod", m) for m in found if isinstance(m, nn.Module)]
+        found = {"transformer": target}
+    models = {n: getattr(m, "_orig_mod", m) for n, m in found.items() if isinstance(m, nn.Module)}
     if not models:
         raise UnsupportedModelError(
             f"a {type(target).__name__} has no denoiser that accel knows; give a diffusers"
             " pipeline with a `transformer`, or the model itself"
         )
     return models
+
+
+def by_denoiser(target: Any, values: Sequence[T]) -> dict[str, T]:
+    """One value for each of `denoisers_of`, by the names that `enable` takes."""
+    return dict(zip(named_denoisers(target), values, strict=True))
 
 
 def sites_of(model: nn.Module) -> dict[Site, nn.Module]:

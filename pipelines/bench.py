@@ -12,8 +12,11 @@ from tqdm import tqdm
 
 from accel.command import run_command
 from accel.cost import KEEPS, CostTable, Shape, measure
-from accel.errors import AccelError
+from accel.errors import AccelError, nearest
 from accel.files import write_atomically
+from accel.pipelines.host import DTYPES, resolve_device
+from accel.plan import check_block
+from accel.untrusted import check_whole
 
 
 def table_of(costs: CostTable) -> str:
@@ -33,15 +36,20 @@ def table_of(costs: CostTable) -> str:
 
 def bench(config: dict[str, Any]) -> None:
     """Measure every shape and block of the configuration; print, and write JSON."""
-    device = config["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device("device", config["device"]).type
+    if config["dtype"] not in DTYPES:
+        raise AccelError(
+            f"dtype {config['dtype']!r} is unknown; {nearest(config['dtype'], DTYPES)}"
+        )
+    check_whole("rounds", config["rounds"], 1)
+    for size in config["shapes"]:
+        for name in ("tokens", "heads", "head_dim"):
+            check_whole(f"shapes.{name}", size.get(name), 1)
     results = []
     for size in config["shapes"]:
         for block in config["blocks"]:
-            if not hasattr(torch, config["dtype"]):
-                raise AccelError(f"dtype {config['dtype']!r} is not one of torch's")
-            shape = Shape(**size, dtype=config["dtype"], device=device, block=tuple(block))
+            block = check_block(block)
+            shape = Shape(**size, dtype=config["dtype"], device=device, block=block)
             costs = measure(
                 shape,
                 rounds=config["rounds"],

@@ -53,7 +53,7 @@ def main(config: Any) -> None:
     """Entry point of the console script."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     typed = shlex.join(["accel-compare", *HydraConfig.get().overrides.task])
-    run_command(lambda: compare(settings, typed))
+    run_command(lambda: compare(settings, typed), resumes=True)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ import torch
 
 from accel.cost import full_speedup
 from accel.errors import AccelError
-from accel.pipelines.adapters import denoisers_of
+from accel.pipelines.adapters import by_denoiser, denoisers_of
 from accel.pipelines.enable import disable, enable, session_of, summary
 from accel.pipelines.host import Host, device_name
-from accel.pipelines.look import by_denoiser, look
+from accel.pipelines.look import look
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.pricing import load_or_measure_baseline, priced, warm_up_steps
 from accel.pipelines.video_files import save_frames
@@ -95,7 +95,7 @@ class Arm:
         path = Path(folder) / "baseline.json"
         baseline = load_or_measure_baseline(self.host, self._config.calibration[0], 0, path)
         plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
-        enable(self.host.pipe, by_denoiser(plans), check=False)
+        enable(self.host.pipe, by_denoiser(self.host.pipe, plans), check=False)
         reset_peak_memory(self.host.device)
         return {
             "attention_share": baseline.total_share,

@@ -20,6 +20,7 @@ from typing import Any
 import accel
 from accel.errors import PlanError
 from accel.files import write_atomically
+from accel.pipelines.enable import HUB_FILE
 from accel.pipelines.host import ModelConfig, device_name, find_path, versions
 from accel.plan import Plan
 
@@ -31,7 +32,8 @@ UNREAD = {".md", ".png", ".jpg", ".gif", ".mp4"}
 class ArmSpec:
     """One arm. plan: a plan file, the name of a recipe, or None for the dense run.
 
-    identity: names what the plan does; what cannot be read has only its path.
+    identity: names what the plan does and expects, since it runs dense where it expects dense to
+    be faster; what cannot be read has only its path.
     """
 
     name: str
@@ -40,10 +42,12 @@ class ArmSpec:
 
     @classmethod
     def of(cls, name: str, plan: str) -> "ArmSpec":
-        identity = plan
-        if Path(plan).exists():
+        identity, path = plan, Path(plan)
+        if path.exists():
             with suppress(PlanError):
-                identity = Plan.load(plan).digest
+                found = Plan.load(path / HUB_FILE if path.is_dir() else path)
+                expected = json.dumps(found.expected, sort_keys=True)
+                identity = f"{found.digest} {expected}"
         return cls(name, plan, identity)
 
 

@@ -9,6 +9,7 @@ from accel.errors import AccelError, PlanError, nearest
 from accel.pipelines.compare_book import ArmSpec
 from accel.pipelines.host import DTYPES, ModelConfig, find_path
 from accel.recipes import RECIPES
+from accel.untrusted import check_whole, finite
 
 DENSE = ArmSpec("dense")
 FULL = ArmSpec.of("full", "full")
@@ -48,10 +49,12 @@ class CompareSettings:
         for name in self.baselines[1:]:
             if name != FULL.name:
                 raise AccelError(f"there is no baseline {name!r}; take 'dense' and 'full'")
-        for name in ("rounds", "timing_prompts", "arms_timeout_s"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 1:
-                raise AccelError(f"{name} is {value!r}; it is a number, at least 1")
+        for name, least in (("rounds", 1), ("timing_prompts", 1), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        if not finite(self.arms_timeout_s) or self.arms_timeout_s < 1:
+            raise AccelError(
+                f"arms_timeout_s is {self.arms_timeout_s!r}; it is a number of seconds, at least 1"
+            )
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise AccelError(f"dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")

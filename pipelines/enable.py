@@ -19,7 +19,13 @@ from accel.errors import AccelError, MissedSiteError, PlanError, nearest
 from accel.geometry import Geometry
 from accel.intercept import REDUCE, Entry, Interception, copy_plainly
 from accel.layout import Layout
-from accel.pipelines.adapters import adapter_of, denoisers_of, self_check_inputs, sites_of
+from accel.pipelines.adapters import (
+    adapter_of,
+    denoisers_of,
+    named_denoisers,
+    self_check_inputs,
+    sites_of,
+)
 from accel.plan import Plan
 from accel.recipes import RECIPES, recipe
 from accel.router import Session
@@ -58,10 +64,16 @@ def enable(
     plan.
     Raises PlanError (plan does not fit), UnsupportedModelError, MissedSiteError.
     """
-    models = denoisers_of(target)
+    named = named_denoisers(target)
+    models = list(named.values())
     if layout is not None and not isinstance(layout, Layout) and not callable(layout):
         raise AccelError(f"layout is an accel.Layout or a function that gives one, not {layout!r}")
-    chosen = [_resolve(plan, model, index, len(models)) for index, model in enumerate(models)]
+    if isinstance(plan, Mapping) and sorted(plan) != sorted(named):
+        raise PlanError(f"plans must be given for {sorted(named)}, got {sorted(plan)}")
+    chosen = [
+        _resolve(plan[name] if isinstance(plan, Mapping) else plan, model)
+        for name, model in named.items()
+    ]
     undo: list[Callable[[], None]] = []
     try:
         for model, one in zip(models, chosen, strict=True):
@@ -261,12 +273,7 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
         )
 
 
-def _resolve(plan: PlanLike, model: nn.Module, index: int, count: int) -> Plan:
-    if isinstance(plan, Mapping):
-        names = ["transformer", "transformer_2"][:count]
-        if sorted(plan) != names:
-            raise PlanError(f"plans must be given for {names}, got {sorted(plan)}")
-        plan = plan[names[index]]
+def _resolve(plan: "Plan | str | os.PathLike[str]", model: nn.Module) -> Plan:
     if isinstance(plan, str) and plan in RECIPES:
         plan = recipe(plan, Geometry(type(model).__name__, tuple(sites_of(model))))
     elif isinstance(plan, (str, os.PathLike)):

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from accel.errors import AccelError, nearest
+from accel.untrusted import check_whole
 
 Video = NDArray[np.float32]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,11 +55,24 @@ class ModelConfig:
             if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
                 raise AccelError(f"model.{name} must be prompts with text in them, got {prompts}")
             object.__setattr__(self, name, prompts)
+        check_whole("model.call.num_inference_steps", dict(self.call).get("num_inference_steps"), 1)
+        self.resolved_device()
 
     def resolved_device(self) -> torch.device:
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return resolve_device("model.device", self.device)
+
+
+def resolve_device(name: str, device: str) -> torch.device:
+    """The device that a setting `name` asks for; "auto" is cuda where there is one, else cpu."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise AccelError(f"{name} is {device!r}, which cannot be used here: {reason}") from error
+    return found
 
 
 def find_path(path: str) -> str:

@@ -17,7 +17,7 @@ from accel.files import write_atomically
 from accel.geometry import Site
 from accel.kernels.block_mass import block_mass
 from accel.masks import SiteMask, sampled_recall, site_mask
-from accel.pipelines.adapters import denoisers_of
+from accel.pipelines.adapters import by_denoiser, denoisers_of
 from accel.pipelines.enable import disable, enable, session_of
 from accel.pipelines.host import Host
 from accel.plan import DENSE, Plan
@@ -49,7 +49,7 @@ def look(host: Host, plans: list[Plan], prompt: str, seed: int, path: Path) -> d
     ]
     disable(host.pipe)
     try:
-        enable(host.pipe, by_denoiser(dense))
+        enable(host.pipe, by_denoiser(host.pipe, dense))
         for model, observer in zip(denoisers_of(host.pipe), observers, strict=True):
             session_of(model).observer = observer
         host.generate(prompt, seed, callback_on_step_end=_stop_after(at))
@@ -57,18 +57,13 @@ def look(host: Host, plans: list[Plan], prompt: str, seed: int, path: Path) -> d
         pass
     finally:
         disable(host.pipe)
-        enable(host.pipe, by_denoiser(plans), check=False)
+        enable(host.pipe, by_denoiser(host.pipe, plans), check=False)
     maps = [one for observer in observers for one in observer.maps]
     buffer = io.BytesIO()
     arrays = {f"{key}-{i}": one.pop(key) for i, one in enumerate(maps) for key in ("mass", "keep")}
     np.savez_compressed(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
     return {"step": at, "steps": host.steps, "prompt": prompt, "maps": maps}
-
-
-def by_denoiser(plans: list[Plan]) -> dict[str, Plan]:
-    """Plans in the order of a pipeline's denoisers, by the names that `enable` takes."""
-    return dict(zip(("transformer", "transformer_2"), plans, strict=False))
 
 
 def looked_at(schedule: Schedule, steps: int) -> tuple[int | None, frozenset[int]]:
@@ -104,7 +99,7 @@ class _Observer:
         self._making = making
         self._wanted = _spread(list(plan.sites), MAX_SITES)
         self._masks: dict[str, SiteMask] = {}
-        self._lse: dict[str, dict[Any, Tensor]] = {}
+        self._lse: dict[str, dict[int, Tensor]] = {}
         self.maps: list[dict[str, Any]] = []
 
     def __call__(

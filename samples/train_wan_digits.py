@@ -13,6 +13,7 @@ more on whole videos. Two CPU cores are enough.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -27,11 +28,12 @@ from wan_digits_denoiser import DenoiserSettings, Latents, denoiser_step
 from wan_digits_model import build_text_encoder, build_tokenizer, build_transformer, export
 from wan_digits_vae import VaeSettings, build_vae, encode_videos, refine_decoder, train_vae
 
+from accel.files import write_atomically
+
 HERE = Path(__file__).parent
 FIRST_TRAINING_VIDEO = (
     10_000  # indices below are the autoencoder's, those above a million are for evaluation
 )
-TWO_DIGITS = 0.65  # of the videos: they teach twice as much about digits, and are the harder ones
 
 
 def trained_vae(run: Run, length: Length, start: Path | None) -> AutoencoderKLWan:
@@ -53,17 +55,19 @@ def trained_vae(run: Run, length: Length, start: Path | None) -> AutoencoderKLWa
         print("autoencoder:", train_vae(run, vae, VaeSettings(length=length)))
         sample = encode_videos(vae.eval(), run.seed, FIRST_TRAINING_VIDEO, 64)["latents"].float()
         mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
-        path.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
+        write_atomically(path, json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
     result = build_vae(**json.loads(path.read_text()))
     result.load_state_dict(torch.load(run.folder / "vae.pt", weights_only=True)["vae"])
     return result.eval()
 
 
-def cached_latents(run: Run, vae: AutoencoderKLWan, videos: int) -> Latents:
+def cached_latents(run: Run, vae: AutoencoderKLWan, videos: int, two: float) -> Latents:
     """Encode the training videos once; normalised as the pipeline normalises them."""
-    path = run.folder / f"latents-{run.seed}-{videos}.pt"
+    weights = b"".join(w.numpy().tobytes() for w in vae.encoder.state_dict().values())
+    by = hashlib.sha256(weights).hexdigest()[:8]
+    path = run.folder / f"latents-{run.seed}-{videos}-{two:g}-{by}.pt"
     if not path.exists():
-        encoded = encode_videos(vae, run.seed, FIRST_TRAINING_VIDEO, videos, two=TWO_DIGITS)
+        encoded = encode_videos(vae, run.seed, FIRST_TRAINING_VIDEO, videos, two=two)
         save_atomically(encoded, path)
     cache = torch.load(path, weights_only=True)
     mean, std = (
@@ -135,6 +139,7 @@ def main(
     out: Path,
     work: Path,
     videos: int,
+    two: float,
     scheduler: str,
     processes: int,
     start: Path | None,
@@ -156,7 +161,7 @@ def main(
         Length(minutes * share, count) for share, count in zip(shares, counts, strict=True)
     )
     vae = trained_vae(run, vae_length, start)
-    cache = cached_latents(run, vae, videos)
+    cache = cached_latents(run, vae, videos, two)
     arguments = (processes, run, vae, cache, denoiser_length, out, scheduler, start, begin)
     if processes == 1:
         train_denoiser(0, *arguments)
@@ -187,6 +192,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE / "models" / "wan-digits")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "wan-digits")
     parser.add_argument("--videos", type=int, default=1200, help="videos in the latent cache")
+    parser.add_argument(
+        "--two",
+        type=float,
+        default=0.65,
+        help="share of videos with two digits: they teach twice as much, and are the harder ones",
+    )
     parser.add_argument("--scheduler", choices=("euler", "unipc"), default="unipc")
     parser.add_argument(
         "--processes",

@@ -95,9 +95,9 @@ by `and`, the left or upper digit first.
 
 The 8x8 scans of the UCI optical digits (Alpaydin and Kaynak, 1998) that ship with scikit-learn,
 enlarged to 23 to 30 pixels, slightly sheared, moving at 0.65 to 1 pixel per frame on 64x64 pixels,
-33 frames, one digit (60%) or two. Backgrounds are band-limited coloured noise that drifts at a
-constant velocity, new for every video. Every fifth scan is held out. `samples/moving_digits.py`
-makes video `(seed, index)`; seed 0 was used.
+33 frames, one digit or two (`--two` of the training script). Backgrounds are band-limited coloured
+noise that drifts at a constant velocity, new for every video. Every fifth scan is held out.
+`samples/moving_digits.py` makes video `(seed, index)`; seed 0 was used.
 
 ## Architecture
 

@@ -79,7 +79,7 @@ class DenoiserSettings:
     prompt_dropout: float = 0.12
     average_decay: float = 0.995
     head_block: int = 2
-    head_weight: float = 0.2
+    head_weight: float = 0.4
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from accel.command import run_command
 from accel.pipelines.model_settings import model_config
+from accel.plan import check_block
 from accel.schedule import Schedule
 from accel.search.run import Search, SearchSettings, describe
 
@@ -18,7 +19,7 @@ def search(config: dict[str, Any]) -> None:
         space=config["space"],
         budget=config["budget"]["time"],
         schedule=Schedule.from_dict(config["schedule"]),
-        block=tuple(config["block"]),
+        block=check_block(config["block"]),
         rows=config["rows"],
         tolerance=config["tolerance"],
         cost_rounds=config["cost_rounds"],
@@ -36,7 +37,8 @@ def search(config: dict[str, Any]) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="search")
 def main(config: DictConfig) -> None:
     """Entry point of the console script."""
-    run_command(lambda: search(OmegaConf.to_container(config, resolve=True)))  # type: ignore[arg-type]
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    run_command(lambda: search(settings), resumes=True)
 
 
 if __name__ == "__main__":

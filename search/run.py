@@ -28,6 +28,7 @@ from accel.files import write_atomically
 from accel.layout import Layout
 from accel.metrics import capped, psnr
 from accel.pipelines.adapters import adapter_of, denoisers_of, geometry_of, sites_of
+from accel.pipelines.compare_book import code_digest
 from accel.pipelines.enable import enabled, session_of
 from accel.pipelines.host import Host, ModelConfig, Video, device_name, versions
 from accel.pipelines.pricing import (
@@ -37,12 +38,13 @@ from accel.pipelines.pricing import (
     load_or_measure_costs,
     warm_up_steps,
 )
-from accel.plan import DENSE, Choice, Plan
+from accel.plan import DENSE, Choice, Plan, check_block
 from accel.recipes import recipe
 from accel.schedule import Schedule
 from accel.search.front import Point, Times, front, within
 from accel.search.picture import draw_front
 from accel.search.profile import Calibrator, Profile
+from accel.untrusted import check_whole, finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +62,23 @@ class SearchSettings:
     seed: int = 1000
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, int | float) or not 0 < self.budget <= 1:
+        if not finite(self.budget) or not 0 < self.budget <= 1:
             raise AccelError(
                 f"budget.time is {self.budget!r}; it is a fraction of the dense time, in (0, 1]"
             )
-        object.__setattr__(self, "block", tuple(self.block))
+        object.__setattr__(self, "block", check_block(self.block))
+        for name, least in (("rows", 1), ("cost_rounds", 1), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        if not finite(self.tolerance) or self.tolerance < 0:
+            raise AccelError(f"tolerance is {self.tolerance!r}; it is a number, at least 0")
 
     def digest(self, model: ModelConfig, weights: str) -> str:
-        """Names what a calibration depends on; the budget is not part of it."""
+        """Names what costs and calibration depend on; the budget is not part of it."""
         parts = {
+            "device": device_name(model.resolved_device()),
+            "versions": versions(),
+            "code": code_digest(),
+            "cost_rounds": self.cost_rounds,
             "space": self.space,
             "schedule": self.schedule.to_dict(),
             "block": self.block,
@@ -122,6 +132,8 @@ class Search:
         self.denoiser = denoisers_of(self.host.pipe)[0]
         self.digest = settings.digest(model, fingerprint(self.denoiser))
         self.geometry = geometry_of(self.denoiser)
+        for choice in self.candidates:  # refuse now what could not stand in a plan later
+            Plan.uniform("candidate", self.geometry, choice, block=settings.block)
         # dense everywhere, but in the bands of the plan to come: what the calibration observes
         self.dense_plan = replace(
             dense_plan(self.geometry),

@@ -1,5 +1,6 @@
 """The commands as they are typed: their configurations, their help, and what goes wrong in them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,63 @@ def test_generate_writes_a_video(tiny_wan_path, tmp_path):
     assert (tmp_path / "v.gif").stat().st_size > 100
 
 
+WRONG = {
+    ("compare", "rounds=1.5"): "rounds is 1.5; it is a whole number, at least 1",
+    ("compare", "timing_prompts=0"): "timing_prompts is 0; it is a whole number, at least 1",
+    ("compare", "seed=x"): "seed is 'x'; it is a whole number, at least 0",
+    ("compare", "arms_timeout_s=soon"): "arms_timeout_s is 'soon'; it is a number of seconds",
+    ("compare", "model.device=gpu"): "model.device is 'gpu', which cannot be used here",
+    ("compare", "~model.call.num_inference_steps"): "model.call.num_inference_steps is None",
+    ("search", "cost_rounds=0"): "cost_rounds is 0; it is a whole number, at least 1",
+    ("search", "rows=1.5"): "rows is 1.5; it is a whole number, at least 1",
+    ("search", "tolerance=no"): "tolerance is 'no'; it is a number, at least 0",
+    ("search", "block=[48,64]"): "block must be two powers of two from 16",
+    ("search", "block=64"): "block must be two powers of two from 16",
+    ("bench", "rounds=0"): "rounds is 0; it is a whole number, at least 1",
+    ("bench", "dtype=nn"): "dtype 'nn' is unknown",
+    ("bench", "device=gpu"): "device is 'gpu', which cannot be used here",
+    ("bench", "blocks=[[64,65]]"): "block must be two powers of two from 16",
+    ("bench", "shapes=[{tokens: 64}]"): "shapes.heads is None; it is a whole number",
+}
+# a process without the type checks of the tests, which would be faster
+SAY_WHAT_IS_WRONG = """
+import json, sys
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from accel.errors import AccelError
+from accel.pipelines.bench import bench
+from accel.pipelines.compare import compare
+from accel.search.__main__ import search
+
+jobs = {"bench": bench, "search": search, "compare": lambda config: compare(config, "")}
+said = []
+with initialize_config_module("accel.configs", version_base="1.3"):
+    for name, override in json.loads(sys.argv[1]):
+        config = compose(name, overrides=[override, "out=" + sys.argv[2]])
+        try:
+            jobs[name](OmegaConf.to_container(config, resolve=True))
+        except AccelError as error:
+            said.append(str(error))
+print(json.dumps(said))
+"""
+
+
+def test_settings_are_checked_before_anything_is_spent(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SAY_WHAT_IS_WRONG, json.dumps(list(WRONG)), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+        timeout=240,
+        check=True,
+    )
+    for (_, override), message, said in zip(
+        WRONG, WRONG.values(), json.loads(done.stdout), strict=True
+    ):
+        assert message in said, override
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command):
     said = run(command, "--help")
@@ -88,6 +146,7 @@ def test_help_teaches(command):
         ("accel-compare", ["rounds=two"], "error: rounds is 'two'"),
         ("accel-compare", ["recipes=[7]"], "error: recipes is [7]"),
         ("accel-search", ["budget.time=half"], "error: budget.time is 'half'"),
+        ("accel-bench", ["dtype=float64"], "error: dtype 'float64' is unknown"),
         (
             "accel-generate",
             ["prompt=a one", "model.path=no/such/model"],

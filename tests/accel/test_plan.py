@@ -287,6 +287,14 @@ BAD = {
         f"keep {keep}": (_edit(*KEEP, keep), f"keep is a fraction in (0, 1], got {keep}")
         for keep in (0, -1, 1.5)
     },
+    "share above 1": (
+        _edit("expected", {"attention_share": 1.2}),
+        "expected.attention_share must be in [0, 1], got 1.2",
+    ),
+    "full without a share": (
+        _edit("expected", {"full_ratio": 0.9, "speedup": 1.2}),
+        "expected.full_ratio needs expected.attention_share",
+    ),
     "keep a word": (_edit(*KEEP, "0.5"), "keep"),
 }
 

@@ -57,6 +57,20 @@ class TestMasks:
         run(session(Choice(AdaptiveBlockMass(keep=0.5)), refresh=(0.5,)), range(10))
         assert given == [False, False, True, True]
 
+    @pytest.mark.parametrize("later", [(True, False), (False, True), (False, False)])
+    def test_rows_belong_to_heads_and_not_to_choices(self, later):
+        """A choice that moves to other heads in the next band gets the rows of these heads."""
+        few, many = (Choice(AdaptiveBlockMass(keep=keep)) for keep in (0.3, 0.6))
+        first = (few, few) if any(later) else (few, many)
+        then = tuple(few if same else many for same in later) if any(later) else (many, few)
+        one = session(few, bands=(0.5,))
+        one.plan = replace(one.plan, sites=dict.fromkeys("ab", (first, then)))
+        steady = session(few, bands=(0.5,))
+        steady.plan = replace(steady.plan, sites=dict.fromkeys("ab", (then, then)))
+        outs, expected = (run(s, range(10))[-2:] for s in (one, steady))
+        for moved, same in zip(outs, expected, strict=True):
+            torch.testing.assert_close(moved, same)
+
     def test_rows_are_kept_for_a_later_look_alone(self):
         one = session(Choice(AdaptiveBlockMass(keep=0.5)), refresh=(0.3, 0.6, 0.9), dense_end=0.2)
         kept = []

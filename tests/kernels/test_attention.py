@@ -49,6 +49,20 @@ def test_matches_reference(backend, case, generator):
     check(backend, q, k, v, mask, rest=rest, **case.options(generator))
 
 
+def test_the_default_device_does_not_matter(backend, generator):
+    """What a path makes on its way lies beside q; no tensor can mix with those on meta."""
+    if backend.device != "cpu" or backend.name == "triton":
+        pytest.skip("the launch of a Triton kernel is what torch makes of it")
+    case = CASES[2]
+    q, k, v = case.tensors(generator)
+    keep, options = case.dense_keep(generator), case.options(generator)
+    expected = run(backend, q, k, v, case.mask(keep), rest="mean", **options)
+    with torch.device("meta"):
+        found = run(backend, q, k, v, case.mask(keep), rest="mean", **options)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("rest", ["drop", "mean"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(backend, dtype, rest, generator):

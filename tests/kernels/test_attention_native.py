@@ -118,6 +118,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(fresh, monkeypatch, tmp_
     assert not warnings(caplog)
 
 
+def test_a_cache_that_others_can_write_to_is_not_used(fresh):
+    """A library is code: whoever may put one there could run as us."""
+    fresh.mkdir(parents=True)
+    fresh.chmod(0o777)
+    with native._cache_folder() as folder:
+        assert folder != fresh
+    fresh.chmod(0o700)
+    with native._cache_folder() as folder:
+        assert folder == fresh
+
+
 def test_a_broken_file_in_the_cache_is_built_again(fresh, caplog):
     caplog.set_level(logging.INFO, "accel")
     fresh.mkdir(parents=True)

@@ -35,6 +35,15 @@ def assert_same(got, truth):
         torch.testing.assert_close(x.double(), y, atol=2e-5, rtol=2e-5)
 
 
+def test_the_default_device_does_not_matter(generator):
+    q, k, _ = CASES[2].tensors(generator)
+    expected = block_mass(q, k, block=(16, 32))
+    with torch.device("meta"):
+        found = block_mass(q, k, block=(16, 32))
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("size", [1.0, 40.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_matches_reference(case, size, generator):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny_denoiser import tiny_plan
 from tiny_wan import tiny_wan_config
 
 from accel.errors import AccelError, PlanError
@@ -21,6 +22,7 @@ from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.pricing import warm_up_steps
 from accel.pipelines.video_files import load_frames, save_frames
+from accel.plan import DENSE as DENSE_CHOICE
 from accel.schedule import Schedule
 
 
@@ -169,6 +171,17 @@ def test_measurements_of_other_noise_or_another_plan_are_not_taken_over(
     assert book().result(Job(ArmSpec.of("window", "radial"), 0, 1)) is None
     monkeypatch.setattr(compare_book, "versions", lambda: {"torch": "another"})
     assert book().result(job) is None
+
+
+def test_what_a_plan_expects_decides_what_it_runs_and_so_names_it(tmp_path):
+    plan = tiny_plan(DENSE_CHOICE)
+    path = plan.save(tmp_path / "accel_plan.json")
+    as_file, as_folder = (ArmSpec.of("a", str(p)).identity for p in (path, tmp_path))
+    assert as_file == as_folder
+    ratios = {site: [2.0] * plan.schedule.n_bands for site in plan.sites}
+    replace(plan, expected={"attention_ratio": ratios}).save(path)
+    assert ArmSpec.of("a", str(path)).identity != as_file
+    assert ArmSpec.of("a", str(tmp_path)).identity != as_file
 
 
 def test_a_video_of_other_noise_is_not_taken_for_one_that_a_killed_comparison_made(model, tmp_path):

@@ -628,6 +628,9 @@ def test_two_denoisers_take_one_plan_or_one_each():
     with pytest.raises(accel.PlanError, match=r"plans must be given for .*'transformer_2'"):
         accel.enable(both, {"transformer": first})
     assert "_accel" not in both.transformer.__dict__
+    second_alone = SimpleNamespace(transformer=None, transformer_2=both.transformer_2)
+    accel.enable(second_alone, {"transformer_2": second})
+    assert session_of(both.transformer_2).plan.name == "second"
 
 
 def test_sites_left_out_are_listed(model):

@@ -46,6 +46,7 @@ def test_a_video_is_a_function_of_seed_and_index() -> None:
 def test_scans_of_the_splits_do_not_meet() -> None:
     train, held_out = (scans(split)[0].flatten(1) for split in ("train", "held-out"))
     assert len(train) + len(held_out) == 1797
+    assert not (train[:, None] == held_out[None]).all(2).any()
     with pytest.raises(ValueError, match="split"):
         scans("validation")
 

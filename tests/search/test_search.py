@@ -170,6 +170,20 @@ def test_other_weights_are_calibrated_anew(done, model, monkeypatch):
     assert other.digest != Search(model, settings(), done.folder).digest
 
 
+@pytest.mark.parametrize("other", ["device_name", "versions", "code_digest"])
+def test_what_another_device_or_code_measured_is_not_taken_over(done, model, monkeypatch, other):
+    known = Search(model, settings(), done.folder).digest
+    monkeypatch.setattr(search_run, other, lambda *_: "another")
+    assert Search(model, settings(), done.folder).digest != known
+
+
+def test_an_estimator_that_cannot_use_the_block_is_refused_at_once(model, tmp_path):
+    select = {"kind": "antidiagonal", "keep": 0.5, "stride": 64}
+    group = {"select": [select], "orders": ["thw"], "rests": ["drop"]}
+    with pytest.raises(AccelError, match="stride"):
+        Search(model, settings(space={"groups": [group]}), tmp_path)
+
+
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5])
 def test_a_budget_outside_its_range_is_refused(budget):
     with pytest.raises(AccelError, match=r"budget\.time is"):
