@@ -17,14 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attention_recall import measured_recall, summarise
+from attention_recall import measured_recall
 from diffusers import WanPipeline
 from moving_digits import DIGIT_WORDS, MOTIONS, draw_scene, make_video, prompt_of
 from torch import Tensor
 from tqdm import tqdm
-from train_digit_classifier import load_classifier, video_hits
 from wan_digits_model import build_scheduler
 
+from accel.context import step
+from accel.metrics import Classifier
 from accel.pipelines.host import device_name
 from accel.pipelines.video_files import load_frames, save_frames
 
@@ -121,7 +122,7 @@ def moves_as_told(video: Tensor, motions: list[str]) -> tuple[bool, list[float]]
 
 def judge(
     pipe: WanPipeline,
-    classifier: torch.nn.Module,
+    classifier: Classifier,
     prompts: list[str],
     guidance: float,
     steps: int,
@@ -138,7 +139,7 @@ def judge(
             {
                 "prompt": prompt,
                 "seed": seed + index,
-                "digits": video_hits(classifier, video, {d for d, _ in parsed}),
+                "digits": classifier.reads(video.permute(0, 2, 3, 1).numpy(), prompt),
                 "motion": agrees,
                 "moved_pixels": [round(m, 1) for m in moved],
             }
@@ -149,7 +150,7 @@ def judge(
 
 def best_guidance(
     pipe: WanPipeline,
-    classifier: torch.nn.Module,
+    classifier: Classifier,
     scales: list[float],
     steps: int,
     seed: int,
@@ -225,7 +226,7 @@ def recall_on_real(
         torch.tensor(v).view(1, -1, 1, 1, 1)
         for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
     )
-    with measured_recall(pipe.transformer, (17, 16, 16)) as state:
+    with measured_recall(pipe.transformer) as recalls:
         for index in range(FIRST_EVALUATION_VIDEO, FIRST_EVALUATION_VIDEO + videos):
             scene = draw_scene(seed, index, split="held-out")
             pixels = make_video(seed, index, split="held-out")[0][None]
@@ -234,22 +235,23 @@ def recall_on_real(
                 prompt_of(scene), do_classifier_free_guidance=False, max_sequence_length=64
             )
             noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(index))
-            for sigma in sigmas:
-                pipe.transformer(
-                    (1 - sigma) * clean + sigma * noise, torch.tensor([1000 * sigma]), embeds
-                )
-    return summarise(state["recalls"])
+            for number, sigma in enumerate(sigmas):
+                with step(number, len(sigmas)):
+                    pipe.transformer(
+                        (1 - sigma) * clean + sigma * noise, torch.tensor([1000 * sigma]), embeds
+                    )
+    return recalls.best()
 
 
 def recall_on_generated(
     pipe: WanPipeline, prompt: str, seed: int, guidance: float, steps: int = 30
 ) -> list:
     """Recall per layer and head at the middle denoising step of a generation, both branches."""
-    with measured_recall(pipe.transformer, (17, 16, 16)) as state:
-        state["record"] = False
+    with measured_recall(pipe) as recalls:
+        recalls.record = False
 
         def switch(_pipe: WanPipeline, step: int, _timestep: Tensor, kwargs: dict) -> dict:
-            state["record"] = step + 1 == steps // 2
+            recalls.record = step + 1 == steps // 2
             return kwargs
 
         pipe(
@@ -264,7 +266,7 @@ def recall_on_generated(
             output_type="latent",
             callback_on_step_end=switch,
         )
-    return summarise(state["recalls"])
+    return recalls.best()
 
 
 @torch.no_grad()
@@ -311,7 +313,7 @@ def main(
         pipe.scheduler = build_scheduler(scheduler)
     out.mkdir(parents=True, exist_ok=True)
     kept = work / weights_digest(pipe)
-    judges = load_classifier(classifier)
+    judges = Classifier.load(classifier)
     guidance, trials = best_guidance(pipe, judges, guidance, steps, seed, kept)
     result = {
         "guidance": guidance,

@@ -13,43 +13,24 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from moving_digits import DIGIT_WORDS, draw_scene, render
-from safetensors.torch import load_file, save_file
+from moving_digits import DIGIT_WORDS, draw_scene, prompt_of, render
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Length, Run
+
+from accel.metrics import Classifier
 
 HERE = Path(__file__).parent
 ARCHITECTURE = "test_resnet"
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 FRAMES_PER_VIDEO = 3
 
-__all__ = ["frame_logits", "load_classifier", "video_hits"]
 
-
-def load_classifier(folder: Path) -> nn.Module:
-    """The saved classifier, ready to judge frames."""
-    config = json.loads((folder / "config.json").read_text())
-    model = timm.create_model(
-        config["architecture"], num_classes=config["num_classes"], in_chans=config["in_chans"]
-    )
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.eval()
-
-
-def frame_logits(model: nn.Module, frames: Tensor) -> Tensor:
+def _logits(model: nn.Module, frames: Tensor) -> Tensor:
     """Logits `[n, 10]` of frames `[n, 3, h, w]` in [0, 1]."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return model((frames - mean) / std)
-
-
-def video_hits(model: nn.Module, video: Tensor, digits: set[int]) -> bool:
-    """Whether the `len(digits)` highest mean frame logits of a video `[frames, 3, h, w]` are
-    exactly `digits`.
-    """
-    with torch.no_grad():
-        score = frame_logits(model, video).mean(0)
-    return set(score.topk(len(digits)).indices.tolist()) == digits
 
 
 def _frames(seed: int, first: int, videos: int, split: str) -> tuple[Tensor, Tensor]:
@@ -84,7 +65,7 @@ def _disturbed(frames: Tensor, random: torch.Generator) -> Tensor:
 def _accuracy(model: nn.Module, frames: Tensor, targets: Tensor) -> float:
     """Share of frames whose highest logits are exactly the digits that are shown."""
     model.eval()
-    logits = torch.cat([frame_logits(model, part.float() / 255) for part in frames.split(256)])
+    logits = torch.cat([_logits(model, part.float() / 255) for part in frames.split(256)])
     hits = [
         set(l.topk(int(t.sum())).indices.tolist()) == set(t.nonzero()[:, 0].tolist())
         for l, t in zip(logits, targets, strict=True)
@@ -93,15 +74,15 @@ def _accuracy(model: nn.Module, frames: Tensor, targets: Tensor) -> float:
     return sum(hits) / len(hits)
 
 
-def _video_accuracy(model: nn.Module, seed: int, videos: int) -> float:
+def _video_accuracy(judge: Classifier, seed: int, videos: int) -> float:
     """Share of held-out videos of which every prompted digit is read: what this judge gives real
     videos, and so the most that generated ones can be expected to get.
     """
     hits = []
     for index in tqdm(range(4_000_000, 4_000_000 + videos), desc="videos", mininterval=10):
         scene = draw_scene(seed, index, split="held-out")
-        video = render(scene, split="held-out").transpose(0, 1) / 2 + 0.5
-        hits.append(video_hits(model, video, {actor.digit for actor in scene.actors}))
+        video = render(scene, split="held-out").permute(1, 2, 3, 0) / 2 + 0.5
+        hits.append(judge.reads(video.numpy(), prompt_of(scene)))
     return sum(hits) / len(hits)
 
 
@@ -120,7 +101,7 @@ def main(minutes: float, seed: int, out: Path, work: Path, videos: int) -> None:
         )
         random = torch.Generator().manual_seed(seed * 1_000_003 + index)
         pick = torch.randint(len(frames), (64,), generator=random)
-        logits = frame_logits(model, _disturbed(frames[pick].float() / 255, random))
+        logits = _logits(model, _disturbed(frames[pick].float() / 255, random))
         loss = F.binary_cross_entropy_with_logits(logits, targets[pick])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -132,7 +113,8 @@ def main(minutes: float, seed: int, out: Path, work: Path, videos: int) -> None:
     )
     held_out = _frames(seed, 4_000_000, 200, "held-out")
     accuracy = _accuracy(model, *held_out)
-    of_videos = _video_accuracy(model.eval(), seed, 200)
+    judge = Classifier(model.eval(), DIGIT_WORDS, (3, 64, 64), MEAN, STD)
+    of_videos = _video_accuracy(judge, seed, 200)
     print(f"{done}, held-out accuracy: frames {accuracy:.3f}, videos {of_videos:.3f}")
     out.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), out / "model.safetensors")

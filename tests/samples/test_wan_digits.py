@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_recall import best_block_recall, token_orders
+from attention_recall import ORDERS, best_block_recall, measured_recall
 from moving_digits import (
     CANVAS,
     DIGIT_WORDS,
@@ -18,6 +18,10 @@ from moving_digits import (
     render,
     scans,
 )
+from tiny_denoiser import call, tiny_denoiser, tiny_geometry
+
+from accel.layout import Layout
+from accel.metrics import Classifier
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 MODEL = SAMPLES / "models" / "wan-digits"
@@ -101,21 +105,27 @@ def test_digits_stand_out_from_the_background() -> None:
 
 
 def test_recall_is_the_kept_share_where_attention_is_uniform_and_one_where_it_is_local() -> None:
-    grid = (3, 4, 5)
-    query = torch.randn(2, 60, 8)
-    uniform = best_block_recall(query, torch.zeros_like(query), grid, keep=0.25, block=15)
-    assert set(uniform) == set(token_orders(grid))
-    for recall in uniform.values():
-        torch.testing.assert_close(recall, torch.full((2,), 0.25))
-    itself = torch.eye(60)[None] * 1e3
-    assert best_block_recall(itself, itself, grid, keep=0.25, block=15)[
-        "thw"
-    ].item() == pytest.approx(1.0)
+    layout = Layout.of((3, 4, 5))
+    query = torch.randn(1, 2, 60, 8)
+    uniform = best_block_recall(query, torch.zeros_like(query), layout, keep=0.25, block=15)
+    torch.testing.assert_close(uniform, torch.full((len(ORDERS), 2), 0.25))
+    itself = torch.eye(60)[None, None] * 1e3
+    local = best_block_recall(itself, itself, layout, keep=0.25, block=15)
+    torch.testing.assert_close(local, torch.ones(len(ORDERS), 1))
 
 
-@pytest.mark.parametrize("order", token_orders((3, 4, 5)).values(), ids=token_orders((3, 4, 5)))
-def test_orders_are_permutations(order: torch.Tensor) -> None:
-    assert torch.equal(order.sort().values, torch.arange(60))
+def test_recall_is_measured_where_it_is_asked_for_and_changes_nothing() -> None:
+    transformer = tiny_denoiser()
+    before = call(transformer)
+    with measured_recall(transformer) as recalls:
+        recalls.record = False
+        call(transformer, 0)
+        assert not recalls.calls
+        recalls.record = True
+        torch.testing.assert_close(call(transformer, 1), before)
+    assert set(recalls.calls) == {site.name for site in tiny_geometry(transformer).sites}
+    for site in recalls.best():
+        assert all(0 < recall <= 1 and order in ORDERS for recall, order in site)
 
 
 def test_one_padding_key_stands_for_all_padding() -> None:
@@ -190,16 +200,14 @@ def test_the_committed_models_are_small() -> None:
 
 
 def test_the_committed_classifier_reads_held_out_scans() -> None:
-    from train_digit_classifier import load_classifier, video_hits
-
     config = json.loads((CLASSIFIER / "config.json").read_text())
     assert config["labels"] == list(DIGIT_WORDS)
-    model = load_classifier(CLASSIFIER)
+    judge = Classifier.load(CLASSIFIER)
     hits = []
     for index in range(5_000_000, 5_000_008):
         scene = draw_scene(0, index, split="held-out")
-        video = render(scene, split="held-out")[:, ::8].transpose(0, 1) / 2 + 0.5
-        hits.append(video_hits(model, video, {actor.digit for actor in scene.actors}))
+        video = render(scene, split="held-out")[:, ::8].permute(1, 2, 3, 0) / 2 + 0.5
+        hits.append(judge.reads(video.numpy(), prompt_of(scene)))
     assert sum(hits) >= 6
 
 
