@@ -25,11 +25,12 @@ from torch import Tensor
 from accel.blocking import Blocking
 from accel.estimators import Estimator
 from accel.files import write_atomically
+from accel.kernels.arguments import RESTS
 from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.masks import static_keep
-from accel.plan import RESTS, Choice, Plan
+from accel.plan import Choice, Plan
 
 KEEPS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["Grid", "Layout", "Segment"]
+__all__ = ["Grid", "Layout", "Segment", "as_grid"]
 
 Grid = tuple[int, int, int]
 SegmentKind = Literal["grid", "text", "pad"]
 KINDS = ("grid", "text", "pad")
 
 
-def _as_grid(grid) -> Grid:
+def as_grid(grid) -> Grid:
     """`grid` as a tuple of three positive ints; refuses everything else."""
     sizes = tuple(grid) if isinstance(grid, tuple | list) else (grid,)
     if len(sizes) != 3 or any(type(n) is not int or n < 1 for n in sizes):
@@ -50,7 +50,7 @@ class Segment:
         if (self.kind == "grid") != (self.grid is not None):
             raise ValueError(f"exactly grid segments have a grid, got {self.kind} with {self.grid}")
         if self.grid is not None:
-            object.__setattr__(self, "grid", _as_grid(self.grid))
+            object.__setattr__(self, "grid", as_grid(self.grid))
             if prod(self.grid) != self.length:
                 tokens = prod(self.grid)
                 raise ValueError(f"grid {self.grid} makes {tokens} tokens, not {self.length}")
@@ -110,7 +110,7 @@ class Layout:
                 raise ValueError(f"{name} is a number of tokens, at least 0, got {count}")
         grids = [grid] if grid and not isinstance(grid[0], tuple | list) else grid
         runs: list[tuple[SegmentKind, int, Grid | None]] = [("text", text_before, None)]
-        runs += [("grid", prod(sizes), sizes) for sizes in map(_as_grid, grids)]
+        runs += [("grid", prod(sizes), sizes) for sizes in map(as_grid, grids)]
         runs += [("text", text_after, None), ("pad", padding, None)]
         segments, start = [], 0
         for kind, length, sizes in runs:
@@ -174,7 +174,7 @@ class Layout:
         new = list(grid) if several else [grid, *self.grids[1:]]
         if len(new) != len(self.grids):
             raise ValueError(f"this layout has {len(self.grids)} grids, got {len(new)}: {new}")
-        sizes = iter(map(_as_grid, new))
+        sizes = iter(map(as_grid, new))
         segments, start = [], 0
         for segment in self.segments:
             size = next(sizes) if segment.kind == "grid" else None

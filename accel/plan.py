@@ -16,6 +16,8 @@ from accel.errors import PlanError, nearest
 from accel.estimators import ESTIMATORS, Estimator, estimator_from_dict
 from accel.files import write_atomically
 from accel.geometry import Geometry
+from accel.kernels.arguments import RESTS
+from accel.layout import Grid, as_grid
 from accel.order import parse_order
 from accel.pattern import PATTERNS, Full, Pattern, pattern_from_dict
 from accel.schedule import Schedule
@@ -26,9 +28,7 @@ MAX_FILE_BYTES = 16 * 2**20
 MAX_SITES = 4096
 MAX_HEADS = 4096
 MAX_BLOCK = 1024
-RESTS = ("drop", "mean")
 DENSE_BY = ("host", "kernel")
-Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Plan:
         sites = {s: tuple(tuple(heads) for heads in bands) for s, bands in self.sites.items()}
         object.__setattr__(self, "sites", sites)
         if self.grid is not None:
-            object.__setattr__(self, "grid", _grid(self.grid))
+            object.__setattr__(self, "grid", _guard(as_grid, self.grid))
         for site, bands in self.sites.items():
             if len(bands) != self.schedule.n_bands:
                 raise PlanError(
@@ -208,7 +208,7 @@ class Plan:
         Patterns are kept in grid units and estimators look at the call, so nothing is lost; what
         was measured at the old grid is dropped.
         """
-        return replace(self, grid=_grid(grid), expected={})
+        return replace(self, grid=_guard(as_grid, grid), expected={})
 
     def check(self, target: Any) -> "Plan":
         """Refuse, naming the field, when this plan does not fit `target`; else return the plan.
@@ -301,7 +301,7 @@ class Plan:
             schedule=Schedule.from_dict(data["schedule"]),
             block=check_block(typed("block", data["block"], list)),
             dense=typed("dense", data.get("dense", "host"), str),
-            grid=None if grid is None else _grid(typed("grid", grid, list)),
+            grid=None if grid is None else _guard(as_grid, typed("grid", grid, list)),
             expected=typed("expected", data.get("expected", {}), dict),
             provenance=typed("provenance", data.get("provenance", {}), dict),
         )
@@ -364,13 +364,6 @@ class Plan:
         for key in ("expected", "provenance", "name"):
             data.pop(key)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _grid(value: Sequence[Any]) -> Grid:
-    grid = tuple(value)
-    if len(grid) != 3 or any(type(n) is not int or n < 1 for n in grid):
-        raise PlanError(f"a grid is three positive integers (t, h, w), got {value!r}")
-    return grid
 
 
 def check_block(value: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["check_tensors", "head_orders", "pooled_heads", "valid_lengths"]
 
-REST = ("drop", "mean")
+RESTS = ("drop", "mean")
 
 
 def check_tensors(q: Tensor, *keys_and_values: Tensor) -> None:
@@ -43,8 +43,8 @@ def pooled_heads(rest: str | Sequence[str], heads: int) -> tuple[bool, ...]:
     if len(names) != heads:
         raise ValueError(f"rest must be one word or one per head ({heads}), got {len(names)}")
     for name in names:
-        if name not in REST:
-            raise ValueError(f"rest must be one of {', '.join(REST)}, got {name!r}")
+        if name not in RESTS:
+            raise ValueError(f"rest must be one of {', '.join(RESTS)}, got {name!r}")
     return tuple(name == "mean" for name in names)
 
 

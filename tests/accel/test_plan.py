@@ -131,7 +131,7 @@ def test_another_grid_drops_what_was_measured():
     other = plan.for_grid([7, 9, 11])
     assert (other.grid, other.expected, other.sites) == ((7, 9, 11), {}, plan.sites)
     assert plan.grid == GRID
-    with pytest.raises(PlanError, match=re.escape("(t, h, w), got (0, 3, 4)")):
+    with pytest.raises(PlanError, match=re.escape("at least 1, got (0, 3, 4)")):
         plan.for_grid((0, 3, 4))
 
 
@@ -272,8 +272,8 @@ BAD = {
         ),
         "a union has at most 64 parts, nested ones included, got 72",
     ),
-    "grid of two": (_edit("grid", [4, 4]), "three positive integers (t, h, w), got [4, 4]"),
-    "grid of words": (_edit("grid", ["4", 4, 4]), "three positive integers (t, h, w)"),
+    "grid of two": (_edit("grid", [4, 4]), "three whole numbers of at least 1, got [4, 4]"),
+    "grid of words": (_edit("grid", ["4", 4, 4]), "a grid is (t, h, w), three whole numbers"),
     "ratios a number": (_edit("expected", {"attention_ratio": 3}), "attention_ratio must be of"),
     "ratio of a site a number": (
         _edit("expected", {"attention_ratio": {SITES[0]: 0.5}}),
