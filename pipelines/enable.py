@@ -273,7 +273,7 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
         )
 
 
-def _resolve(plan: "Plan | str | os.PathLike[str]", model: nn.Module) -> Plan:
+def _resolve(plan: Any, model: nn.Module) -> Plan:
     if isinstance(plan, str) and plan in RECIPES:
         plan = recipe(plan, Geometry(type(model).__name__, tuple(sites_of(model))))
     elif isinstance(plan, (str, os.PathLike)):
