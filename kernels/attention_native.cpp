@@ -583,6 +583,29 @@ class Mass {
     Buffer sums, pivots;
 };
 
+// Every thread makes something of its own and, when all have, works with it. What is thrown cannot
+// leave a parallel region: want of memory of any thread is thrown here.
+template <class Make, class Work>
+void in_parallel(int64_t threads, Make make, Work work) {
+    std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(threads)
+    {
+        decltype(make()) own;
+        try {
+            own = make();
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+#pragma omp barrier
+        try {
+            if (!failed) work(*own);
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+    }
+    if (failed) throw std::bad_alloc();
+}
+
 void attention(const Problem& p) {
     const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
     const int64_t parts = ceil_div(std::min(p.q_block, p.q_tokens), lanes);
@@ -596,47 +619,53 @@ void attention(const Problem& p) {
         std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
             return p.counts[mask_row(p, a)] > p.counts[mask_row(p, b)];
         });
+    struct Own {
+        Workspace space;
+        RunList list;
+    };
     std::atomic<int64_t> next_unit{0}, next_task{0};
-#pragma omp parallel num_threads(p.threads)
-    {
+    const auto make = [&] {
         for (int64_t unit; (unit = next_unit++) < keys.units();) keys.prepare(unit);
-        Workspace space(p, lanes, p.dim);
-        RunList list(p, keys);
-#pragma omp barrier
+        return std::unique_ptr<Own>(new Own{{p, lanes, p.dim}, {p, keys}});
+    };
+    in_parallel(p.threads, make, [&](Own& own) {
         for (int64_t task; (task = next_task++) < rows * parts;) {
             const int64_t row = order[task / parts], i = row % q_blocks;
             const int64_t b = row / q_blocks / p.heads, h = row / q_blocks % p.heads;
             const int64_t first = i * p.q_block + task % parts * lanes;
             const int64_t end = std::min({first + lanes, (i + 1) * p.q_block, p.q_tokens});
             if (first >= end) continue;
-            space.begin(b, h, first, end);
-            list.collect(b, h, mask_row(p, row));
-            attend(p, space, list.runs);
-            finish(p, space, b, h);
+            own.space.begin(b, h, first, end);
+            own.list.collect(b, h, mask_row(p, row));
+            attend(p, own.space, own.list.runs);
+            finish(p, own.space, b, h);
         }
-    }
+    });
 }
 
 void block_mass(const Problem& p) {
     const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
     Keys keys(p, false, false);
+    struct Own {
+        Workspace space;
+        Mass mass;
+    };
     std::atomic<int64_t> next_unit{0}, next_row{0};
-#pragma omp parallel num_threads(p.threads)
-    {
+    const auto make = [&] {
         for (int64_t unit; (unit = next_unit++) < keys.units();) keys.prepare(unit);
-        Workspace space(p, lanes, 0);
-        Mass mass(p, keys, lanes);
-#pragma omp barrier
+        return std::unique_ptr<Own>(new Own{{p, lanes, 0}, {p, keys, lanes}});
+    };
+    in_parallel(p.threads, make, [&](Own& own) {
         for (int64_t row; (row = next_row++) < p.batch * p.heads * q_blocks;) {
             const int64_t i = row % q_blocks, b = row / q_blocks / p.heads;
             const int64_t h = row / q_blocks % p.heads;
             const int64_t end = std::min((i + 1) * p.q_block, p.q_tokens);
             for (int64_t first = i * p.q_block; first < end; first += lanes) {
-                space.begin(b, h, first, std::min(first + lanes, end));
-                mass.add(space, b, h, p.mass + row * keys.blocks);
+                own.space.begin(b, h, first, std::min(first + lanes, end));
+                own.mass.add(own.space, b, h, p.mass + row * keys.blocks);
             }
         }
-    }
+    });
 }
 
 int guarded(void (*run)(const Problem&), const Problem* problem) {

@@ -1,7 +1,9 @@
 """The compiled kernels: how they are built, found again, done without, and shared by threads."""
 
+import ast
 import logging
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +206,50 @@ class TestCompiled:
             sparse_attention(q.requires_grad_(), k, v, mask, backend="native", **options)
         with torch.no_grad():
             sparse_attention(q, k, v, mask, backend="native", **options)
+
+
+STARVED = """
+import resource
+import torch
+from accel.kernels.attention import sparse_attention
+from accel.kernels.block_mask import BlockMask
+from accel.kernels.block_mass import block_mass
+
+torch.set_num_threads(2)
+q, k, v = (torch.randn(1, 1, tokens, 64) for tokens in (64, 40_000, 40_000))
+mask = BlockMask.from_dense(
+    torch.rand(1, 1, 1, 2500) < 0.5, block=(64, 16), q_length=64, kv_length=40_000
+)
+
+def calls():
+    sparse_attention(q, k, v, mask, rest="mean", backend="native")
+    block_mass(q, k, block=(64, 16))
+
+def used():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+calls()  # threads are there, and the libraries
+ended = {"done": 0, "starved": 0}
+for spare in range(0, 48 * 2**20, 2**20):
+    resource.setrlimit(resource.RLIMIT_AS, (used() + spare, resource.RLIM_INFINITY))
+    try:
+        calls()
+        ended["done"] += 1
+    except (MemoryError, RuntimeError):
+        ended["starved"] += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+calls()
+print(ended)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_want_of_memory_in_any_thread_is_an_error_and_no_abort(compiled):
+    ran = subprocess.run(
+        [sys.executable, "-c", STARVED], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    ended = ast.literal_eval(ran.stdout)
+    assert ended["starved"] > 0
