@@ -36,8 +36,7 @@ class Clips:
 
     shift: of the noise levels. Where the digits are is told by all tokens of a clip together, so it
     is settled at the more noise the more tokens there are, and the levels follow the root of their
-    number (Esser et al. 2024, arXiv 2403.03206, section 5.3.2). Trained below that, a model places
-    each part of a long video by itself: three digits where two were asked for.
+    number (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
     digit_weight: extra loss weight of the squares of digits. By squares, not by strokes: weights
     that follow the strokes make them thick.
     """
