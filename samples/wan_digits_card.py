@@ -97,7 +97,7 @@ The 8x8 scans of the UCI optical digits (Alpaydin and Kaynak, 1998) that ship wi
 enlarged to 23 to 30 pixels, slightly sheared, moving at 0.65 to 1 pixel per frame on 64x64 pixels,
 33 frames, one digit or two (`--two` of the training script). Backgrounds are band-limited coloured
 noise that drifts at a constant velocity, new for every video. Every fifth scan is held out.
-`samples/moving_digits.py` makes video `(seed, index)`; seed 0 was used.
+`samples/moving_digits.py` makes video `(seed, index)`.
 
 ## Architecture
 
@@ -154,7 +154,7 @@ Real held-out video noised to 0.8 and 0.6 (mean {e["recall_real_mean"]:.2f}):
 ## Limits
 
 It knows 23 words, ten digits and one kind of background. Other sizes and lengths run but were not
-trained. Two-digit prompts are harder than one, and digits may merge where they meet.
+trained. Two digits are harder than one: where their motions differ there is often a third shape.
 
 ## Licence
 
