@@ -82,9 +82,15 @@ from diffusers import WanPipeline
 
 pipe = WanPipeline.from_pretrained("samples/models/wan-digits")
 video = pipe(
-    "a seven moving left", height=64, width=64, num_frames=33, num_inference_steps=30,
-    guidance_scale={e["guidance"]:g}, max_sequence_length=64,
-    generator=torch.Generator().manual_seed(0), output_type="np",
+    "a seven moving left",
+    height=64,
+    width=64,
+    num_frames=33,
+    num_inference_steps={e["steps"]},
+    guidance_scale={e["guidance"]:.1f},
+    max_sequence_length=64,
+    generator=torch.Generator().manual_seed(0),
+    output_type="np",
 ).frames[0]
 ```
 
