@@ -1,8 +1,10 @@
 """The trade-off: least harm for a given time, over all sites, bands and heads at once.
 
+The harm of a plan is the predicted mean squared error of its video: relative squared errors of the
+sites, summed over heads and steps, each band with its measured weight (`accel.search.sensitivity`).
 Harm and time both add up over heads, so for a price `lam` of time every head is decided alone,
 
-    argmin over candidates of  error + lam * time,
+    argmin over candidates of  weight * error + lam * time,
 
 and one `lam` for the whole model spends one global budget (a Lagrangian; exact on the lower convex
 hull of the trade-off). Sweeping `lam` gives the front.
@@ -22,8 +24,8 @@ from accel.search.profile import Key, Profile
 class Point:
     """One plan of the front, before it is one.
 
-    time: predicted generation time as a fraction of dense; harm: summed error, an order and not a
-    quality; assignment: number of the candidate per site and band and head, -1 for dense.
+    time: predicted generation time as a fraction of dense; harm: predicted mean squared error of
+    the video; assignment: number of the candidate per site and band and head, -1 for dense.
     """
 
     time: float
@@ -69,17 +71,23 @@ class Times:
         return self.head[site] * (price * n + looks)
 
 
-def front(profile: Profile, times: Times, *, points: int = 200) -> list[Point]:
-    """The plans on the lower convex hull, from dense to the fastest, by falling time."""
+def front(
+    profile: Profile, times: Times, sensitivity: Sequence[float], *, points: int = 200
+) -> list[Point]:
+    """The plans on the lower convex hull, from dense to the fastest, by falling time.
+
+    sensitivity: of each band, what a unit of error in one of its steps adds to the harm.
+    """
     found: dict[tuple[tuple[int, ...], ...], Point] = {}
-    spans = torch.logspace(-6, 4, points, dtype=torch.float64)
+    # prices of time for which anything changes: from far below to far above error per time
+    spans = torch.logspace(-6, 4, points, dtype=torch.float64) * max(sensitivity)
     for lam in [0.0, *spans.tolist()]:
         assignment: dict[Key, tuple[int, ...]] = {}
         saved, harm = 1 - times.fastest_dense, 0.0
         for key, errors in profile.errors.items():
             time = times.of(key)
             error = torch.cat([errors.double(), torch.zeros(1, errors.shape[1])])
-            weight = times.steps[key[1]]
+            weight = times.steps[key[1]] * sensitivity[key[1]]
             best = (weight * error + lam * time[:, None]).argmin(0)
             saved += float((time[-1] - time[best]).sum())
             harm += float(weight * error.gather(0, best[None]).sum())

@@ -68,12 +68,23 @@ class Profile:
         return profile
 
 
+def cheapest_harmless(errors: Tensor, prices: Sequence[float], tolerance: float) -> list[int]:
+    """For every head the cheapest candidate that is harmless, else the least harmful one.
+
+    errors: [candidates, heads]; harmless is an error of at most `tolerance / heads`, so that the
+    errors of a site's heads add up to at most `tolerance`. prices: of each candidate.
+    """
+    price = torch.tensor(prices)[:, None].expand_as(errors)
+    harmless = errors <= tolerance / errors.shape[1]
+    best = torch.where(harmless, price, torch.inf).argmin(0)
+    return torch.where(harmless.any(0), best, errors.argmin(0)).tolist()
+
+
 class Calibrator:
     """Observes a dense run and fills a `Profile`.
 
-    prices: of a head under each candidate, for the provisional choice: the cheapest candidate whose
-    error is at most `tolerance / heads`, else the least harmful one. projections: the output
-    projection of each site, [features, heads * dim].
+    prices: of a head under each candidate; the provisional choice is that of `cheapest_harmless`.
+    projections: the output projection of each site, [features, heads * dim].
     """
 
     def __init__(
@@ -91,7 +102,7 @@ class Calibrator:
         self.profile = profile
         self.schedule = schedule
         self.block = block
-        self.prices = torch.tensor(prices)
+        self.prices = prices
         self.projections = projections
         self.rows = rows
         self.tolerance = tolerance
@@ -153,13 +164,9 @@ class Calibrator:
 
     def _choose(self, key: tuple[str, int, str], errors: Tensor, layout: Layout, q: Tensor) -> None:
         """The provisional choice of every head, with which the run goes on."""
-        heads = errors.shape[1]
-        price = self.prices[:, None].expand(-1, heads)
-        harmless = errors <= self.tolerance / heads
-        best = torch.where(harmless, price, torch.inf).argmin(0)
-        best = torch.where(harmless.any(0), best, errors.argmin(0))
-        chosen = [self.profile.candidates[i] for i in best.tolist()]
-        keep = torch.stack([self._masks[key][i][h] for h, i in enumerate(best.tolist())])
+        best = cheapest_harmless(errors, self.prices, self.tolerance)
+        chosen = [self.profile.candidates[i] for i in best]
+        keep = torch.stack([self._masks[key][i][h] for h, i in enumerate(best)])
         tokens = layout.length
         natural = torch.arange(tokens, device=q.device)
         orders = [Blocking(layout, c.order, self.block).indices(q.device) for c in chosen]

@@ -1,4 +1,4 @@
-"""One search: measure costs, calibrate, sweep the budget, write and check the plan."""
+"""One search: measure costs, calibrate, probe, sweep the budget, write and check the plan."""
 
 import hashlib
 import itertools
@@ -43,7 +43,8 @@ from accel.recipes import recipe
 from accel.schedule import Schedule
 from accel.search.front import Point, Times, front, within
 from accel.search.picture import draw_front
-from accel.search.profile import Calibrator, Profile
+from accel.search.profile import Calibrator, Profile, cheapest_harmless
+from accel.search.sensitivity import measure_sensitivities, predicted_psnr
 from accel.untrusted import check_whole, finite
 
 
@@ -161,7 +162,7 @@ class Search:
         prices = self._prices(layout, table)
         profile = self._profile(prices, baseline)
         times = self._times(prices, table, baseline)
-        points = front(profile, times)
+        points = front(profile, times, self._sensitivity(profile, prices, times, table))
         point = within(points, self.settings.budget * times.fastest_dense)
         plan = self._plan(point, table, layout, baseline)
         if self.settings.validate:
@@ -216,6 +217,28 @@ class Search:
                 write_atomically(path, json.dumps({"done": done, "profile": profile.to_dict()}))
         return profile
 
+    def _sensitivity(
+        self, profile: Profile, prices: list[float], times: Times, table: CostTable
+    ) -> list[float]:
+        """Of every band, by probes that are sparse in it alone, as far as the tolerance allows."""
+        probes: dict[int, tuple[Plan, float]] = {}
+        bands = range(self.settings.schedule.n_bands)
+        for band in bands:
+            harm, sites = 0.0, {}
+            for site in self.geometry.sites:
+                errors = profile.errors[site.name, band]
+                best = cheapest_harmless(errors, prices, self.settings.tolerance)
+                harm += sum(float(errors[i, head]) for head, i in enumerate(best))
+                chosen = tuple(self.candidates[i] for i in best)
+                sites[site.name] = tuple(
+                    chosen if b == band else (DENSE,) * site.heads for b in bands
+                )
+            probe = replace(self.dense_plan, name=f"probe of band {band}", sites=sites)
+            probes[band] = fastest_dense(probe, table), harm * times.steps[band]
+        path = self.folder / f"sensitivity-{self.digest}.json"
+        prompts = self.host.config.calibration
+        return measure_sensitivities(self.host, probes, prompts, self.settings.seed, path)
+
     def _times(self, prices: list[float], table: CostTable, baseline: Baseline) -> Times:
         steps, schedule = self.host.steps, self.settings.schedule
         phases = [schedule.phase(s, steps) for s in range(steps)]
@@ -259,13 +282,14 @@ class Search:
                 "versions": versions(),
             },
         )
-        return price(
+        plan = price(
             fastest_dense(plan, table),
             table,
             layout=layout,
             steps=self.host.steps,
             share=baseline.total_share,
         )
+        return replace(plan, expected={**plan.expected, "psnr": predicted_psnr(point.harm)})
 
     def _validated(self, plan: Plan, baseline: Baseline) -> Plan:
         """The plan with what it measures on the calibration prompts, beside dense.
@@ -320,7 +344,8 @@ def describe(plan: Plan, points: Sequence[Point], budget: float) -> Iterable[str
     yield f"front: {len(points)} plans, time {points[-1].time:.2f} to {points[0].time:.2f} of dense"
     yield (
         f"plan {plan.name!r} ({plan.digest}): predicted speed-up {expected['speedup']:.2f} over the"
-        f" host's dense attention, {speedup:.2f} over the fastest dense here"
+        f" host's dense attention, {speedup:.2f} over the fastest dense here;"
+        f" PSNR {expected['psnr']:.1f} dB"
     )
     if 1 / speedup > budget + 0.01:
         yield (

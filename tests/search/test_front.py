@@ -37,7 +37,7 @@ def times_of(sites: int = 2) -> Times:
 @pytest.mark.parametrize("seed", range(4))
 def test_every_point_is_optimal_for_its_time(seed):
     profile, times = profile_of(seed), times_of()
-    points = front(profile, times)
+    points = front(profile, times, [1.0])
     errors = torch.cat([profile.errors[f"blocks.{i}", 0] for i in range(2)], dim=1).T
     errors = torch.cat([errors, torch.zeros(4, 1)], dim=1)
     time = times.of(("blocks.0", 0))
@@ -52,7 +52,7 @@ def test_every_point_is_optimal_for_its_time(seed):
 
 
 def test_the_front_falls_from_dense_to_the_fastest():
-    points = front(profile_of(5), times_of())
+    points = front(profile_of(5), times_of(), [1.0])
     assert points[0].time == pytest.approx(1.0)
     assert points[0].harm == 0
     assert points[0].choices(CANDIDATES)["blocks.1"] == ((DENSE, DENSE),)
@@ -65,7 +65,7 @@ def test_the_front_falls_from_dense_to_the_fastest():
 
 def test_a_cheaper_dense_head_shortens_every_plan():
     times = replace(times_of(), dense=0.6, share=0.5)
-    points = front(profile_of(5), times)
+    points = front(profile_of(5), times, [1.0])
     assert points[0].time == pytest.approx(1 - 0.5 * 0.4)
     assert points[0].harm == 0
     # all heads at 0.2 in all steps, two sites of two heads: 0.01 of time each a step
@@ -74,7 +74,7 @@ def test_a_cheaper_dense_head_shortens_every_plan():
 
 
 def test_within_takes_the_least_harmful_plan_in_the_budget():
-    points = front(profile_of(6), times_of())
+    points = front(profile_of(6), times_of(), [1.0])
     budget = points[len(points) // 2].time
     chosen = within(points, budget)
     assert chosen.time <= budget
@@ -84,6 +84,31 @@ def test_within_takes_the_least_harmful_plan_in_the_budget():
 
 def test_a_selection_that_costs_more_than_it_saves_stays_dense():
     times = Times(head={"blocks.0": 0.1}, steps=[1], price=PRICES, looks=[0.9, 0.9])
-    points = front(profile_of(7, sites=1), times)
+    points = front(profile_of(7, sites=1), times, [1.0])
     assert len(points) == 1
     assert points[0].choices(CANDIDATES) == {"blocks.0": ((DENSE, DENSE),)}
+
+
+def test_time_is_spent_in_the_bands_that_are_sensitive():
+    """Two bands with the same errors and prices: the one that matters more is the less sparse."""
+    generator = torch.Generator().manual_seed(8)
+    profile = Profile(CANDIDATES)
+    errors = torch.rand(2, 3, generator=generator) * torch.tensor([[3.0], [1.0]])
+    for band in range(2):
+        profile.add(("blocks.0", band), errors)
+    times = Times(head={"blocks.0": 0.01}, steps=[10, 10], price=PRICES, looks=[0.5, 0.5])
+    points = front(profile, times, [100.0, 1.0])
+    price = (*PRICES, 1.0)
+    for point in points:
+        early, late = (sum(price[i] for i in point.assignment["blocks.0", b]) for b in range(2))
+        assert early >= late
+    dense = (-1, -1, -1)
+    assert any(p.assignment["blocks.0", 0] == dense != p.assignment["blocks.0", 1] for p in points)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_front_does_not_depend_on_the_unit_of_harm(scale):
+    one = front(profile_of(9), times_of(), [1.0])
+    other = front(profile_of(9), times_of(), [scale])
+    assert [p.assignment for p in one] == [p.assignment for p in other]
+    assert [p.harm * scale for p in one] == pytest.approx([p.harm for p in other])

@@ -15,6 +15,7 @@ from accel.pipelines.host import ModelConfig
 from accel.plan import Plan
 from accel.schedule import Schedule
 from accel.search import run as search_run
+from accel.search import sensitivity
 from accel.search.picture import draw_front
 from accel.search.run import Search, SearchSettings, candidates_of, describe
 
@@ -86,6 +87,7 @@ def test_the_plan_fits_the_model_and_says_how_it_was_made(done, model):
     assert done.plan.grid == (5, 8, 12)
     assert done.plan.provenance["calibration"] == list(model.calibration)
     assert done.plan.expected["speedup"] > 0
+    assert 0 < done.plan.expected["psnr"] <= 100
     assert "measured_psnr" in done.plan.expected
     assert Plan.from_dict(done.plan.to_dict()) == done.plan
     assert len(done.plan.provenance["weights"]) == 8
@@ -141,6 +143,7 @@ def test_another_budget_reuses_the_calibration(done, model, monkeypatch):
         raise AssertionError("the calibration was made again")
 
     monkeypatch.setattr(search_run.Calibrator, "__call__", refuse)
+    monkeypatch.setattr(search_run.Host, "generate", refuse)
     plan, points = Search(model, settings(budget=0.2, validate=False), done.folder).run()
     assert [p.time for p in points] == [p.time for p in done.points]
     assert plan.expected["speedup"] >= done.plan.expected["speedup"]
@@ -161,6 +164,33 @@ def test_a_killed_calibration_goes_on_with_the_next_prompt(model, tmp_path, monk
         Search(model, settings(validate=False), tmp_path).run()
     Search(model, settings(validate=False), tmp_path).run()
     assert len(begun) == 3  # prompt one; killed; prompt two
+
+
+def test_a_killed_probe_goes_on_with_the_next_band(model, tmp_path, monkeypatch):
+    errors = iter([0.1, KeyboardInterrupt])
+
+    def killed_in_the_second(video, dense):
+        error = next(errors)
+        if error is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity, "_error", killed_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            Search(model, settings(validate=False), tmp_path).run()
+    Search(model, settings(validate=False), tmp_path).run()
+    (path,) = tmp_path.glob("sensitivity-*.json")
+    known = json.loads(path.read_text())
+    assert known[model.calibration[0]]["0"] == 0.1  # made before the kill, and not made again
+    assert [len(bands) for bands in known.values()] == [2, 2]
+
+
+def test_sensitivity_is_error_over_harm_in_the_geometric_mean():
+    assert sensitivity.sensitivity([4e-3, 1e-3], 0.5) == pytest.approx(4e-3)
+    assert sensitivity.sensitivity([0.0], 0.0) == pytest.approx(1.0)
+    assert sensitivity.predicted_psnr(1e-3) == pytest.approx(30.0)
+    assert sensitivity.predicted_psnr(0.0) == 100.0
 
 
 def test_other_weights_are_calibrated_anew(done, model, monkeypatch):
