@@ -138,18 +138,21 @@ def window(
     geometry: Geometry,
     *,
     t: int | float | None = None,
-    h: int | float | None = 0.25,
-    w: int | float | None = 0.25,
-    sink_frames: int = 1,
+    h: int | float | None = 0.2,
+    w: int | float | None = 0.2,
+    sink_frames: int = 0,
     order: str = "hwt",
     rest: str = "drop",
     dense_start: float = 0.2,
     block: tuple[int, int] = (128, 64),
 ) -> Plan:
-    """A window of half-widths (t, h, w) around every token, with the first frames as sink.
+    """A window of half-widths (t, h, w) around every token.
 
     Half-widths in frames, rows and columns, or as fractions of the axis; None is unlimited. The
-    default sees the spatial neighbourhood in all frames, the diagonal of SVG's temporal heads.
+    default sees the spatial neighbourhood in all frames, the diagonal of SVG's temporal heads
+    (arXiv 2502.01776), in the order that makes it a band. `sink_frames` keeps so many first frames
+    for all rows as well: for windows in time, in an order of whole frames or of tiles. In `hwt` a
+    block has tokens of every frame, so a sink there would keep all blocks.
     """
     near = Window(t=t, h=h, w=w)
     select = Union((near, FirstFrames(sink_frames))) if sink_frames else near

@@ -6,6 +6,7 @@ from tiny_denoiser import call, inputs, tiny_denoiser, tiny_geometry
 
 import accel
 from accel.blocking import Blocking
+from accel.cost import keep_of as keep_of_choice
 from accel.geometry import Geometry, Site
 from accel.kernels.attention import resolve_backend
 from accel.kernels.reference import block_mass_reference
@@ -56,6 +57,18 @@ class TestContract:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "full"])
 class TestSparseContract:
+    @pytest.mark.parametrize("grid", [(17, 16, 16), (21, 30, 52)], ids=["sample", "wan-480p"])
+    def test_defaults_leave_blocks_out_at_real_sizes(self, name, grid):
+        """A mask that keeps every block is dense attention that takes longer."""
+        plan = recipe(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64))))
+        keeps = {
+            keep_of_choice(choice, Layout.of(grid), plan.block)
+            for bands in plan.sites.values()
+            for heads in bands
+            for choice in heads
+        }
+        assert all(keep < 0.65 for keep in keeps)
+
     def test_it_begins_dense(self, name, plans):
         schedule = plans[name].schedule
         dense = [schedule.phase(step, 50).dense for step in range(50)]
@@ -176,14 +189,12 @@ def test_window_is_the_window():
     assert (keep == expected).all()
 
 
-def test_window_has_a_sink_unless_told_otherwise():
-    choices = {
-        frames: recipe("window", tiny_geometry(), sink_frames=frames).choices("blocks.0.attn1", 0)[
-            0
-        ]
-        for frames in (0, 1)
-    }
-    assert choices[0] == Choice(Window(t=None, h=0.25, w=0.25), order="hwt")
+def test_window_has_a_sink_where_one_is_asked_for():
+    choices = [
+        recipe("window", tiny_geometry(), **asked).choices("blocks.0.attn1", 0)[0]
+        for asked in ({}, {"t": 2, "order": "thw", "sink_frames": 1})
+    ]
+    assert choices[0] == Choice(Window(t=None, h=0.2, w=0.2), order="hwt")
     assert "first_frames(n=1)" in choices[1].name
 
 
