@@ -5,7 +5,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #f8fafc; color: var(--ink); line-height: 1.5;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
+main { max-width: 1200px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 30px; margin: 0; letter-spacing: -0.02em; }
 h2 { font-size: 18px; margin: 0 0 14px; letter-spacing: -0.01em; }
 p { max-width: 76ch; color: var(--soft); margin: 12px 0 0; }
