@@ -8,6 +8,11 @@ from typing import Any
 from accel.records import DENSE_LABEL, Record
 from accel.router import Session
 
+HEAD = (
+    *("site", "phase", "calls", "keep", "recall", "worst", "kernel"),
+    *("ms", "+ masks", "predicted"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -32,6 +37,11 @@ class Row:
     total_s: float
     predicted_ms: float | None
 
+    @property
+    def mask_ms(self) -> float:
+        """What the making of masks adds to a call, in the mean over calls."""
+        return self.mask_s * 1000 / self.calls
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -50,7 +60,7 @@ class Summary:
         that compiles does not decide.
         """
         priced = [r for r in self.rows if r.predicted_ms is not None and r.phase != DENSE_LABEL]
-        measured = sum(r.call_ms * r.calls + r.mask_s * 1000 for r in priced)
+        measured = sum((r.call_ms + r.mask_ms) * r.calls for r in priced)
         predicted = sum((r.predicted_ms or 0.0) * r.calls for r in priced)
         return predicted / measured if measured else None
 
@@ -66,8 +76,7 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        head = ("site", "phase", "calls", "keep", "recall", "worst", "kernel", "ms", "predicted")
-        table = [head]
+        table: list[tuple[str, ...]] = [HEAD]
         for r in self.rows:
             table.append(
                 (
@@ -79,10 +88,11 @@ class Summary:
                     _number(r.worst_recall, ".3f"),
                     "+".join(r.kernels),
                     f"{r.call_ms:.1f}",
+                    f"{r.call_ms + r.mask_ms:.1f}",
                     _number(r.predicted_ms, ".1f"),
                 )
             )
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
         lines = [f"plan {self.plan!r}"]
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
         if self.left:

@@ -125,6 +125,8 @@ def test_predictions_are_ratios_of_this_runs_dense_calls():
     assert row.predicted_ms == pytest.approx(2.0)
     assert row.call_ms == pytest.approx(3.0)
     assert row.mask_s == pytest.approx(0.003)
+    assert row.mask_ms == pytest.approx(1.0)
+    assert "3.0  4.0      2.0" in str(summary)
     assert row.total_s == pytest.approx(0.016)
     # three calls of 2 ms with masks, against three of 3 ms and 3 ms for masks
     assert summary.predicted_over_measured == pytest.approx(0.5)
@@ -190,7 +192,8 @@ def test_the_table_has_a_line_for_each_row():
     text = str(summarise([run(session())])).splitlines()
     assert text[0] == "plan 'tried'"
     assert text[1].split() == [
-        *("site", "phase", "calls", "keep", "recall", "worst", "kernel", "ms", "predicted")
+        *("site", "phase", "calls", "keep", "recall", "worst", "kernel"),
+        *("ms", "+", "masks", "predicted"),
     ]
     assert text[2].split()[:3] == ["a", "dense", "1"]
     assert len(text) == 2 + 6 + 1
