@@ -1,12 +1,18 @@
-"""What all tests share: one thread, no network, and a reason where there is no GPU."""
+"""What all tests share: checked shapes, one thread, no network, a reason where there is no GPU."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+if sys.version_info >= (3, 11):
+    # what jaxtyping there is for 3.10 wraps Triton's functions too, in spite of @no_type_check
+    install_import_hook("accel", "beartype.beartype")
 
 # how long an example takes says nothing on a shared machine
 settings.register_profile("accel", deadline=None, suppress_health_check=[HealthCheck.too_slow])
