@@ -170,10 +170,10 @@ def files_of(path: str) -> list[tuple[str, int, int]] | str:
 
 
 @cache
-def code_digest() -> str:
-    """Names the code that computes: plans, kernels and interception; not what draws reports."""
+def code_digest(*more: Path) -> str:
+    """Names the code that computes: plans, kernels and interception, and the files `more`."""
     root = Path(accel.__file__).parent
-    files = [*root.glob("*.py"), *(root / "kernels").glob("*")]
+    files = [*more, *root.glob("*.py"), *(root / "kernels").glob("*")]
     files += [root / "pipelines" / f"{name}.py" for name in ("adapters", "enable", "video_dit")]
     digest = hashlib.sha256()
     for file in sorted(f for f in files if f.suffix in (".py", ".cpp")):

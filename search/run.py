@@ -47,6 +47,8 @@ from accel.search.profile import Calibrator, Profile, cheapest_harmless
 from accel.search.sensitivity import measure_sensitivities, predicted_psnr
 from accel.untrusted import check_whole, finite
 
+HERE = Path(__file__).parent
+
 
 @dataclass(frozen=True, slots=True)
 class SearchSettings:
@@ -78,7 +80,7 @@ class SearchSettings:
         parts = {
             "device": device_name(model.resolved_device()),
             "versions": versions(),
-            "code": code_digest(),
+            "code": code_digest(*(HERE / f"{name}.py" for name in ("profile", "sensitivity"))),
             "cost_rounds": self.cost_rounds,
             "space": self.space,
             "schedule": self.schedule.to_dict(),
@@ -235,9 +237,8 @@ class Search:
                 )
             probe = replace(self.dense_plan, name=f"probe of band {band}", sites=sites)
             probes[band] = fastest_dense(probe, table), harm * times.steps[band]
-        path = self.folder / f"sensitivity-{self.digest}.json"
-        prompts = self.host.config.calibration
-        return measure_sensitivities(self.host, probes, prompts, self.settings.seed, path)
+        path = self.folder / f"probes-{self.digest}.json"
+        return measure_sensitivities(self.host, probes, self.settings.seed, path)
 
     def _times(self, prices: list[float], table: CostTable, baseline: Baseline) -> Times:
         steps, schedule = self.host.steps, self.settings.schedule

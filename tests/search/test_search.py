@@ -167,28 +167,28 @@ def test_a_killed_calibration_goes_on_with_the_next_prompt(model, tmp_path, monk
 
 
 def test_a_killed_probe_goes_on_with_the_next_band(model, tmp_path, monkeypatch):
-    errors = iter([0.1, KeyboardInterrupt])
+    quality = iter([12.5, KeyboardInterrupt])
 
     def killed_in_the_second(video, dense):
-        error = next(errors)
-        if error is KeyboardInterrupt:
+        found = next(quality)
+        if found is KeyboardInterrupt:
             raise KeyboardInterrupt
-        return error
+        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(sensitivity, "_error", killed_in_the_second)
+        patch.setattr(sensitivity, "psnr", killed_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             Search(model, settings(validate=False), tmp_path).run()
     Search(model, settings(validate=False), tmp_path).run()
-    (path,) = tmp_path.glob("sensitivity-*.json")
+    (path,) = tmp_path.glob("probes-*.json")
     known = json.loads(path.read_text())
-    assert known[model.calibration[0]]["0"] == 0.1  # made before the kill, and not made again
+    assert known[model.calibration[0]]["0"] == 12.5  # made before the kill, and not made again
     assert [len(bands) for bands in known.values()] == [2, 2]
 
 
-def test_sensitivity_is_error_over_harm_in_the_geometric_mean():
-    assert sensitivity.sensitivity([4e-3, 1e-3], 0.5) == pytest.approx(4e-3)
-    assert sensitivity.sensitivity([0.0], 0.0) == pytest.approx(1.0)
+def test_sensitivity_is_the_error_of_the_mean_psnr_over_harm():
+    assert sensitivity.sensitivity([20.0, 40.0], 0.5) == pytest.approx(2e-3)
+    assert sensitivity.sensitivity([100.0], 0.0) == pytest.approx(1.0)
     assert sensitivity.predicted_psnr(1e-3) == pytest.approx(30.0)
     assert sensitivity.predicted_psnr(0.0) == 100.0
 
