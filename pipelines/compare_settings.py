@@ -8,6 +8,7 @@ from typing import Any
 from accel.errors import AccelError, PlanError, nearest
 from accel.pipelines.compare_book import ArmSpec
 from accel.pipelines.host import DTYPES, ModelConfig, find_path
+from accel.plan import Plan
 from accel.recipes import RECIPES
 from accel.untrusted import check_whole, finite
 
@@ -96,7 +97,10 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def named_plans(plan: Any) -> dict[str, str]:
-    """`plan` of the configuration (nothing, a path, a list, or names with paths) by name."""
+    """`plan` of the configuration (nothing, a path, a list, or names with paths) by name.
+
+    Files are read once here: one that is missing or broken is an error before anything is measured.
+    """
     if plan is None or plan == "":
         return {}
     if isinstance(plan, str):
@@ -109,6 +113,9 @@ def named_plans(plan: Any) -> dict[str, str]:
             )
         plan = named
     for name, path in plan.items():
-        if str(path).endswith(".json") and not Path(find_path(str(path))).is_file():
-            raise AccelError(f"plan {name!r}: there is no file {str(path)!r}")
+        if str(path).endswith(".json"):
+            file = Path(find_path(str(path)))
+            if not file.is_file():
+                raise AccelError(f"plan {name!r}: there is no file {str(path)!r}")
+            Plan.load(file)
     return {str(name): str(path) for name, path in plan.items()}

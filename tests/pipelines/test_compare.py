@@ -344,13 +344,16 @@ def test_one_text_is_a_list_of_one(settings, model):
 def test_plans_are_named_by_their_files_or_by_the_user(tmp_path):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path in paths:
-        path.touch()
+        tiny_plan(DENSE_CHOICE).save(path)
     assert named_plans(None) == {}
     assert list(named_plans(str(paths[0]))) == ["a"]
     assert list(named_plans(list(map(str, paths)))) == ["a", "b"]
     assert list(named_plans({"mild": str(paths[0])})) == ["mild"]
     with pytest.raises(AccelError, match="same name"):
         named_plans([str(paths[0])] * 2)
+    paths[1].write_bytes(paths[0].read_bytes()[:300])
+    with pytest.raises(PlanError, match=r"b\.json is not a whole JSON file"):
+        named_plans([str(path) for path in paths])
     assert DENSE.plan is None
 
 
