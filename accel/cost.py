@@ -10,7 +10,6 @@ generation spent in the sites and `ratio` the mean price over all steps and site
 """
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,10 +18,9 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from accel.blocking import Blocking
+from accel.dense import usual_dense
 from accel.estimators import Estimator
 from accel.files import write_atomically
 from accel.kernels.arguments import RESTS
@@ -31,6 +29,7 @@ from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.masks import static_keep
 from accel.plan import Choice, Plan
+from accel.timing import in_turns
 
 KEEPS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -123,13 +122,11 @@ def measure(
     dense: list[float] = []
     prices: dict[tuple[str, Any], float] = {}
     for key, job in progress(iter(jobs.items())):
-        job()  # warm up
-        pairs = [
-            (_seconds(lambda: _dense(q, k, v), device), _seconds(job, device))
-            for _ in range(rounds)
-        ]
-        dense += [a for a, _ in pairs]
-        prices[key] = median(b / a for a, b in pairs)
+        times = in_turns(
+            {"dense": partial(usual_dense, q, k, v), "job": job}, device, rounds=rounds
+        )
+        dense += times["dense"]
+        prices[key] = median(b / a for a, b in zip(times["dense"], times["job"], strict=True))
     select = {kind: price for (name, kind), price in prices.items() if name == "select"}
     if known is not None:
         return replace(known, select={**known.select, **select})
@@ -240,24 +237,3 @@ def _random_mask(shape: Shape, keep: float, generator: torch.Generator) -> Block
     return BlockMask.from_dense(
         dense, block=shape.block, q_length=shape.tokens, kv_length=shape.tokens
     )
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The host's fastest dense attention: cuDNN's before flash on Hopper, else torch's choice."""
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(backends, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def _seconds(job: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    job()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

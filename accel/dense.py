@@ -1,0 +1,65 @@
+"""Dense attention as others have it: what a device offers, and which is expected to be fastest."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["dense_attentions", "usual_dense"]
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# of F.scaled_dot_product_attention on CUDA; its own choice on Hopper is flash, not cuDNN
+SDPA = {
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# query rows whose logits stay in a processor's cache
+CHUNK_ROWS = 256
+
+
+def dense_attentions(device: torch.device) -> dict[str, Attention]:
+    """Everything that may be the fastest dense attention of a device, by name.
+
+    On a GPU PyTorch's cuDNN, flash and memory-efficient attention, and xFormers where it is
+    installed; each may refuse a shape or a dtype. Elsewhere PyTorch's attention, and plain products
+    of 256 query rows at a time, which beat it on processors with 16-bit arithmetic.
+    """
+    if device.type != "cuda":
+        return {"sdpa": F.scaled_dot_product_attention, "matmul": _by_rows}
+    found: dict[str, Attention] = {name: partial(_sdpa, name) for name in SDPA}
+    if find_spec("xformers"):
+        found["xformers"] = _xformers
+    return found
+
+
+def usual_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The dense attention to expect from a host that chose well: cuDNN's before flash on Hopper,
+    else torch's choice.
+    """
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(backends, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPA[name]):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scale, parts = q.shape[3] ** -0.5, q.split(CHUNK_ROWS, dim=2)
+    return torch.cat([torch.softmax(scale * part @ k.mT, -1) @ v for part in parts], dim=2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)

@@ -1,0 +1,72 @@
+"""Times of jobs measured in turn, so that a busy machine or a warm chip shifts all alike."""
+
+import time
+from collections.abc import Callable, Mapping
+from math import ceil
+
+import torch
+
+__all__ = ["in_turns", "quantile"]
+
+Job = Callable[[], object]
+
+
+def in_turns(
+    jobs: Mapping[str, Job],
+    device: torch.device,
+    *,
+    rounds: int,
+    warm_up_s: float = 0.0,
+    sample_s: float = 0.0,
+    limit_s: float | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of one call of every job, one entry a round; entry i of all is of the same round.
+
+    A round visits every job, every other one backwards. Before them each job runs at least once
+    and for `warm_up_s`. A sample is the mean of as many calls as fill `sample_s`, at least one.
+    limit_s: no round begins after so many seconds of rounds, once there are three. CUDA events
+    measure on a GPU, the clock elsewhere.
+    """
+    repeats = {
+        name: max(1, ceil(sample_s / _warm_up(job, device, warm_up_s)))
+        for name, job in jobs.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    began = time.perf_counter()
+    for turn in range(rounds):
+        if limit_s is not None and turn >= 3 and time.perf_counter() - began > limit_s:
+            break
+        for name in list(jobs)[:: 1 if turn % 2 == 0 else -1]:
+            times[name].append(_sample(jobs[name], repeats[name], device))
+    return times
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which `share` of the values lie, linear between neighbours."""
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def _warm_up(job: Job, device: torch.device, seconds: float) -> float:
+    """Run a job for some time; returns the seconds of its fastest call."""
+    began, fastest = time.perf_counter(), float("inf")
+    while True:
+        fastest = min(fastest, _sample(job, 1, device))
+        if time.perf_counter() - began >= seconds:
+            return max(fastest, 1e-9)
+
+
+def _sample(job: Job, repeats: int, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            job()
+        return (time.perf_counter() - start) / repeats
+    # what waits in the queue is no part of the sample
+    torch.cuda.synchronize(device)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(repeats):
+        job()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1000 / repeats
