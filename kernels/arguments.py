@@ -6,9 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["check_tensors", "head_orders", "pooled_heads", "valid_lengths"]
+__all__ = ["PRECISIONS", "RESTS", "check_tensors", "head_orders", "rest_codes", "valid_lengths"]
 
-RESTS = ("drop", "mean")
+# what stands in for the blocks that are not kept; kernels know each by its place here
+RESTS = ("drop", "mean", "taylor")
+# what arithmetic a caller allows, from the most exact to the least
+PRECISIONS = ("full", "half", "int8", "fp8")
 
 
 def check_tensors(q: Tensor, *keys_and_values: Tensor) -> None:
@@ -37,15 +40,15 @@ def check_tensors(q: Tensor, *keys_and_values: Tensor) -> None:
             )
 
 
-def pooled_heads(rest: str | Sequence[str], heads: int) -> tuple[bool, ...]:
-    """For each head, whether blocks that are not kept stand in by their mean."""
+def rest_codes(rest: str | Sequence[str], heads: int) -> tuple[int, ...]:
+    """For each head, the place in ``RESTS`` of what stands in for blocks that are not kept."""
     names = (rest,) * heads if isinstance(rest, str) else tuple(rest)
     if len(names) != heads:
         raise ValueError(f"rest must be one word or one per head ({heads}), got {len(names)}")
     for name in names:
         if name not in RESTS:
             raise ValueError(f"rest must be one of {', '.join(RESTS)}, got {name!r}")
-    return tuple(name == "mean" for name in names)
+    return tuple(RESTS.index(name) for name in names)
 
 
 def valid_lengths(
@@ -66,7 +69,8 @@ def valid_lengths(
             f"kv_length must be one number or one per batch element ({batch}), "
             f"got shape {tuple(kv_length.shape)}"
         )
-    if kv_length.device.type == "cpu":
+    # a compiler that traces the call has no values to look at
+    if kv_length.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(x) for x in torch.aminmax(kv_length))
         if low < 0 or high > tokens:
             raise ValueError(f"kv_length must lie in 0..{tokens} (the keys), got {low}..{high}")

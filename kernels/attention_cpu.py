@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import pad
 
+from accel.kernels.arguments import RESTS
 from accel.kernels.block_mask import dense_rows
-from accel.kernels.pooling import in_order, valid_positions
+from accel.kernels.pooling import TAYLOR_GROUP, block_slopes, in_order, valid_positions
 
 __all__ = ["forward"]
+
+DROP, TAYLOR = RESTS.index("drop"), RESTS.index("taylor")
 
 # logits of one step: two cores' worth of second-level cache
 CHUNK_LOGITS = 1 << 19
@@ -36,24 +39,35 @@ def forward(
     indices: Int32[Tensor, "mask_batch heads q_blocks max_count"],
     *,
     block: tuple[int, int],
-    pooled: tuple[bool, ...],
+    rests: tuple[int, ...],
     scale: float,
     lengths: Int[Tensor, " batch"] | None,
     order: Int[Tensor, "orders tokens"] | None,
+    precision: str,
 ):
-    """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
+    """``sparse_attention`` with arguments already checked; returns the result and the LSE.
+
+    fp32 is at least as exact as any ``precision`` asks for.
+    """
+    del precision
     batch, _, tokens, dim = q.shape
     counts, indices = counts.expand(batch, -1, -1), indices.expand(batch, -1, -1, -1)
-    pooling = torch.tensor(pooled)[:, None].expand_as(counts)
+    code = torch.tensor(rests)[:, None].expand_as(counts)
     dense = (counts == -(-k.shape[2] // block[1])).all(2)
-    sparse = ((counts > 0) | pooling) & ~dense[..., None]
+    sparse = ((counts > 0) | (code != DROP)) & ~dense[..., None]
     # by position in the order, ragged query blocks filled up
     out = torch.zeros(*counts.shape, block[0], dim)
     lse = torch.full(out.shape[:4], -torch.inf)
     if sparse.any():
         queries = _query_blocks(in_order(q, order), block[0], scale / log(2))
         sources = _key_blocks(k, v, block[1], lengths, order)
-        rows = _Rows(queries, *sources, counts, indices, pooling, sparse)
+        slopes = None
+        if TAYLOR in rests:
+            left_out = ~dense_rows(counts, indices, -(-k.shape[2] // block[1])).all(2)
+            slopes = block_slopes(
+                k.float(), v.float(), left_out, block=block[1], lengths=lengths, order=order
+            ).flatten(0, 1)
+        rows = _Rows(queries, *sources, counts, indices, code, sparse, slopes)
         for target, part in zip((out, lse), rows.attend(), strict=True):
             target.flatten(0, 2).index_copy_(0, rows.rows, part)
     out, lse = out.flatten(2, 3)[:, :, :tokens], lse.flatten(2, 3)[:, :, :tokens]
@@ -118,11 +132,15 @@ def _key_blocks(
 
 
 class _Rows:
-    """The rows (batch element, head, query block) of one call, sorted into steps of like rows."""
+    """The rows (batch element, head, query block) of one call, sorted into steps of like rows.
 
-    def __init__(self, queries, keys, values, valid, counts, indices, pooling, active):
+    slopes: ``[batch * heads, groups, dim, dim]`` of ``block_slopes``, where a head is ``taylor``.
+    """
+
+    def __init__(self, queries, keys, values, valid, counts, indices, code, active, slopes):
         batch, heads, _, width, self.q_block = queries.shape
         self.keys, self.values, self.kv_blocks = keys, values, valid.shape[1]
+        self.slopes = slopes
         kv_heads = valid.shape[0] // batch
         # the key head of every head
         head = torch.arange(batch)[:, None] * kv_heads + torch.arange(heads) * kv_heads // heads
@@ -131,7 +149,7 @@ class _Rows:
         free = (q_norm * k_norm[head] < FREE_LOGIT)[..., None].expand_as(counts)
 
         self.rows = active.flatten().nonzero()[:, 0]
-        rank = (free * 2 + pooling) * (self.kv_blocks + 1) + counts
+        rank = (free * len(RESTS) + code) * (self.kv_blocks + 1) + counts
         rank, by_rank = rank.flatten()[self.rows].sort(descending=True)
         self.rows = self.rows[by_rank]
         self.steps = self._steps(rank.tolist())
@@ -141,7 +159,7 @@ class _Rows:
             listed, indices + head[..., None, None] * self.kv_blocks, len(keys) - 1
         )
         self.blocks = blocks.flatten(0, 2).index_select(0, self.rows)
-        if pooling.any():
+        if (code != DROP).any():
             self.head = head[..., None].expand_as(counts).flatten()[self.rows]
             self.means = [
                 x[:-1].sum(1).view(*valid.shape, -1) / valid.clamp(min=1)[..., None]
@@ -149,20 +167,22 @@ class _Rows:
             ]
             kept = dense_rows(counts, indices, self.kv_blocks).flatten(0, 2)[self.rows]
             self.mean_bias = valid.log2()[self.head].masked_fill_(kept, -torch.inf)
+            self.per_token = keys.shape[1] / valid.clamp(min=1)
+            self.turning = self.rows // counts.shape[2]
 
-    def _steps(self, ranks: list[int]) -> list[tuple[int, int, int, bool, bool]]:
-        """(first row, last row + 1, list width, needs no pivot, pools) of every step."""
+    def _steps(self, ranks: list[int]) -> list[tuple[int, int, int, bool, int]]:
+        """(first row, last row + 1, list width, needs no pivot, rest) of every step."""
         steps, start = [], 0
         while start < len(ranks):
             kind, width = divmod(ranks[start], self.kv_blocks + 1)
-            free, pooling = kind >= 2, kind % 2 == 1
-            columns = width * self.keys.shape[1] + pooling * self.kv_blocks
+            free, code = kind >= len(RESTS), kind % len(RESTS)
+            columns = width * self.keys.shape[1] + (code != DROP) * self.kv_blocks
             stop = start + max(1, CHUNK_LOGITS // (self.q_block * columns))
             # a list may have a sixteenth of padding
             least = ranks[start] - width // 16
             while stop > len(ranks) or ranks[stop - 1] < least:
                 stop -= 1
-            steps.append((start, stop, width, free, pooling))
+            steps.append((start, stop, width, free, code))
             start = stop
         return steps
 
@@ -173,7 +193,7 @@ class _Rows:
         # one allocation for all steps: fresh pages cost as much as a pass over the logits
         blocks = max((stop - start) * width for start, stop, width, *_ in self.steps)
         extra = max(
-            (stop - start) * pooling * self.kv_blocks for start, stop, *_, pooling in self.steps
+            (stop - start) * (code != DROP) * self.kv_blocks for start, stop, *_, code in self.steps
         )
         keys, values = (torch.empty(blocks, *x.shape[1:]) for x in (self.keys, self.values))
         logits = torch.empty(self.q_block * (blocks * self.keys.shape[1] + extra))
@@ -183,7 +203,8 @@ class _Rows:
         return out.div_(total.masked_fill_(total == 0, 1)[..., None]), lse
 
     def _step(self, step, keys, values, logits, out, total, pivot) -> None:
-        start, stop, width, free, pooling = step
+        start, stop, width, free, code = step
+        pooling = code != DROP
         queries, out, total = self.queries[start:stop], out[start:stop], total[start:stop]
         blocks = self.blocks[start:stop, :width].flatten()
         tokens = width * self.keys.shape[1]
@@ -211,3 +232,14 @@ class _Rows:
         torch.bmm(weights[:, :tokens].mT, values, out=out)
         if pooling:
             out.baddbmm_(weights[:, tokens:].mT, mean_values)
+        if code == TAYLOR:
+            self._turn(start, stop, weights[:, tokens:], queries, out)
+
+    def _turn(self, start: int, stop: int, weights: Tensor, queries: Tensor, out: Tensor) -> None:
+        """``out += Σ_g r_g (s q) Ḡ_g``, ``r_g = Σ_{j in g} weight_j / n_j``."""
+        weights = weights * self.per_token[self.head[start:stop], :, None]
+        # queries carry log2 e for exp2, which the slopes know nothing of
+        scaled = queries[:, :-1] * log(2)
+        slopes = self.slopes[self.turning[start:stop]]
+        for g, part in enumerate(weights.split(TAYLOR_GROUP, 1)):
+            out.baddbmm_((scaled * part.sum(1, keepdim=True)).mT, slopes[:, g])

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from accel.kernels import attention_cpu
+from accel.kernels.arguments import RESTS
 from accel.kernels.native import library
 
 __all__ = ["block_mass", "forward"]
@@ -35,17 +37,32 @@ def forward(
     indices: Int32[Tensor, "mask_batch heads q_blocks max_count"],
     *,
     block: tuple[int, int],
-    pooled: tuple[bool, ...],
+    rests: tuple[int, ...],
     scale: float,
     lengths: Int[Tensor, " batch"] | None,
     order: Int[Tensor, "orders tokens"] | None,
+    precision: str,
 ):
     """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
+    if RESTS.index("taylor") in rests:
+        return attention_cpu.forward(
+            q,
+            k,
+            v,
+            counts,
+            indices,
+            block=block,
+            rests=rests,
+            scale=scale,
+            lengths=lengths,
+            order=order,
+            precision=precision,
+        )
     tensors = {name: _rows(x) for name, x in (("q", q), ("k", k), ("v", v))}
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:3])
     tensors["out"], tensors["lse"] = out, lse
     tensors["counts"], tensors["indices"] = counts.contiguous(), indices.contiguous()
-    tensors["pooled"] = torch.tensor(pooled, dtype=torch.uint8)
+    tensors["pooled"] = torch.tensor(rests, dtype=torch.uint8)
     sizes = {"mask_batch": counts.shape[0], "width": indices.shape[3]}
     _call("accel_attention", tensors, sizes, block, scale, lengths, order)
     return out.to(q.dtype), lse

@@ -18,6 +18,7 @@ import triton.language as tl
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from accel.kernels.arguments import RESTS
 from accel.kernels.block_mask import dense_rows
 from accel.kernels.pooling import pool_blocks
 
@@ -205,10 +206,12 @@ def forward(
     indices: Int32[Tensor, "mask_batch heads q_blocks max_count"],
     *,
     block: tuple[int, int],
-    pooled: tuple[bool, ...],
+    rests: tuple[int, ...],
     scale: float,
     lengths: Int[Tensor, " batch"] | None,
     order: Int[Tensor, "orders tokens"] | None,
+    precision: str,
+    longest_first: Int32[Tensor, " rows"],
 ):
     """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
     interpreted = triton.knobs.runtime.interpret
@@ -223,11 +226,14 @@ def forward(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     counts, indices = counts.contiguous(), indices.contiguous()
     k_mean = v_mean = log_count = kept = flags = None
-    if any(pooled):
+    if RESTS.index("taylor") in rests:
+        raise NotImplementedError("taylor is not there yet on this backend; use backend='cpu'")
+    del precision, longest_first
+    if any(rests):
         k_mean, v_mean, log_count = pool_blocks(k, v, block=block[1], lengths=lengths, order=order)
         k_mean, v_mean, log_count = (x.contiguous() for x in (k_mean, v_mean, log_count))
         kept = dense_rows(counts, indices, kv_blocks).to(torch.uint8)
-        flags = torch.tensor(pooled, dtype=torch.int8).to(q.device, non_blocking=True)
+        flags = torch.tensor(rests, dtype=torch.int8).to(q.device, non_blocking=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)

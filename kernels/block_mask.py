@@ -1,6 +1,6 @@
 """Which key blocks every query block attends to, per head: the one mask type the kernels share."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import no_type_check
 
@@ -19,6 +19,10 @@ class BlockMask:
     Lists ascend; entries from ``counts`` on are padding: valid block numbers without a meaning.
     Blocks tile the (ordered) sequences from position 0; the last of each axis may be ragged.
     Shapes are checked always, values where reading them costs no device synchronisation (CPU).
+
+    ``longest_first`` numbers the rows of the flattened counts by falling count, rows of equal count
+    in their own order: kernels start on the longest, so that none is left over at the end, and
+    neighbours still share a head's keys. A mask serves many calls, so it is made with the mask.
     """
 
     counts: Int32[Tensor, "batch heads q_blocks"]
@@ -26,6 +30,7 @@ class BlockMask:
     block: tuple[int, int]
     q_length: int
     kv_length: int
+    longest_first: Int32[Tensor, " rows"] = field(init=False, repr=False)
 
     def __post_init__(self):
         _check_geometry(self.block, self.q_length, self.kv_length)
@@ -51,6 +56,8 @@ class BlockMask:
             )
         if self.counts.device.type == "cpu" and self.counts.numel():
             self._check_values()
+        rows = self.counts.flatten().sort(stable=True, descending=True).indices
+        object.__setattr__(self, "longest_first", rows.to(torch.int32))
 
     def _check_values(self):
         low, high = (int(x) for x in torch.aminmax(self.counts))

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from accel.kernels.arguments import check_tensors, head_orders, pooled_heads, valid_lengths
+from accel.kernels.arguments import RESTS, check_tensors, head_orders, rest_codes, valid_lengths
 from accel.kernels.block_mask import BlockMask
+from accel.kernels.pooling import TAYLOR_GROUP
 
 __all__ = ["block_mass_reference", "sparse_attention_reference"]
 
@@ -29,13 +30,15 @@ def sparse_attention_reference(
 
     ``m`` is 0 on the tokens of kept blocks and -inf elsewhere. ``m̄`` is -inf under ``drop``;
     under ``mean`` it is ``ln n_j`` on the blocks that are not kept, ``n_j`` their valid tokens.
+    ``taylor`` is ``mean`` with ``s Σ_j exp(s q k̄_jᵀ - lse) q Ḡ_g(j)`` added to the result,
+    ``Ḡ_g`` as in ``accel.kernels.pooling.block_slopes`` (not divided by the block size).
     Everything is computed in ``dtype``, and so are the results: float64 is the truth, the dtype
     of q the honest baseline whose error a kernel may at most double.
     """
     check_tensors(q, k, v)
     heads = q.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    pooled = torch.tensor(pooled_heads(rest, heads), device=q.device)
+    code = torch.tensor(rest_codes(rest, heads), device=q.device)[:, None, None]
     orders = head_orders(order, q, k)
     q, k, v = (x.to(dtype) for x in (q, *_expand(heads, k, v)))
     valid = _valid_keys(kv_length, k)
@@ -48,7 +51,7 @@ def sparse_attention_reference(
     logits = (scale * q @ k.mT).masked_fill(~(keep & valid[:, :, None]), -torch.inf)
 
     count, k_mean, v_mean = _block_means(k, v, valid, mask.block[1])
-    use_mean = ~mask.to_dense() & pooled[:, None, None]
+    use_mean = ~mask.to_dense() & (code != RESTS.index("drop"))
     use_mean = _spread(use_mean.expand(q.shape[0], -1, -1, -1), 2, mask.block[0], q.shape[2])
     pooled_logits = scale * q @ k_mean.mT + count.log()[:, :, None]
     pooled_logits = pooled_logits.masked_fill(~use_mean, -torch.inf)
@@ -58,6 +61,10 @@ def sparse_attention_reference(
     # a row without a key has lse = -inf and weights exp(-inf - 0) = 0
     weights = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp()
     out = weights @ torch.cat([v, v_mean], dim=2)
+    slopes = _block_slopes(k, v, valid, k_mean, ~mask.to_dense().all(2), mask.block[1])
+    per_token = weights[..., k.shape[2] :] / count.clamp(min=1)[:, :, None]
+    turns = scale * torch.einsum("bhtj,bhtc,bhjcd->bhtd", per_token, q, slopes)
+    out = torch.where(code == RESTS.index("taylor"), out + turns, out)
     if orders is not None:
         out, lse = (_reorder(x, orders.argsort(1)) for x in (out, lse))
     return (out, lse) if return_lse else out
@@ -128,3 +135,22 @@ def _block_means(k: Tensor, v: Tensor, valid: Tensor, block: int) -> tuple[Tenso
         _block_sums(x * valid[..., None], 2, block) / count.clamp(min=1)[..., None] for x in (k, v)
     )
     return count, k_mean, v_mean
+
+
+def _block_slopes(k, v, valid, k_mean, left_out, block: int) -> Tensor:
+    """``Ḡ_g(j)`` for every block j; ``left_out`` is ``[mask_batch, heads, blocks]``."""
+    slopes = []
+    for j, (keys, values, real) in enumerate(
+        zip(*(x.split(block, 2) for x in (k, v, valid)), strict=True)
+    ):
+        centred = (keys - k_mean[:, :, j, None]) * real[..., None]
+        slopes.append(centred.mT @ values)
+    taken = left_out & torch.stack([real.any(2) for real in valid.split(block, 2)], 2)
+    slopes = torch.stack(slopes, 2) * taken[..., None, None]
+    means = [
+        (part.sum(2) / some.sum(2).clamp(min=1)[..., None, None])[:, :, None].expand_as(part)
+        for part, some in zip(
+            slopes.split(TAYLOR_GROUP, 2), taken.split(TAYLOR_GROUP, 2), strict=True
+        )
+    ]
+    return torch.cat(means, 2)

@@ -235,12 +235,16 @@ def test_reference_backend_and_auto(generator):
     )
 
 
+OPTIONS = ("rest", "kv_length", "order", "precision")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"mask": {"q_length": 60}}, "60 queries and 63 keys"),
         ({"mask": {"heads": 3}}, "must have 4 heads"),
-        ({"rest": "taylor"}, "drop, mean, got 'taylor'"),
+        ({"rest": "newton"}, "drop, mean, taylor, got 'newton'"),
+        ({"precision": "int4"}, "full, half, int8, fp8, got 'int4'"),
         ({"rest": ["drop", "mean"]}, r"one per head \(4\), got 2"),
         ({"kv_length": 64}, r"0..63 .*got 64"),
         ({"kv_length": torch.tensor([64])}, r"0..63 .*got 64"),
@@ -256,7 +260,7 @@ def test_refuses(change, message, generator):
     mask = BlockMask.full(size["heads"], block=(32, 16), q_length=size["q_length"], kv_length=63)
     case = Case(1, 4, change.get("kv_heads", 2), 63, 63, change.get("dim", 16), (32, 16))
     q, k, v = case.tensors(generator, change.get("dtype", torch.float32))
-    options = {name: change[name] for name in ("rest", "kv_length", "order") if name in change}
+    options = {name: change[name] for name in OPTIONS if name in change}
     with pytest.raises(ValueError, match=message):
         sparse_attention(q, k, v, mask, **options)
 

@@ -126,3 +126,13 @@ def test_refuses(change, message):
 def test_from_dense_refuses_another_geometry():
     with pytest.raises(ValueError, match=r"bool \[heads, 2, 7\].*63 queries and 111 keys"):
         BlockMask.from_dense(torch.ones(3, 2, 6, dtype=torch.bool), **GEOMETRY)
+
+
+def test_rows_are_numbered_longest_first():
+    counts = torch.tensor([[[2, 3], [3, 0]], [[1, 3], [2, 2]]], dtype=torch.int32)
+    indices = torch.arange(7, dtype=torch.int32).expand(2, 2, 2, 7).contiguous()
+    mask = BlockMask(counts=counts, indices=indices, **GEOMETRY)
+    assert mask.longest_first.tolist() == [1, 2, 5, 0, 6, 7, 4, 3]  # equal counts in their order
+    assert mask.longest_first.dtype == torch.int32
+    again = dataclasses.replace(mask, counts=counts.flip(0))
+    assert again.longest_first.tolist() == [1, 5, 6, 2, 3, 4, 0, 7]
