@@ -7,8 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accel.kernels import native
+from accel.kernels import dispatch, native
 from accel.kernels.arguments import check_tensors, head_orders, valid_lengths
+from accel.kernels.dispatch import refuse_gradients
 
 __all__ = ["block_mass"]
 
@@ -37,29 +38,74 @@ def block_mass(
     natural layout, -inf without a valid key. An ``lse`` of these very logits saves one pass.
     """
     check_tensors(q, k)
+    refuse_gradients(q, k)
     if len(block) != 2 or min(block) < 1:
         raise ValueError(f"block must be two positive sizes (q_block, kv_block), got {block}")
     if lse is not None and lse.shape != q.shape[:3]:
         raise ValueError(f"lse must be {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
-    (batch, heads, tokens, dim), (_, kv_heads, kv_tokens, _) = q.shape, k.shape
-    scale = dim**-0.5 if scale is None else scale
-    lengths, orders = valid_lengths(kv_length, k), head_orders(order, q, k)
-    if q.device.type == "cpu" and native.available():
-        from accel.kernels.attention_native import block_mass as compiled
+    mass, found = _block_mass(
+        q,
+        k,
+        list(block),
+        q.shape[3] ** -0.5 if scale is None else scale,
+        lse,
+        valid_lengths(kv_length, k),
+        head_orders(order, q, k),
+    )
+    return mass, found if lse is None else lse.float()
 
-        with q.device:  # whatever torch's default is
-            return compiled(q, k, block=block, scale=scale, lse=lse, lengths=lengths, order=orders)
+
+@torch.library.custom_op("accel::block_mass", mutates_args=())
+def _block_mass(
+    q: Tensor,
+    k: Tensor,
+    block: list[int],
+    scale: float,
+    lse: Tensor | None,
+    lengths: Tensor | None,
+    order: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The mass, and the LSE where it is not given (else an empty tensor)."""
+    if dispatch.runs_triton(q):
+        from accel.kernels.block_mass_triton import forward
+    elif q.device.type == "cpu" and native.available():
+        from accel.kernels.attention_native import block_mass as forward
+    else:
+        forward = _forward
+    with q.device:  # whatever torch's default is
+        mass, found = forward(
+            q,
+            k,
+            block=(block[0], block[1]),
+            scale=scale,
+            lse=lse,
+            lengths=lengths,
+            order=order,
+        )
+        return mass, found if lse is None else torch.empty(0)
+
+
+@_block_mass.register_fake
+def _(q, k, block, scale, lse, lengths, order):
+    blocks = (-(-q.shape[2] // block[0]), -(-k.shape[2] // block[1]))
+    mass = q.new_empty(*q.shape[:2], *blocks, dtype=torch.float32)
+    return mass, q.new_empty(q.shape[:3] if lse is None else (0,), dtype=torch.float32)
+
+
+def _forward(q, k, *, block, scale, lse, lengths, order) -> tuple[Tensor, Tensor]:
+    """On torch: rows of one head at a time, few enough that their logits stay in a cache."""
+    (batch, heads, tokens, _), (_, kv_heads, kv_tokens, _) = q.shape, k.shape
     q_blocks, kv_blocks = ceil(tokens / block[0]), ceil(kv_tokens / block[1])
-    valid = torch.ones(batch, kv_tokens, dtype=torch.bool, device=q.device)
+    valid = torch.ones(batch, kv_tokens, dtype=torch.bool)
     if lengths is not None:
-        valid = torch.arange(kv_tokens, device=q.device) < lengths[:, None]
+        valid = torch.arange(kv_tokens) < lengths[:, None]
 
     chunk = block[0] * max(1, CHUNK_LOGITS // (block[0] * kv_blocks * block[1]))
-    mass = q.new_zeros(batch, heads, q_blocks, kv_blocks, dtype=torch.float32)
-    lse_out = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    mass = torch.zeros(batch, heads, q_blocks, kv_blocks)
+    lse_out = torch.empty(batch, heads, tokens)
     for b in range(batch):
         for h in range(heads):
-            ids = None if orders is None else orders[h % orders.shape[0]]
+            ids = None if order is None else order[h % order.shape[0]]
             q_h, k_h, valid_h = q[b, h], k[b, h * kv_heads // heads], valid[b]
             lse_h = None if lse is None else lse[b, h]
             if ids is not None:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from attention_cases import Case, compiler_missing
+from attention_cases import Case
+from paths import take
 
 from accel.kernels import block_mass as module
-from accel.kernels import native
-from accel.kernels.block_mass import block_mass
+from accel.kernels.block_mass import block_mass as operation
 from accel.kernels.reference import block_mass_reference
 
 CASES = [
@@ -18,15 +18,13 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["native", "torch", "torch in chunks"], autouse=True)
-def _path(request, monkeypatch) -> None:
-    """The ways to compute it on the CPU."""
-    if request.param != "native":
-        monkeypatch.setattr(native, "available", lambda: False)
-    elif reason := compiler_missing():
-        pytest.skip(reason)
+@pytest.fixture(params=["native", "torch", "torch in chunks", "triton"])
+def block_mass(request, monkeypatch):
+    """Block mass, in every way it is computed."""
     if request.param == "torch in chunks":
         monkeypatch.setattr(module, "CHUNK_LOGITS", 1)
+    path = take(request.param, monkeypatch)
+    return lambda q, k, **options: path.run(operation, q, k, **options)
 
 
 def assert_same(got, truth):
@@ -35,7 +33,7 @@ def assert_same(got, truth):
         torch.testing.assert_close(x.double(), y, atol=2e-5, rtol=2e-5)
 
 
-def test_the_default_device_does_not_matter(generator):
+def test_the_default_device_does_not_matter(block_mass, generator):
     q, k, _ = CASES[2].tensors(generator)
     expected = block_mass(q, k, block=(16, 32))
     with torch.device("meta"):
@@ -46,7 +44,7 @@ def test_the_default_device_does_not_matter(generator):
 
 @pytest.mark.parametrize("size", [1.0, 40.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_matches_reference(case, size, generator):
+def test_matches_reference(block_mass, case, size, generator):
     q, k, _ = case.tensors(generator)
     options = case.options(generator) | {"block": case.block}
     truth = block_mass_reference(q * size, k, **options)
@@ -57,7 +55,7 @@ def test_matches_reference(case, size, generator):
     torch.testing.assert_close(same, lse)
 
 
-def test_rows_sum_to_the_valid_queries(generator):
+def test_rows_sum_to_the_valid_queries(block_mass, generator):
     case = Case(2, 4, 2, 111, 111, 16, (32, 16), orders=4)
     q, k, _ = case.tensors(generator)
     order = case.options(generator)["order"]
@@ -66,13 +64,13 @@ def test_rows_sum_to_the_valid_queries(generator):
     torch.testing.assert_close(mass.sum(3), valid.expand(2, -1, -1))
 
 
-def test_low_precision_inputs_are_computed_in_fp32(generator):
+def test_low_precision_inputs_are_computed_in_fp32(block_mass, generator):
     case = Case(1, 2, 1, 63, 111, 40, (32, 16))
     q, k, _ = case.tensors(generator, torch.bfloat16)
     assert_same(block_mass(q, k, block=case.block), block_mass_reference(q, k, block=case.block))
 
 
-def test_padding_may_hold_anything(generator):
+def test_padding_may_hold_anything(block_mass, generator):
     case = Case(1, 2, 1, 63, 63, 16, (32, 16))
     q, k, _ = case.tensors(generator)
     clean = block_mass(q, k, block=case.block, kv_length=40)[0]
@@ -88,7 +86,7 @@ def test_padding_may_hold_anything(generator):
         ({"block": (32, 16), "order": torch.arange(63)}, "as many keys as queries"),
     ],
 )
-def test_refuses(options, message, generator):
+def test_refuses(block_mass, options, message, generator):
     q, k, _ = Case(1, 2, 1, 63, 111, 16, (32, 16)).tensors(generator)
     with pytest.raises(ValueError, match=message):
         block_mass(q, k, **options)

@@ -1,0 +1,168 @@
+r"""Block mass in Triton: given the rows' LSE, one pass over ``q kᵀ``.
+
+One program holds a tile of query rows of one head and loops over key tiles,
+
+    mass[i, j] = Σ_{t in i} Σ_{n in j} 2^(s_tn - lse_t / ln 2),  s = log2 e · scale · q kᵀ
+
+Blocks smaller than a tile lie side by side in it; of larger ones a program sums the rows it has,
+and the partial sums are added up afterwards, so that no sum depends on the order of programs.
+Without an LSE, ``row_lse_kernel`` runs first.
+"""
+
+from math import ceil, log
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from accel.kernels.row_lse_triton import row_lse
+from accel.kernels.tiles_triton import (
+    block_places,
+    blocks_per_tile,
+    choose_logit_tiles,
+    is_interpreted,
+    load_rows,
+    natural_tokens,
+    rows_of,
+)
+
+__all__ = ["block_mass_kernel", "forward"]
+
+
+@triton.jit
+@no_type_check
+def block_mass_kernel(
+    p_q,
+    p_k,
+    p_lse,  # [batch, heads, tokens]
+    p_mass,  # [batch, heads, q_blocks, Q_TILES, kv_blocks]
+    p_lengths,  # [batch] or None
+    p_order,  # [orders, tokens] or None
+    s_q_batch,
+    s_q_head,
+    s_q_token,
+    s_k_batch,
+    s_k_head,
+    s_k_token,
+    s_order_head,
+    tokens,
+    kv_tokens,
+    heads,
+    kv_heads,
+    q_blocks,
+    kv_blocks,
+    scale_log2,
+    DIM: tl.constexpr,
+    Q_BLOCK: tl.constexpr,
+    Q_TILES: tl.constexpr,
+    Q_ROWS: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    KV_TILES: tl.constexpr,
+    KV_ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    Q_SIDE: tl.constexpr = BM // Q_ROWS  # query blocks side by side in a tile
+    KV_SIDE: tl.constexpr = BN // KV_ROWS
+    i_tile = tl.program_id(0)
+    i_batch = (tl.program_id(1) // heads).to(tl.int64)
+    i_head = (tl.program_id(1) % heads).to(tl.int64)
+    p_q += i_batch * s_q_batch + i_head * s_q_head
+    p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
+    length = kv_tokens
+    if p_lengths is not None:
+        length = tl.load(p_lengths + i_batch)
+
+    o_m, m_m = block_places(i_tile, q_blocks, tokens, Q_BLOCK, Q_TILES, Q_ROWS, BM)
+    o_token = natural_tokens(p_order, i_head * s_order_head, o_m, m_m)
+    o_d = tl.arange(0, BD)
+    b_q = load_rows(p_q, o_token, s_q_token, m_m, o_d, DIM, UPCAST)  # [BM, BD]
+    b_lse = tl.load(p_lse + (i_batch * heads + i_head) * tokens + o_token, m_m, other=0.0)
+    # rows without a key have logits of -inf alone; an LSE of inf takes a row out
+    b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse * 1.4426950408889634)
+    m_count = m_m & ((o_token < length) | (tokens != kv_tokens))
+    b_lse = tl.where(m_count, b_lse, float("inf"))
+
+    o_i = (i_tile // Q_TILES) * Q_SIDE + tl.arange(0, Q_SIDE)
+    o_row = ((i_batch * heads + i_head) * q_blocks + o_i) * Q_TILES + i_tile % Q_TILES
+    b_sum = tl.zeros([BM, KV_SIDE], tl.float32)
+    for i_kv in range(tl.cdiv(kv_blocks, KV_SIDE) * KV_TILES):
+        o_n, m_n = block_places(i_kv, kv_blocks, kv_tokens, KV_BLOCK, KV_TILES, KV_ROWS, BN)
+        o_key = natural_tokens(p_order, i_head * s_order_head, o_n, m_n)
+        m_n = m_n & (o_key < length)
+        b_k = load_rows(p_k, o_key, s_k_token, m_n, o_d, DIM, UPCAST)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BM, BN]
+        b_p = tl.exp2(tl.where(m_n[None, :], b_s, float("-inf")) - b_lse[:, None])
+        if KV_SIDE == 1:
+            b_part = tl.sum(b_p, 1)[:, None]
+        else:
+            b_part = tl.sum(tl.reshape(b_p, [BM, KV_SIDE, KV_ROWS]), 2)
+        # a block in one tile has nothing to carry on
+        b_sum = b_part if KV_TILES == 1 else tl.where(i_kv % KV_TILES == 0, 0.0, b_sum) + b_part
+        b_mass = tl.sum(tl.reshape(b_sum, [Q_SIDE, Q_ROWS, KV_SIDE]), 1)  # [Q_SIDE, KV_SIDE]
+        o_j = (i_kv // KV_TILES) * KV_SIDE + tl.arange(0, KV_SIDE)
+        m_out = (o_i < q_blocks)[:, None] & (o_j < kv_blocks)[None, :]
+        m_out = m_out & (i_kv % KV_TILES == KV_TILES - 1)
+        tl.store(p_mass + o_row[:, None] * kv_blocks + o_j[None, :], b_mass, m_out)
+
+
+def forward(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads kv_tokens dim"],
+    *,
+    block: tuple[int, int],
+    scale: float,
+    lse: Float[Tensor, "batch heads tokens"] | None,
+    lengths: Int[Tensor, " batch"] | None,
+    order: Int[Tensor, "orders tokens"] | None,
+) -> tuple[Float[Tensor, "batch heads q_blocks kv_blocks"], Float[Tensor, "batch heads tokens"]]:
+    """``block_mass`` with arguments already checked."""
+    interpreted = is_interpreted(q)
+    (batch, heads, tokens, dim), (_, kv_heads, kv_tokens, _) = q.shape, k.shape
+    q_blocks, kv_blocks = ceil(tokens / block[0]), ceil(kv_tokens / block[1])
+    q, k = rows_of(q), rows_of(k)
+    if lse is None:
+        lse = row_lse(q, k, scale=scale, lengths=lengths)
+    tiles = choose_logit_tiles(dim, q.element_size())
+    side, cuts, q_rows = blocks_per_tile(block[0], tiles.rows)
+    _, kv_cuts, kv_rows = blocks_per_tile(block[1], tiles.columns)
+    mass = torch.empty(
+        batch, heads, q_blocks, cuts, kv_blocks, dtype=torch.float32, device=q.device
+    )
+    block_mass_kernel[(ceil(q_blocks / side) * cuts, batch * heads)](
+        q,
+        k,
+        lse.float().contiguous(),
+        mass,
+        lengths,
+        None if order is None else order.contiguous(),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        0 if order is None or order.shape[0] == 1 else tokens,
+        tokens,
+        kv_tokens,
+        heads,
+        kv_heads,
+        q_blocks,
+        kv_blocks,
+        scale / log(2),
+        DIM=dim,
+        Q_BLOCK=block[0],
+        Q_TILES=cuts,
+        Q_ROWS=q_rows,
+        KV_BLOCK=block[1],
+        KV_TILES=kv_cuts,
+        KV_ROWS=kv_rows,
+        BM=tiles.rows,
+        BN=tiles.columns,
+        BD=tiles.dim,
+        UPCAST=interpreted,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return mass[:, :, :, 0] if cuts == 1 else mass.sum(3), lse
