@@ -124,7 +124,7 @@ def _forward(q, k, *, block, scale, lse, lengths, order) -> tuple[Tensor, Tensor
             rows = torch.cat([part[0] for part in parts])
             row_lse = torch.cat([part[1] for part in parts])
             if tokens == kv_tokens:
-                rows *= valid_h[:, None]
+                rows = torch.where(valid_h[:, None], rows, 0.0)
             rows = pad(rows, (0, 0, 0, q_blocks * block[0] - tokens))
             mass[b, h] = rows.view(q_blocks, block[0], kv_blocks).sum(1)
             lse_out[b, h, slice(None) if ids is None else ids] = row_lse

@@ -80,13 +80,16 @@ def block_mass_kernel(
 
     o_m, m_m = block_places(i_tile, q_blocks, tokens, Q_BLOCK, Q_TILES, Q_ROWS, BM)
     o_token = natural_tokens(p_order, i_head * s_order_head, o_m, m_m)
+    # with as many queries as keys, padding keys are padding queries, which may hold anything
+    q_length = tokens
+    if tokens == kv_tokens:
+        q_length = length
+    m_q = m_m & (o_token < q_length)
     o_d = tl.arange(0, BD)
-    b_q = load_rows(p_q, o_token, s_q_token, m_m, o_d, DIM, UPCAST)  # [BM, BD]
-    b_lse = tl.load(p_lse + (i_batch * heads + i_head) * tokens + o_token, m_m, other=0.0)
+    b_q = load_rows(p_q, o_token, s_q_token, m_q, o_d, DIM, UPCAST)  # [BM, BD]
+    b_lse = tl.load(p_lse + (i_batch * heads + i_head) * tokens + o_token, m_q, other=float("inf"))
     # rows without a key have logits of -inf alone; an LSE of inf takes a row out
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse * 1.4426950408889634)
-    m_count = m_m & ((o_token < length) | (tokens != kv_tokens))
-    b_lse = tl.where(m_count, b_lse, float("inf"))
 
     o_i = (i_tile // Q_TILES) * Q_SIDE + tl.arange(0, Q_SIDE)
     o_row = ((i_batch * heads + i_head) * q_blocks + o_i) * Q_TILES + i_tile % Q_TILES
