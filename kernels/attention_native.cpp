@@ -1,424 +1,177 @@
-// Block-sparse attention and block mass on the CPU, fp32, as a plain C library.
+// Block-sparse attention, block mass and column sums on the CPU, as a plain C library.
 //
 // Vectors run over queries. A task owns up to 64 of them, transposed to [dim][query], and meets the
 // keys one row at a time: scores are tiles of (keys x queries), each a broadcast key element times
-// a vector of queries. So keys and values need no packing and no padding, softmax maxima and sums
-// are vertical, any block size is a list of row ranges ("runs"), and padding keys are left out
-// instead of masked. Everything is in base 2: log2(e) * scale is folded into the queries.
+// a vector of queries. So softmax maxima and sums are vertical, any block size is a list of row
+// ranges ("runs"), and padding keys are left out instead of masked. Everything is in base 2:
+// log2(e) * scale is folded into the queries.
+//
+// fp32 tensors are computed in fp32 and, where memory is kind, read where they lie. Half-precision
+// ones, and fp32 ones where the plan allows it, are computed in 16-bit integers (native_tiles.h).
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <numeric>
-#include <utility>
-#include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "native_problem.h"
 
-namespace {
-
-// A tile holds TILE accumulators in registers and leaves room for a row of B and a broadcast.
-#if defined(__AVX512F__)
-constexpr int W = 16, COLUMNS = 4, TILE = 24;
-#elif defined(__AVX2__)
-constexpr int W = 8, COLUMNS = 2, TILE = 12;
-#elif defined(__aarch64__)
-constexpr int W = 4, COLUMNS = 4, TILE = 24;
-#else
-constexpr int W = 4, COLUMNS = 2, TILE = 12;
-#endif
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ivec __attribute__((vector_size(4 * W)));
-
-constexpr int64_t LANES = 64;      // queries of a task, a multiple of every W
-constexpr int64_t STEP_KEYS = 64;  // keys between two softmax updates: their scores stay in L1
-constexpr float LOWEST = -1e30f;   // a pivot that no logit undercuts, finite so that no NaN arises
-constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
-
-inline vec splat(float x) { return x - vec{}; }
-inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
-inline vec larger(vec a, vec b) {
-#if defined(__AVX512F__)
-    return _mm512_max_ps(a, b);  // the general form becomes two instructions
-#elif defined(__AVX2__)
-    return _mm256_max_ps(a, b);
-#else
-    return a > b ? a : b;
-#endif
-}
-
-// 2^x for x <= 127, relative error 1e-7; 0 from x = -126.5 on, -inf included.
-inline vec exp2(vec x) {
-    // adding MAGIC rounds to an integer and leaves it, biased like an exponent, in the low bits
-    const vec MAGIC = splat(12582912.0f + 127.0f);
-    x = larger(x, splat(-127.0f));
-    vec shifted = x + MAGIC;
-    vec f = x - (shifted - MAGIC);
-    vec power = (vec)((ivec)shifted << 23);
-    vec p = splat(0.0013277939287945628f);
-    p = p * f + 0.009675757959485054f;
-    p = p * f + 0.05550709739327431f;
-    p = p * f + 0.24022114276885986f;
-    p = p * f + 0.6931469440460205f;
-    p = p * f + 1.0000001192092896f;
-    return p * power;
-}
-
-// x[i][j] and x[j][i] change places: at distance S in both, then at the next.
-template <int S, int... J>
-inline void transpose(vec (&x)[W], std::integer_sequence<int, J...> lanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++)
-        if (!(i & S)) {
-            const vec a = x[i], b = x[i + S];
-#ifdef __clang__
-            x[i] = __builtin_shufflevector(a, b, (J & S ? W + J - S : J)...);
-            x[i + S] = __builtin_shufflevector(a, b, (J & S ? W + J : J + S)...);
-#else
-            x[i] = __builtin_shuffle(a, b, ivec{(J & S ? W + J - S : J)...});
-            x[i + S] = __builtin_shuffle(a, b, ivec{(J & S ? W + J : J + S)...});
-#endif
-        }
-    if constexpr (2 * S < W) transpose<2 * S>(x, lanes);
-}
-inline void transpose(vec (&x)[W]) { transpose<1>(x, std::make_integer_sequence<int, W>{}); }
-
-// The first n floats at any address; W of them are one instruction.
-inline vec load_some(const float* p, int64_t n) {
-    vec x{};
-    if (n >= W) std::memcpy(&x, p, sizeof x);
-    else std::memcpy(&x, p, n * sizeof(float));
-    return x;
-}
-inline void store_some(float* p, vec x, int64_t n) {
-    if (n >= W) std::memcpy(p, &x, sizeof x);
-    else std::memcpy(p, &x, n * sizeof(float));
-}
-
-// Memory for n floats, aligned to cache lines; large ones to huge pages, since a fresh small page
-// costs more than the gathering that fills it.
-class Buffer {
-  public:
-    explicit Buffer(int64_t n) {
-        if (n == 0) return;
-        constexpr size_t HUGE_PAGE = size_t(1) << 21;
-        const size_t bytes = n * sizeof(float), align = bytes < HUGE_PAGE / 2 ? 64 : HUGE_PAGE;
-        const size_t size = (bytes + align - 1) / align * align;
-        data.reset(static_cast<float*>(std::aligned_alloc(align, size)));
-        if (!data) throw std::bad_alloc();
-#ifdef __linux__
-        if (align == HUGE_PAGE) madvise(data.get(), size, MADV_HUGEPAGE);
-#endif
-    }
-    float* at(int64_t i) { return data.get() + i; }
-    const float* at(int64_t i) const { return data.get() + i; }
-    float& operator[](int64_t i) { return data.get()[i]; }
-    const float& operator[](int64_t i) const { return data.get()[i]; }
-    explicit operator bool() const { return bool(data); }
-
-  private:
-    std::unique_ptr<float, decltype(&std::free)> data{nullptr, std::free};
-};
-
-// Consecutive key rows and their values; bias, if any, is added to their logits.
-struct Run {
-    const float *k, *v, *bias;
-    int64_t k_stride, v_stride, rows;
-};
-
-// scores[key][lane] = bias[key] + k[key] . q[:, lane], and its maximum over keys in top[lane].
-struct Scores {
-    const Run& run;
-    int64_t dim, lanes;
-    const float* q;
-    float *scores, *top;
-    int64_t ahead;  // distance in floats to the keys of the next run, to fetch them early
-
-    template <int R, int C>
-    inline __attribute__((always_inline)) void tile(int64_t row, int64_t lane) const {
-        vec acc[R][C];
-        const float* a[R];
-#pragma GCC unroll 32
-        for (int r = 0; r < R; r++) {
-            a[r] = run.k + (row + r) * run.k_stride;
-            vec start = run.bias ? splat(run.bias[row + r]) : vec{};
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) acc[r][c] = start;
-            if (lane == 0)
-                for (int64_t d = 0; d < dim; d += 16) {
-                    __builtin_prefetch(run.v + (row + r) * run.v_stride + d);
-                    __builtin_prefetch(a[r] + ahead + d);
-                }
-        }
-        const float* b = q + lane;
-        for (int64_t d = 0; d < dim; d++, b += lanes) {
-            vec x[C];
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) x[c] = load(b + c * W);
-#pragma GCC unroll 32
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-                for (int c = 0; c < C; c++) acc[r][c] += splat(a[r][d]) * x[c];
-        }
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) {
-            vec best = load(top + lane + c * W);
-#pragma GCC unroll 32
-            for (int r = 0; r < R; r++) {
-                store(scores + (row + r) * lanes + lane + c * W, acc[r][c]);
-                best = larger(best, acc[r][c]);
-            }
-            store(top + lane + c * W, best);
-        }
-    }
-};
-
-// out[d][lane] = factor[lane] * out[d][lane] + sum over keys of v[key][d] * weights[key][lane].
-struct Values {
-    const Run& run;
-    int64_t lanes;
-    const float *weights, *factor;
-    float* out;
-
-    template <int R, int C>
-    inline __attribute__((always_inline)) void tile(int64_t row, int64_t lane) const {
-        vec acc[R][C];
-        float* target = out + row * lanes + lane;
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) {
-            vec by = factor ? load(factor + lane + c * W) : splat(1.0f);
-#pragma GCC unroll 32
-            for (int r = 0; r < R; r++) acc[r][c] = by * load(target + r * lanes + c * W);
-        }
-        const float *a = run.v + row, *b = weights + lane;
-        for (int64_t n = 0; n < run.rows; n++, a += run.v_stride, b += lanes) {
-            vec x[C];
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) x[c] = load(b + c * W);
-#pragma GCC unroll 32
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-                for (int c = 0; c < C; c++) acc[r][c] += splat(a[r]) * x[c];
-        }
-#pragma GCC unroll 32
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) store(target + r * lanes + c * W, acc[r][c]);
-    }
-};
-
-// C vectors of queries from `lane` on, in tiles of R rows and what is left in smaller ones.
-template <int R, int C, class Op>
-void sweep_lanes(const Op& op, int64_t rows, int64_t lane, int64_t row = 0) {
-    for (; row + R <= rows; row += R) op.template tile<R, C>(row, lane);
-    if constexpr (R > 1) sweep_lanes<(R > 4 ? 4 : R / 2), C>(op, rows, lane, row);
-}
-
-template <class Op>
-void sweep(const Op& op, int64_t rows) {
-    int64_t lane = 0;
-    for (; lane + COLUMNS * W <= op.lanes; lane += COLUMNS * W)
-        sweep_lanes<TILE / COLUMNS, COLUMNS>(op, rows, lane);
-    int64_t columns = (op.lanes - lane) / W;
-    if constexpr (COLUMNS > 3)
-        if (columns == 3) sweep_lanes<TILE / 3, 3>(op, rows, lane);
-    if constexpr (COLUMNS > 2)
-        if (columns == 2) sweep_lanes<TILE / 2, 2>(op, rows, lane);
-    if (columns == 1) sweep_lanes<12, 1>(op, rows, lane);
-}
-
-}  // namespace
-
-// Everything is fp32 with unit stride along dim, or int32 and contiguous where not said otherwise.
-extern "C" {
-struct Problem {
-    const float *q, *k, *v;
-    float* out;
-    const int32_t *counts, *indices;  // [mask_batch, heads, q_blocks(, width)]
-    const int32_t* lengths;           // [batch] valid keys, or null: all
-    const int64_t* order;             // [orders, tokens], or null: natural
-    const uint8_t* pooled;            // [heads]: blocks that are not kept stand in by their mean
-    const float* known_lse;           // of block mass: [batch, heads, q_tokens], or null
-    float *lse, *mass;                // contiguous
-    int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, token
-    int64_t batch, heads, kv_heads, q_tokens, kv_tokens, dim, q_block, kv_block;
-    int64_t mask_batch, width, orders, threads;
-    double scale;
-};
-}
-
-namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Where the valid keys of every block lie, for every batch element and head that differs in them.
-class Keys {
-  public:
-    Keys(const Problem& p, bool values, bool means)
-        : p(p), values(values), blocks(ceil_div(p.kv_tokens, p.kv_block)),
-          heads(p.orders > 1 ? p.heads : p.kv_heads), pack(p.order || spread()),
-          keys(pack ? p.batch * heads * p.kv_tokens * p.dim : 0),
-          packed(pack && values ? p.batch * heads * p.kv_tokens * p.dim : 0),
-          means(means ? 2 * units() * p.dim : 0), counts(units()) {}
-
-    int64_t units() const { return p.batch * heads * blocks; }
-    // Block 0 of query head h.
-    int64_t unit(int64_t b, int64_t h) const { return (b * heads + h * heads / p.heads) * blocks; }
-
-    // Count and, where needed, gather and average the valid rows of one block.
-    void prepare(int64_t unit) {
-        const int64_t row = unit / blocks, b = row / heads, h = row % heads;
-        const int64_t first = unit % blocks * p.kv_block;
-        const int64_t last = std::min(first + p.kv_block, p.kv_tokens);
-        const int64_t valid = p.lengths ? p.lengths[b] : p.kv_tokens;
-        if (!pack && !means) {
-            counts[unit] = std::clamp<int64_t>(valid - first, 0, last - first);
-            return;
-        }
-        const int64_t* ids = p.order ? p.order + (p.orders > 1 ? h * p.kv_tokens : 0) : nullptr;
-        const float* source[2] = {natural(p.k, p.k_stride, b, h), nullptr};
-        if (values) source[1] = natural(p.v, p.v_stride, b, h);
-        const int64_t stride[2] = {p.k_stride[2], p.v_stride[2]};
-        float* target[2] = {keys.at((row * p.kv_tokens + first) * p.dim),
-                            packed.at((row * p.kv_tokens + first) * p.dim)};
-        float* mean = means.at(2 * unit * p.dim);
-        int64_t n = 0;
-        if (means) std::fill_n(mean, 2 * p.dim, 0.0f);
-        for (int64_t i = first; i < last; i++) {
-            const int64_t id = ids ? ids[i] : i;
-            if (id >= valid) continue;
-            for (int x = 0; x <= values; x++) {
-                const float* from = source[x] + id * stride[x];
-                if (pack) std::memcpy(target[x] + n * p.dim, from, p.dim * sizeof(float));
-                if (means)
-                    for (int64_t d = 0; d < p.dim; d++) mean[x * p.dim + d] += from[d];
-            }
-            n++;
-        }
-        if (means && n)
-            for (int64_t d = 0; d < 2 * p.dim; d++) mean[d] /= static_cast<float>(n);
-        counts[unit] = n;
-    }
-
-    int64_t count(int64_t unit) const { return counts[unit]; }
-    const float* mean_key(int64_t unit) const { return means.at(2 * unit * p.dim); }
-    const float* mean_value(int64_t unit) const { return mean_key(unit) + p.dim; }
-
-    // The valid rows of a block; without values, keys stand for them.
-    Run run(int64_t unit) const {
-        const int64_t row = unit / blocks, first = unit % blocks * p.kv_block;
-        if (pack) {
-            const int64_t at = (row * p.kv_tokens + first) * p.dim;
-            const float* v = values ? packed.at(at) : keys.at(at);
-            return {keys.at(at), v, nullptr, p.dim, p.dim, counts[unit]};
-        }
-        const int64_t b = row / heads, h = row % heads;
-        const float* k = natural(p.k, p.k_stride, b, h) + first * p.k_stride[2];
-        if (!values) return {k, k, nullptr, p.k_stride[2], p.k_stride[2], counts[unit]};
-        const float* v = natural(p.v, p.v_stride, b, h) + first * p.v_stride[2];
-        return {k, v, nullptr, p.k_stride[2], p.v_stride[2], counts[unit]};
-    }
-
-  private:
-    // Rows far apart, as in [batch, tokens, heads, dim], collide in the first-level cache.
-    bool spread() const {
-        return p.k_stride[2] > 2 * p.dim || (values && p.v_stride[2] > 2 * p.dim);
-    }
-    const float* natural(const float* x, const int64_t* stride, int64_t b, int64_t h) const {
-        return x + b * stride[0] + h * p.kv_heads / heads * stride[1];
-    }
-
-    const Problem& p;
-    const bool values;
-
-  public:
-    const int64_t blocks;
-
-  private:
-    const int64_t heads;
-    const bool pack;
-    Buffer keys, packed, means;
-    std::vector<int64_t> counts;
-};
+namespace accel {
 
 // The queries of one task, their pivots, weights and sums: one per thread, for many tasks.
+template <class A>
 struct Workspace {
+    using Word = typename A::Word;
     const Problem& p;
-    const int64_t lanes;
-    Buffer q, scores, out, pivot, top, factor, total;
+    const int64_t lanes, words;
+    Buffer<float> q, rows, scores, out, pivot, top, factor, weight_scale, total, slope;
+    Buffer<float> q_scale, inverse_q_scale;  // 1 of Fp32
+    Buffer<Word> q_words;
     std::vector<int64_t> ids;  // natural token of every lane that holds one
 
     Workspace(const Problem& p, int64_t lanes, int64_t columns)
-        : p(p), lanes(lanes), q(round_up(p.dim, W) * lanes),
-          scores(STEP_KEYS * lanes), out(round_up(columns, W) * lanes),
-          pivot(lanes), top(lanes), factor(lanes), total(lanes) {}
+        : p(p), lanes(lanes), words(ceil_div(p.dim, A::PACK)), q(round_up(p.dim, W) * lanes),
+          rows(W * round_up(p.dim, W)), scores(STEP_KEYS * lanes), out(round_up(columns, W) * lanes),
+          pivot(lanes), top(lanes), factor(lanes), weight_scale(lanes), total(lanes),
+          slope(p.slopes ? p.dim * lanes : 0), q_scale(lanes), inverse_q_scale(lanes),
+          q_words(A::PACK > 1 ? words * lanes : 0) {}
+
+    const Word* queries() const {
+        if constexpr (A::PACK == 1) return q.at(0);
+        else return q_words.at(0);
+    }
 
     // Positions first .. last - 1 of head h as columns, and no key seen yet.
     void begin(int64_t b, int64_t h, int64_t first, int64_t last) {
         const int64_t* order = p.order ? p.order + (p.orders > 1 ? h * p.q_tokens : 0) : nullptr;
-        const float* base = p.q + b * p.q_stride[0] + h * p.q_stride[1];
+        const char* base =
+            p.q + (b * p.q_stride[0] + h * p.q_stride[1]) * bytes_of(element(p));
         const float by = static_cast<float>(p.scale) * LOG2_E;
-        ids.resize(last - first);
-        for (int64_t i = 0; i < last - first; i++) ids[i] = order ? order[first + i] : first + i;
-        const int64_t used = last - first;
-        for (int64_t i = 0; i < lanes; i += W)
+        const int64_t used = last - first, stride = p.q_stride[2] * bytes_of(element(p));
+        const int64_t width = round_up(p.dim, W);
+        ids.resize(used);
+        for (int64_t i = 0; i < used; i++) ids[i] = order ? order[first + i] : first + i;
+        for (int64_t i = 0; i < lanes; i += W) {
+            for (int64_t r = 0; r < W && i + r < used; r++)
+                widen(element(p), base + ids[i + r] * stride, p.dim, rows.at(r * width));
             for (int64_t d = 0; d < p.dim; d += W) {
                 vec x[W];
 #pragma GCC unroll 16
                 for (int64_t r = 0; r < W; r++) {
                     x[r] = vec{};
-                    if (i + r < used)
-                        x[r] = load_some(base + ids[i + r] * p.q_stride[2] + d, p.dim - d);
+                    if (i + r < used) x[r] = load_some(rows.at(r * width + d), p.dim - d);
                 }
                 transpose(x);
 #pragma GCC unroll 16
                 for (int64_t r = 0; r < W; r++) store(q.at((d + r) * lanes + i), x[r] * by);
             }
+        }
         std::fill_n(pivot.at(0), lanes, LOWEST);
         std::fill_n(total.at(0), lanes, 0.0f);
+        if constexpr (A::PACK > 1) to_words();
+        else std::fill_n(q_scale.at(0), lanes, 1.0f);
     }
 
     // The scores of a run behind `row` others of this step.
-    void score(const Run& run, int64_t row, int64_t ahead) {
+    void score(const Run<A>& run, int64_t row, int64_t ahead) {
         float* target = scores.at(row * lanes);
-        sweep(Scores{run, p.dim, lanes, q.at(0), target, top.at(0), ahead}, run.rows);
+        sweep(Scores<A>{run, words, lanes, queries(), inverse_q_scale.at(0), target, top.at(0), ahead},
+              run.rows);
+    }
+
+    // The weights of a run over pivots that stay, added to sums.
+    void sum_up(const Run<A>& run, float* sums) {
+        sweep(Sums<A>{run, words, lanes, queries(), q_scale.at(0), pivot.at(0), sums}, run.rows);
     }
 
     // The first `rows` scores to weights 2^(score - pivot), their sums to part. The pivot rises to
     // `top` where it is higher, and then `factor` takes what was summed before to it.
     template <bool KEEP_WEIGHTS>
-    void weigh(int64_t rows, bool fixed_pivot, float* part) {
+    void weigh(int64_t rows, float* part) {
         for (int64_t i = 0; i < lanes; i += W) {
-            const vec old = load(pivot.at(i));
-            const vec now = fixed_pivot ? old : larger(old, load(top.at(i)));
+            const vec by = load(q_scale.at(i)), old = load(pivot.at(i));
+            const vec now = larger(load(top.at(i)) * by, old);
             vec sum{};
             for (int64_t n = 0; n < rows; n++) {
-                const vec x = exp2(load(scores.at(n * lanes + i)) - now);
+                const vec logit = load(scores.at(n * lanes + i)) * by - now;
+                const vec x = A::PACK == 1 ? exp2(logit) : exp2_coarse(logit);
                 if (KEEP_WEIGHTS) store(scores.at(n * lanes + i), x);
                 sum += x;
             }
-            const vec by = exp2(old - now);
-            store(pivot.at(i), now);
-            store(factor.at(i), by);
-            store(total.at(i), load(total.at(i)) * by + sum);
+            rebase(i, old, now, sum);
             if (part) store(part + i, sum);
+        }
+    }
+
+    // The same to integers, two rows to a word, of the weights over the largest of this step: small
+    // ones would be lost beside a larger pivot. weight_scale is what takes them to the pivot.
+    void weigh_integers(int64_t rows) {
+        int32_t* pairs = reinterpret_cast<int32_t*>(scores.at(0));
+        for (int64_t i = 0; i < lanes; i += W) {
+            const vec by = load(q_scale.at(i)), old = load(pivot.at(i));
+            const vec local = load(top.at(i)) * by;
+            const vec now = larger(local, old);
+            uvec sum{};
+            for (int64_t n = 0; n < rows; n += 2) {
+                const ivec a = exp2_to_integer(load(scores.at(n * lanes + i)) * by - local);
+                const ivec b = exp2_to_integer(load(scores.at((n + 1) * lanes + i)) * by - local);
+                sum += (uvec)a + (uvec)b;
+                store(pairs + n / 2 * lanes + i, (a & 0xffff) | b << 16);
+            }
+            sum -= uvec{} + static_cast<uint32_t>(rows * int64_t(INTEGER_HIGH));
+            const vec scale = exp2(local - now) * (1.0f / (1 << BITS));
+            store(weight_scale.at(i), scale);
+            rebase(i, old, now, __builtin_convertvector(sum, vec) * scale);
+        }
+    }
+
+    // Weights of row n as floats over the pivot.
+    vec weight(int64_t n, int64_t lane) const {
+        if constexpr (A::PACK == 1) {
+            return load(scores.at(n * lanes + lane));
+        } else {
+            const int32_t* pairs = reinterpret_cast<const int32_t*>(scores.at(0));
+            const ivec both = load(pairs + n / 2 * lanes + lane);
+            const ivec one = n % 2 ? both >> 16 : both << 16 >> 16;
+            return __builtin_convertvector(one, vec) * load(weight_scale.at(lane));
         }
     }
 
     // -inf where no key was seen: the log of 0.
     float lse(int64_t lane) const { return (pivot[lane] + std::log2(total[lane])) * LN_2; }
+
+  private:
+    void rebase(int64_t i, vec old, vec now, vec sum) {
+        const vec by = exp2(old - now);
+        store(pivot.at(i), now);
+        store(factor.at(i), by);
+        store(total.at(i), load(total.at(i)) * by + sum);
+    }
+
+    void to_words() {
+        for (int64_t i = 0; i < lanes; i += W) {
+            vec squares{}, largest{};
+            for (int64_t d = 0; d < p.dim; d++) {
+                const vec x = load(q.at(d * lanes + i));
+                squares += x * x;
+                largest = larger(largest, larger(x, -x));
+            }
+            vec by{};
+            for (int c = 0; c < W; c++) {
+                const float factor =
+                    std::min(LARGEST / largest[c], NORM / std::sqrt(squares[c]));
+                by[c] = squares[c] > 0 ? factor : 1;
+                inverse_q_scale[i + c] = by[c];
+                q_scale[i + c] = 1 / by[c];
+                // what is not finite makes the sums of its row so
+                if (!std::isfinite(squares[c])) q_scale[i + c] = total[i + c] = NAN;
+            }
+            for (int64_t w = 0; w < words; w++) {
+                const ivec a = rounded(load(q.at(2 * w * lanes + i)) * by);
+                ivec b{};
+                if (2 * w + 1 < p.dim) b = rounded(load(q.at((2 * w + 1) * lanes + i)) * by);
+                store(q_words.at(w * lanes + i), (a & 0xffff) | b << 16);
+            }
+        }
+    }
 };
 
 // Lanes of a task: as many as a query block has, in whole vectors.
@@ -430,38 +183,41 @@ int64_t mask_row(const Problem& p, int64_t row) {
 }
 
 // All runs of one task: kept blocks, neighbours joined, then the means of the others.
+template <class A>
 class RunList {
   public:
-    RunList(const Problem& p, const Keys& keys)
-        : p(p), keys(keys), means(2 * keys.blocks * p.dim), bias(keys.blocks) {}
+    RunList(const Problem& p, const Keys<A>& keys)
+        : p(p), keys(keys), bias(p.rests ? keys.blocks : 0) {}
 
-    std::vector<Run> runs;
+    std::vector<Run<A>> runs;
 
     void collect(int64_t b, int64_t h, int64_t row) {
         const int32_t* list = p.indices + row * p.width;
         const int64_t count = p.counts[row], unit = keys.unit(b, h);
         runs.clear();
         for (int64_t n = 0; n < count; n++) append(keys.run(unit + list[n]));
-        if (!p.pooled[h] || count == keys.blocks) return;
-        float *k = means.at(0), *v = means.at(keys.blocks * p.dim);
-        int64_t others = 0;
-        for (int64_t j = 0, n = 0; j < keys.blocks; j++) {
-            if (n < count && list[n] == j) {
-                n++;
-            } else if (keys.count(unit + j)) {
-                std::copy_n(keys.mean_key(unit + j), p.dim, k + others * p.dim);
-                std::copy_n(keys.mean_value(unit + j), p.dim, v + others * p.dim);
-                bias[others++] = std::log2(static_cast<float>(keys.count(unit + j)));
+        if (!p.rests[h] || count == keys.blocks) return;
+        for (int64_t j = 0; j < keys.blocks; j++) bias[j] = keys.log2_count(unit + j);
+        for (int64_t n = 0; n < count; n++) bias[list[n]] = -INFINITY;
+        for (int64_t i = 0; i < keys.groups_of_head(); i++) {
+            Run<A> run = keys.mean_run(b, h, i);
+            run.bias = bias.at(i * STEP_KEYS);
+            if (std::all_of(run.bias, run.bias + run.rows, [](float x) { return std::isinf(x); }))
+                continue;
+            if (p.rests[h] == 2) {
+                const int64_t groups = ceil_div(keys.blocks, p.group);
+                const int64_t group = (b * p.heads + h) * groups + i * STEP_KEYS / p.group;
+                run.slopes = p.slopes + group * p.dim * p.dim;
             }
+            runs.push_back(run);
         }
-        append({k, v, bias.at(0), p.dim, p.dim, others});
     }
 
   private:
     // Cut to what one step takes; joined with the run before where memory continues.
-    void append(Run run) {
-        if (!runs.empty() && !run.bias) {
-            Run& last = runs.back();
+    void append(Run<A> run) {
+        if (A::PACK == 1 && !runs.empty()) {
+            Run<A>& last = runs.back();
             const int64_t more = std::min(STEP_KEYS - last.rows, run.rows);
             if (last.k + last.rows * last.k_stride == run.k) {
                 last.rows += more;
@@ -474,50 +230,82 @@ class RunList {
             advance(run, runs.back().rows);
         }
     }
-    static void advance(Run& run, int64_t rows) {
+    static void advance(Run<A>& run, int64_t rows) {
         run.k += rows * run.k_stride;
-        run.v += rows * run.v_stride;
-        if (run.bias) run.bias += rows;
+        run.v += rows / A::PACK * run.v_stride;
+        if (run.k_scale) run.k_scale += rows;
         run.rows -= rows;
     }
 
     const Problem& p;
-    const Keys& keys;
-    Buffer means, bias;
+    const Keys<A>& keys;
+    Buffer<float> bias;
 };
 
-void attend(const Problem& p, Workspace& space, const std::vector<Run>& runs) {
+// out += (q . slopes[g]) times the mean weight of one token in group g, for the groups of a run.
+template <class A>
+void add_slopes(const Problem& p, Workspace<A>& space, const Run<A>& run, int64_t row) {
+    for (int64_t first = 0; first < run.rows; first += p.group) {
+        const int64_t last = std::min(first + p.group, run.rows);
+        for (int64_t i = 0; i < space.lanes; i += W) {
+            vec sum{};
+            for (int64_t n = first; n < last; n++)
+                sum += space.weight(row + n, i) * run.inverse_count[n];
+            sum *= LN_2 * p.kv_block;  // the queries carry log2(e), slopes are for one of a block
+            for (int64_t d = 0; d < p.dim; d++)
+                store(space.slope.at(d * space.lanes + i), load(space.q.at(d * space.lanes + i)) * sum);
+        }
+        Run<Fp32> slope{};
+        slope.v = run.slopes + first / p.group * p.dim * p.dim;
+        slope.v_stride = slope.rows = p.dim;
+        const float* weights = space.slope.at(0);
+        sweep(Values<Fp32>{slope, space.lanes, weights, nullptr, nullptr, space.out.at(0)}, p.dim);
+    }
+}
+
+template <class A>
+void attend(const Problem& p, Workspace<A>& space, const std::vector<Run<A>>& runs) {
     float* out = space.out.at(0);
     std::fill_n(out, p.dim * space.lanes, 0.0f);
     for (size_t first = 0, last; first < runs.size(); first = last) {
         int64_t rows = 0;
         std::fill_n(space.top.at(0), space.lanes, LOWEST);
-        for (last = first; last < runs.size() && rows + runs[last].rows <= STEP_KEYS; last++) {
+        for (last = first; last < runs.size(); last++) {
+            const int64_t next = rows + round_up(runs[last].rows, A::PACK);
+            if (next > STEP_KEYS) break;
             const int64_t ahead = last + 1 < runs.size() ? runs[last + 1].k - runs[last].k : 0;
             space.score(runs[last], rows, ahead);
-            rows += runs[last].rows;
+            // half a word without a key has no weight
+            for (int64_t n = rows + runs[last].rows; n < next; n++)
+                std::fill_n(space.scores.at(n * space.lanes), space.lanes, 2 * LOWEST);
+            rows = next;
         }
-        space.weigh<true>(rows, false, nullptr);
+        if constexpr (A::PACK == 1) space.template weigh<true>(rows, nullptr);
+        else space.weigh_integers(rows);
         rows = 0;
         for (size_t n = first; n < last; n++) {
             const float* factor = n == first ? space.factor.at(0) : nullptr;
-            const float* weights = space.scores.at(rows * space.lanes);
-            sweep(Values{runs[n], space.lanes, weights, factor, out}, p.dim);
-            rows += runs[n].rows;
+            const auto* weights = reinterpret_cast<const typename A::Word*>(
+                space.scores.at(rows / A::PACK * space.lanes));
+            sweep(Values<A>{runs[n], space.lanes, weights, space.weight_scale.at(0), factor, out},
+                  p.dim);
+            if (runs[n].slopes) add_slopes(p, space, runs[n], rows);
+            rows += round_up(runs[n].rows, A::PACK);
         }
     }
 }
 
 // Quotients and LSE to the natural places of the queries.
-void finish(const Problem& p, Workspace& space, int64_t b, int64_t h) {
-    float* base = p.out + b * p.out_stride[0] + h * p.out_stride[1];
+template <class A>
+void finish(const Problem& p, Workspace<A>& space, int64_t b, int64_t h) {
+    char* base = p.out + (b * p.out_stride[0] + h * p.out_stride[1]) * bytes_of(element(p));
     float* lse = p.lse + (b * p.heads + h) * p.q_tokens;
-    const int64_t used = space.ids.size();
+    const int64_t used = space.ids.size(), width = round_up(p.dim, W);
     for (int64_t i = 0; i < used; i++) {
         lse[space.ids[i]] = space.lse(i);
-        space.factor[i] = space.total[i] > 0 ? 1 / space.total[i] : 0;
+        space.factor[i] = space.total[i] == 0 ? 0 : 1 / space.total[i];
     }
-    for (int64_t i = 0; i < used; i += W)
+    for (int64_t i = 0; i < used; i += W) {
         for (int64_t d = 0; d < p.dim; d += W) {
             vec x[W];
 #pragma GCC unroll 16
@@ -525,22 +313,26 @@ void finish(const Problem& p, Workspace& space, int64_t b, int64_t h) {
                 x[r] = load(space.out.at((d + r) * space.lanes + i)) * load(space.factor.at(i));
             transpose(x);
 #pragma GCC unroll 16
-            for (int64_t r = 0; r < W; r++)
-                if (i + r < used)
-                    store_some(base + space.ids[i + r] * p.out_stride[2] + d, x[r], p.dim - d);
+            for (int64_t r = 0; r < W; r++) store(space.rows.at(r * width + d), x[r]);
         }
+        for (int64_t r = 0; r < W && i + r < used; r++) {
+            const int64_t at = space.ids[i + r] * p.out_stride[2];
+            narrow(element(p), space.rows.at(r * width), p.dim, base + at * bytes_of(element(p)));
+        }
+    }
 }
 
 // The mass of one row of blocks. Each part (a block, or STEP_KEYS keys of one) keeps its sums and
 // the pivot they were taken with, so that one pass is enough.
+template <class A>
 class Mass {
   public:
-    Mass(const Problem& p, const Keys& keys, int64_t lanes)
-        : p(p), keys(keys), split(ceil_div(std::min(p.kv_block, p.kv_tokens), STEP_KEYS)),
-          lanes(lanes),
-          sums(keys.blocks * split * lanes), pivots(keys.blocks * split * lanes) {}
+    Mass(const Problem& p, const Keys<A>& keys, int64_t lanes)
+        : p(p), keys(keys), split(ceil_div(keys.block, STEP_KEYS)), lanes(lanes),
+          sums(keys.blocks * split * lanes),
+          pivots(p.known_lse ? 0 : keys.blocks * split * lanes) {}
 
-    void add(Workspace& space, int64_t b, int64_t h, float* mass) {
+    void add(Workspace<A>& space, int64_t b, int64_t h, float* mass) {
         const int64_t unit = keys.unit(b, h), row = (b * p.heads + h) * p.q_tokens;
         if (p.known_lse)
             for (size_t i = 0; i < space.ids.size(); i++) {
@@ -548,14 +340,16 @@ class Mass {
                 space.pivot[i] = std::isfinite(lse) ? lse * LOG2_E : 0;
             }
         for (int64_t part = 0; part < keys.blocks * split; part++) {
-            const int64_t skip = part % split * STEP_KEYS;
-            Run run = keys.run(unit + part / split);
-            run.rows = std::clamp<int64_t>(run.rows - skip, 0, STEP_KEYS);
-            run.k += skip * run.k_stride;
-            run.v = run.k + run.rows * run.k_stride;  // what comes next, to be fetched
+            Run<A> run = keys.run(unit + part / split, part % split * STEP_KEYS);
+            run.rows = std::min(run.rows, STEP_KEYS);
+            if (p.known_lse) {
+                std::fill_n(sums.at(part * lanes), lanes, 0.0f);
+                space.sum_up(run, sums.at(part * lanes));
+                continue;
+            }
             std::fill_n(space.top.at(0), lanes, LOWEST);
-            space.score(run, 0, 0);
-            space.weigh<false>(run.rows, p.known_lse, sums.at(part * lanes));
+            space.score(run, 0, run.rows * run.k_stride);
+            space.template weigh<false>(run.rows, sums.at(part * lanes));
             std::copy_n(space.pivot.at(0), lanes, pivots.at(part * lanes));
         }
         // lanes without a query, or with padding, have no share
@@ -563,14 +357,17 @@ class Mass {
         const int64_t valid = p.lengths && p.q_tokens == p.kv_tokens ? p.lengths[b] : p.q_tokens;
         for (size_t i = 0; i < space.ids.size(); i++) {
             if (!p.known_lse) p.lse[row + space.ids[i]] = space.lse(i);
-            if (space.ids[i] < valid && space.total[i] > 0)
+            if (space.ids[i] < valid && (p.known_lse || space.total[i] > 0))
                 space.factor[i] = p.known_lse ? 1 : 1 / space.total[i];
+            if (p.query_weight) space.factor[i] *= p.query_weight[b * p.q_tokens + space.ids[i]];
         }
         for (int64_t part = 0; part < keys.blocks * split; part++) {
             vec sum{};
             for (int64_t i = 0; i < lanes; i += W) {
-                const vec by = exp2(load(pivots.at(part * lanes + i)) - load(space.pivot.at(i)));
-                sum += load(sums.at(part * lanes + i)) * by * load(space.factor.at(i));
+                vec one = load(sums.at(part * lanes + i)) * load(space.factor.at(i));
+                if (!p.known_lse)
+                    one *= exp2(load(pivots.at(part * lanes + i)) - load(space.pivot.at(i)));
+                sum += one;
             }
             for (int c = 0; c < W; c++) mass[part / split] += sum[c];
         }
@@ -578,39 +375,47 @@ class Mass {
 
   private:
     const Problem& p;
-    const Keys& keys;
+    const Keys<A>& keys;
     const int64_t split, lanes;
-    Buffer sums, pivots;
+    Buffer<float> sums, pivots;
 };
 
-// Every thread makes something of its own and, when all have, works with it. What is thrown cannot
-// leave a parallel region: want of memory of any thread is thrown here.
-template <class Make, class Work>
-void in_parallel(int64_t threads, Make make, Work work) {
+// Every thread makes something of its own and does one stage with it after the other, all threads
+// together. What is thrown cannot leave a parallel region: want of memory is thrown here.
+template <class Make, class... Stages>
+void in_parallel(int64_t threads, Make make, Stages... stages) {
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(threads)
     {
         decltype(make()) own;
-        try {
-            own = make();
-        } catch (const std::bad_alloc&) {
-            failed = true;
-        }
+        const auto guarded = [&](auto&& stage) {
+            try {
+                if (!failed) stage();
+            } catch (const std::bad_alloc&) {
+                failed = true;
+            }
 #pragma omp barrier
-        try {
-            if (!failed) work(*own);
-        } catch (const std::bad_alloc&) {
-            failed = true;
-        }
+        };
+        guarded([&] { own = make(); });
+        (guarded([&] { stages(*own); }), ...);
     }
     if (failed) throw std::bad_alloc();
 }
 
+// Whoever is free takes the next of n jobs.
+template <class Job>
+auto shared_out(std::atomic<int64_t>& next, int64_t n, Job job) {
+    return [&next, n, job](auto& own) {
+        for (int64_t i; (i = next++) < n;) job(own, i);
+    };
+}
+
+template <class A>
 void attention(const Problem& p) {
     const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
     const int64_t parts = ceil_div(std::min(p.q_block, p.q_tokens), lanes);
     const int64_t rows = p.batch * p.heads * q_blocks;
-    Keys keys(p, true, std::any_of(p.pooled, p.pooled + p.heads, [](auto x) { return x; }));
+    Keys<A> keys(p, true);
     // Rows of a head follow each other for the sake of the caches, and whoever is free takes the
     // next; with few rows per thread, longest first, lest one thread be late by a long row.
     std::vector<int64_t> order(rows);
@@ -620,43 +425,46 @@ void attention(const Problem& p) {
             return p.counts[mask_row(p, a)] > p.counts[mask_row(p, b)];
         });
     struct Own {
-        Workspace space;
-        RunList list;
+        Workspace<A> space;
+        RunList<A> list;
+        typename Keys<A>::Scratch scratch;
     };
-    std::atomic<int64_t> next_unit{0}, next_task{0};
-    const auto make = [&] {
-        for (int64_t unit; (unit = next_unit++) < keys.units();) keys.prepare(unit);
-        return std::unique_ptr<Own>(new Own{{p, lanes, p.dim}, {p, keys}});
-    };
-    in_parallel(p.threads, make, [&](Own& own) {
-        for (int64_t task; (task = next_task++) < rows * parts;) {
+    std::atomic<int64_t> next_unit{0}, next_group{0}, next_task{0};
+    in_parallel(
+        p.threads,
+        [&] { return std::unique_ptr<Own>(new Own{{p, lanes, p.dim}, {p, keys}, {p, keys.block}}); },
+        shared_out(next_unit, keys.units(),
+                   [&](Own& own, int64_t unit) { keys.prepare(unit, own.scratch); }),
+        shared_out(next_group, keys.groups(), [&](Own&, int64_t group) { keys.pool(group); }),
+        shared_out(next_task, rows * parts, [&](Own& own, int64_t task) {
             const int64_t row = order[task / parts], i = row % q_blocks;
             const int64_t b = row / q_blocks / p.heads, h = row / q_blocks % p.heads;
             const int64_t first = i * p.q_block + task % parts * lanes;
             const int64_t end = std::min({first + lanes, (i + 1) * p.q_block, p.q_tokens});
-            if (first >= end) continue;
+            if (first >= end) return;
             own.space.begin(b, h, first, end);
             own.list.collect(b, h, mask_row(p, row));
             attend(p, own.space, own.list.runs);
             finish(p, own.space, b, h);
-        }
-    });
+        }));
 }
 
+template <class A>
 void block_mass(const Problem& p) {
     const int64_t lanes = task_lanes(p), q_blocks = ceil_div(p.q_tokens, p.q_block);
-    Keys keys(p, false, false);
+    Keys<A> keys(p, false);
     struct Own {
-        Workspace space;
-        Mass mass;
+        Workspace<A> space;
+        Mass<A> mass;
+        typename Keys<A>::Scratch scratch;
     };
     std::atomic<int64_t> next_unit{0}, next_row{0};
-    const auto make = [&] {
-        for (int64_t unit; (unit = next_unit++) < keys.units();) keys.prepare(unit);
-        return std::unique_ptr<Own>(new Own{{p, lanes, 0}, {p, keys, lanes}});
-    };
-    in_parallel(p.threads, make, [&](Own& own) {
-        for (int64_t row; (row = next_row++) < p.batch * p.heads * q_blocks;) {
+    in_parallel(
+        p.threads,
+        [&] { return std::unique_ptr<Own>(new Own{{p, lanes, 0}, {p, keys, lanes}, {p, keys.block}}); },
+        shared_out(next_unit, keys.units(),
+                   [&](Own& own, int64_t unit) { keys.prepare(unit, own.scratch); }),
+        shared_out(next_row, p.batch * p.heads * q_blocks, [&](Own& own, int64_t row) {
             const int64_t i = row % q_blocks, b = row / q_blocks / p.heads;
             const int64_t h = row / q_blocks % p.heads;
             const int64_t end = std::min((i + 1) * p.q_block, p.q_tokens);
@@ -664,21 +472,62 @@ void block_mass(const Problem& p) {
                 own.space.begin(b, h, first, std::min(first + lanes, end));
                 own.mass.add(own.space, b, h, p.mass + row * keys.blocks);
             }
-        }
-    });
+        }));
 }
 
-int guarded(void (*run)(const Problem&), const Problem* problem) {
+// lse[query] = sum over keys of 2^(score + bias), which is no logarithm: with keys for queries and
+// their negated LSE for bias, what every key receives.
+template <class A>
+void row_sums(const Problem& p) {
+    const int64_t tasks = ceil_div(p.q_tokens, LANES);
+    Keys<A> keys(p, false);
+    struct Own {
+        Workspace<A> space;
+        typename Keys<A>::Scratch scratch;
+    };
+    std::atomic<int64_t> next_unit{0}, next_task{0};
+    in_parallel(
+        p.threads,
+        [&] { return std::unique_ptr<Own>(new Own{{p, LANES, 0}, {p, keys.block}}); },
+        shared_out(next_unit, keys.units(),
+                   [&](Own& own, int64_t unit) { keys.prepare(unit, own.scratch); }),
+        shared_out(next_task, p.batch * p.heads * tasks, [&](Own& own, int64_t task) {
+            const int64_t b = task / tasks / p.heads, h = task / tasks % p.heads;
+            const int64_t first = task % tasks * LANES, unit = keys.unit(b, h);
+            Workspace<A>& space = own.space;
+            space.begin(b, h, first, std::min(first + LANES, p.q_tokens));
+            std::fill_n(space.pivot.at(0), LANES, 0.0f);
+            for (int64_t i = 0; i < keys.blocks; i++) {
+                space.sum_up(keys.run(unit + i), space.total.at(0));
+            }
+            float* sums = p.lse + (b * p.heads + h) * p.q_tokens + first;
+            std::copy_n(space.total.at(0), space.ids.size(), sums);
+        }));
+}
+
+template <class Call>
+int guarded(const Problem& p, Call call) {
     try {
-        run(*problem);
+        if (Int16::FAST && (p.half || element(p) != Element::F32)) call(Int16{});
+        else call(Fp32{});
     } catch (const std::bad_alloc&) {
         return 1;
     }
     return 0;
 }
 
-}  // namespace
+}  // namespace accel
+
+// Whether half precision is computed in integers here.
+extern "C" int accel_has_integers() { return accel::Int16::FAST; }
 
 // 0, or 1 for want of memory.
-extern "C" int accel_attention(const Problem* problem) { return guarded(attention, problem); }
-extern "C" int accel_block_mass(const Problem* problem) { return guarded(block_mass, problem); }
+extern "C" int accel_attention(const Problem* p) {
+    return accel::guarded(*p, [&](auto a) { accel::attention<decltype(a)>(*p); });
+}
+extern "C" int accel_block_mass(const Problem* p) {
+    return accel::guarded(*p, [&](auto a) { accel::block_mass<decltype(a)>(*p); });
+}
+extern "C" int accel_row_sums(const Problem* p) {
+    return accel::guarded(*p, [&](auto a) { accel::row_sums<decltype(a)>(*p); });
+}

@@ -1,4 +1,10 @@
-"""Launches the compiled CPU kernels of ``attention_native.cpp``."""
+"""Launches the compiled CPU kernels of ``attention_native.cpp``.
+
+They read and write fp32, bf16 and fp16 as they lie. fp32 is computed in fp32. Half precision, and
+fp32 where the caller allows ``half`` or less, is computed in 16-bit integers where the processor
+has quick products of them (AVX2 and later): every row of queries and keys has its own scale and
+keeps 12 to 15 bits, where bf16 has 8.
+"""
 
 import ctypes
 
@@ -6,16 +12,24 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from accel.kernels import attention_cpu
 from accel.kernels.arguments import RESTS
+from accel.kernels.block_mask import dense_rows
 from accel.kernels.native import library
+from accel.kernels.pooling import TAYLOR_GROUP, block_slopes
 
-__all__ = ["block_mass", "forward"]
+__all__ = ["block_mass", "column_sums", "forward"]
 
 Strides = ctypes.c_int64 * 3
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDED = ("q", "k", "v", "out")
-POINTERS = ("counts", "indices", "lengths", "order", "pooled", "known_lse", "lse", "mass")
-SIZES = ("batch", "heads", "kv_heads", "q_tokens", "kv_tokens", "dim", "q_block", "kv_block")
+POINTERS = (
+    *("counts", "indices", "lengths", "order", "rests", "slopes"),
+    *("key_bias", "query_weight", "known_lse", "lse", "mass"),
+)
+SIZES = (
+    *("element", "batch", "heads", "kv_heads", "q_tokens", "kv_tokens", "dim", "q_block"),
+    *("kv_block", "mask_batch", "width", "orders", "bias_heads", "group", "half", "threads"),
+)
 
 
 class Problem(ctypes.Structure):
@@ -24,7 +38,7 @@ class Problem(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in (*STRIDED, *POINTERS)],
         *[(f"{name}_stride", Strides) for name in STRIDED],
-        *[(name, ctypes.c_int64) for name in (*SIZES, "mask_batch", "width", "orders", "threads")],
+        *[(name, ctypes.c_int64) for name in SIZES],
         ("scale", ctypes.c_double),
     ]
 
@@ -44,28 +58,18 @@ def forward(
     precision: str,
 ):
     """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3])
+    tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "counts": counts, "indices": indices}
+    tensors["rests"] = torch.tensor(rests, dtype=torch.uint8)
+    sizes = {"mask_batch": counts.shape[0], "width": indices.shape[3], "half": precision != "full"}
     if RESTS.index("taylor") in rests:
-        return attention_cpu.forward(
-            q,
-            k,
-            v,
-            counts,
-            indices,
-            block=block,
-            rests=rests,
-            scale=scale,
-            lengths=lengths,
-            order=order,
-            precision=precision,
+        kept = dense_rows(counts, indices, -(-k.shape[2] // block[1])).all(2)
+        tensors["slopes"] = block_slopes(
+            k.float(), v.float(), ~kept, block=block[1], lengths=lengths, order=order
         )
-    tensors = {name: _rows(x) for name, x in (("q", q), ("k", k), ("v", v))}
-    out, lse = torch.empty(q.shape), torch.empty(q.shape[:3])
-    tensors["out"], tensors["lse"] = out, lse
-    tensors["counts"], tensors["indices"] = counts.contiguous(), indices.contiguous()
-    tensors["pooled"] = torch.tensor(rests, dtype=torch.uint8)
-    sizes = {"mask_batch": counts.shape[0], "width": indices.shape[3]}
+        sizes["group"] = TAYLOR_GROUP
     _call("accel_attention", tensors, sizes, block, scale, lengths, order)
-    return out.to(q.dtype), lse
+    return out, lse
 
 
 def block_mass(
@@ -77,28 +81,52 @@ def block_mass(
     lse: Float[Tensor, "batch heads tokens"] | None,
     lengths: Int[Tensor, " batch"] | None,
     order: Int[Tensor, "orders tokens"] | None,
+    key_bias: Float[Tensor, "batch kv_tokens"] | None = None,
+    query_weight: Float[Tensor, "batch tokens"] | None = None,
+    precision: str = "full",
 ) -> tuple[Float[Tensor, "batch heads q_blocks kv_blocks"], Float[Tensor, "batch heads tokens"]]:
-    """``block_mass`` with arguments already checked."""
-    tensors = {"q": _rows(q), "k": _rows(k)}
+    """``block_mass`` with arguments already checked.
+
+    key_bias: added to the logits of a key, in base 2; query_weight: factor on the mass of a query.
+    Both are for natural orders.
+    """
+    tensors = {"q": q, "k": k}
     blocks = (-(-q.shape[2] // block[0]), -(-k.shape[2] // block[1]))
     mass = tensors["mass"] = torch.zeros(*q.shape[:2], *blocks)
     if lse is None:
         lse = tensors["lse"] = torch.empty(q.shape[:3])
     else:
-        lse = tensors["known_lse"] = lse.float().contiguous()
-    _call("accel_block_mass", tensors, {}, block, scale, lengths, order)
+        lse = tensors["known_lse"] = lse.float()
+    sizes = {"half": precision != "full", "bias_heads": 1}
+    if key_bias is not None:
+        tensors["key_bias"] = key_bias
+    if query_weight is not None:
+        tensors["query_weight"] = query_weight
+    _call("accel_block_mass", tensors, sizes, block, scale, lengths, order)
     return mass, lse
 
 
-def _rows(x: Tensor) -> Tensor:
-    """fp32 with unit stride along the head dim."""
-    if x.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError("the sparse kernels give no gradients: use torch.no_grad()")
-    x = x.float()
-    return x if x.stride(3) == 1 else x.contiguous()
+def column_sums(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch heads kv_tokens dim"],
+    log2_weights: Float[Tensor, "batch heads tokens"],
+    *,
+    scale: float,
+    precision: str = "full",
+) -> Float[Tensor, "batch heads kv_tokens"]:
+    """``Σ_t 2^(log2_weights[t] + log2(e) scale q_t·k_n)``: here the queries pass by the keys."""
+    sums = torch.empty(k.shape[:3])
+    tensors = {"q": k, "k": q, "lse": sums, "key_bias": log2_weights}
+    sizes = {"half": precision != "full", "bias_heads": q.shape[1]}
+    _call("accel_row_sums", tensors, sizes, (64, 64), scale, None, None)
+    return sums
 
 
 def _call(name, tensors, sizes, block, scale, lengths, order) -> None:
+    tensors = {
+        name: x if name in STRIDED and x.stride(3) == 1 else x.contiguous()
+        for name, x in tensors.items()
+    }
     (batch, heads, q_tokens, dim), (_, kv_heads, kv_tokens, _) = (
         tensors[x].shape for x in ("q", "k")
     )
@@ -112,6 +140,7 @@ def _call(name, tensors, sizes, block, scale, lengths, order) -> None:
     problem = Problem(
         **{name: x.data_ptr() for name, x in tensors.items()},
         **{f"{x}_stride": Strides(*tensors[x].stride()[:3]) for x in STRIDED if x in tensors},
+        element=ELEMENTS.index(tensors["q"].dtype),
         batch=batch,
         heads=heads,
         kv_heads=kv_heads,

@@ -14,13 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has none; two processes may then build the same file
+    fcntl = None  # type: ignore[assignment]
+
 import torch  # noqa: F401  (its OpenMP runtime has to be the one the library finds loaded)
 
-__all__ = ["available", "library"]
+__all__ = ["available", "build", "library"]
 
 log = logging.getLogger("accel")
 
 SOURCE = Path(__file__).with_name("attention_native.cpp")
+HEADERS = ("native_problem.h", "native_tiles.h", "native_vectors.h")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
@@ -53,10 +59,13 @@ def _load() -> ctypes.CDLL | None:
     try:
         with _cache_folder() as folder:
             path = folder / f"{_key(compiler)}.so"
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # not there, or cut short by a full disk
-                _build(compiler, path)
+            if (loaded := _open(path)) is not None:
+                return loaded
+            with _turn(folder):
+                # another process may have built it while this one waited
+                if (loaded := _open(path)) is not None:
+                    return loaded
+                build(compiler, path)
             return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
@@ -64,6 +73,27 @@ def _load() -> ctypes.CDLL | None:
             "the CPU kernels could not be built, torch is used instead (slower): %s", reason
         )
         return None
+
+
+def _open(path: Path) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # not there, or cut short by a full disk
+        return None
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """One process at a time builds; a lock ends with its process, however that ends."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _compiler() -> str | None:
@@ -77,7 +107,9 @@ def _key(compiler: str) -> str:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    parts = (SOURCE.read_text("utf-8"), compiler, version, *FLAGS, _processor())
+    sources = [SOURCE, *(SOURCE.with_name(name) for name in HEADERS)]
+    texts = [path.read_text("utf-8") for path in sources if path.exists()]
+    parts = (*texts, compiler, version, *FLAGS, _processor())
     return f"{SOURCE.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}"
 
 
@@ -117,14 +149,14 @@ def _ours(folder: Path) -> bool:
     return not hasattr(os, "getuid") or (told.st_uid == os.getuid() and not told.st_mode & 0o022)
 
 
-def _build(compiler: str, path: Path) -> None:
-    """Compile to ``path``. Whoever builds at the same time replaces it by an equal file."""
-    log.info("building the CPU kernels with %s (a few seconds, once)", compiler)
+def build(compiler: str, path: Path, *flags: str) -> None:
+    """Compile the kernels to ``path``, which appears whole or not at all."""
+    log.warning("accel builds its CPU kernels with %s: a few seconds, once", Path(compiler).name)
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
         subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", unfinished],
+            [compiler, *FLAGS, *flags, str(SOURCE), "-o", unfinished],
             capture_output=True,
             text=True,
             check=True,

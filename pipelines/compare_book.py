@@ -176,6 +176,6 @@ def code_digest(*more: Path) -> str:
     files = [*more, *root.glob("*.py"), *(root / "kernels").glob("*")]
     files += [root / "pipelines" / f"{name}.py" for name in ("adapters", "enable", "video_dit")]
     digest = hashlib.sha256()
-    for file in sorted(f for f in files if f.suffix in (".py", ".cpp")):
+    for file in sorted(f for f in files if f.suffix in (".py", ".cpp", ".h")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 import ast
 import logging
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,15 @@ from attention_cases import Backend, Case, check, compiler_missing, run
 
 from accel.kernels import native
 from accel.kernels.attention import resolve_backend, sparse_attention
+from accel.kernels.block_mask import BlockMask
 from accel.kernels.block_mass import block_mass
-from accel.kernels.reference import block_mass_reference
+from accel.kernels.reference import block_mass_reference, sparse_attention_reference
 
 CPU = torch.device("cpu")
 NATIVE = Backend("native", "cpu")
 # what a build is, cheaply: a library without our functions
 EMPTY = 'extern "C" int nothing() { return 0; }\n'
+NOTICE = "accel builds its CPU kernels"
 
 
 @pytest.fixture
@@ -48,15 +52,16 @@ def problem(generator):
 
 
 def builds(caplog) -> int:
-    return sum(record.getMessage().startswith("building") for record in caplog.records)
+    return sum(record.getMessage().startswith(NOTICE) for record in caplog.records)
 
 
 def warnings(caplog) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    """What is amiss; that a build takes seconds is shown too, but is not."""
+    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    return [message for message in told if not message.startswith(NOTICE)]
 
 
 def test_a_build_is_found_again(fresh, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "accel")
     assert native.available()
     (first,) = fresh.iterdir()
     monkeypatch.setattr(native, "_loaded", [])
@@ -132,7 +137,6 @@ def test_a_cache_that_others_can_write_to_is_not_used(fresh):
 
 
 def test_a_broken_file_in_the_cache_is_built_again(fresh, caplog):
-    caplog.set_level(logging.INFO, "accel")
     fresh.mkdir(parents=True)
     (fresh / f"{native._key(native._compiler())}.so").write_text("cut short")
     assert native.available()
@@ -208,10 +212,160 @@ class TestCompiled:
             sparse_attention(q, k, v, mask, backend="native", **options)
 
 
+@pytest.mark.usefixtures("compiled")
+class TestIntegers:
+    """Half precision in 16-bit integers: exact enough whatever the tensors hold."""
+
+    @pytest.fixture(autouse=True)
+    def _here(self, compiled):
+        if not native.library().accel_has_integers():
+            pytest.skip("this processor has no quick products of 16-bit integers")
+
+    @staticmethod
+    def error(got, truth):
+        return ((got.double() - truth).norm() / truth.norm()).item()
+
+    @pytest.mark.parametrize("rest", ["drop", "mean", "taylor"])
+    def test_half_is_allowed_and_used(self, rest, generator):
+        q, k, v, mask, options = problem(generator)
+        truth = sparse_attention_reference(q, k, v, mask, rest=rest, **options)
+        full, half = (
+            sparse_attention(
+                q, k, v, mask, rest=rest, precision=precision, backend="native", **options
+            )
+            for precision in ("full", "half")
+        )
+        assert self.error(full, truth) < 1e-6
+        assert 1e-5 < self.error(half, truth) < 6e-4
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("dim", [1, 2, 33, 72, 129, 256])
+    def test_every_head_dim(self, dim, dtype, generator):
+        case = Case(1, 2, 1, 77, 131, dim, (32, 16), padded=True)
+        q, k, v = case.tensors(generator, dtype)
+        mask = case.mask(case.dense_keep(generator))
+        check(NATIVE, q, k, v, mask, rest="taylor", **case.options(generator))
+
+    @pytest.mark.parametrize("what", ["a channel", "a token", "a value", "everything"])
+    def test_outliers(self, what, generator):
+        case = Case(1, 2, 2, 128, 320, 64, (64, 32))
+        q, k, v = case.tensors(generator)
+        if what == "a channel":
+            k[..., 5] += 60
+        elif what == "a token":
+            k[:, :, 7] *= 40
+        elif what == "a value":
+            v[:, :, 7, 3] = 300
+        else:
+            q, k, v = q * 8, k * 8, v * 1000
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        check(NATIVE, q, k, v, case.mask(case.dense_keep(generator)), rest="mean")
+
+    def test_mass_in_many_small_weights(self):
+        """Each is below what 13 bits resolve beside the largest, together they are a quarter."""
+        tokens = 8192
+        q = torch.ones(1, 1, 16, 16)
+        k = torch.full((1, 1, tokens, 16), -0.625)
+        k[:, :, 100] = 0
+        v = torch.ones(1, 1, tokens, 16)
+        v[:, :, 100] = -1
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        mask = BlockMask.full(1, block=(16, 64), q_length=16, kv_length=tokens)
+        truth = sparse_attention_reference(q, k, v, mask, scale=1.0)
+        out = sparse_attention(q, k, v, mask, scale=1.0, backend="native")
+        assert -0.47 < truth.min() < truth.max() < -0.44
+        torch.testing.assert_close(out.double(), truth, atol=2e-3, rtol=0)
+
+    @pytest.mark.parametrize("dim", [1, 64, 256])
+    def test_largest_products_do_not_overflow(self, dim):
+        """Rows of equal elements have the largest sums that their norms allow."""
+        q = torch.full((1, 1, 16, dim), 3.0)
+        k = torch.full((1, 1, 64, dim), 3.0)
+        k[:, :, ::2] *= -1
+        v = torch.arange(64.0)[:, None].expand(1, 1, 64, dim).contiguous()
+        mask = BlockMask.full(1, block=(16, 64), q_length=16, kv_length=64)
+        scale = 1 / (9 * dim)
+        truth = sparse_attention_reference(q, k, v, mask, scale=scale)
+        out = sparse_attention(q, k, v, mask, scale=scale, precision="half", backend="native")
+        assert self.error(out, truth) < 5e-4
+
+    def test_what_is_not_finite_stays_where_it_is(self, generator):
+        case = Case(1, 2, 2, 64, 64, 32, (16, 16))
+        q, k, v = (x.bfloat16() for x in case.tensors(generator))
+        keep = torch.ones(2, 4, 4, dtype=torch.bool)
+        keep[:, 0, 3] = False
+        q[0, 0, 5, 1] = torch.inf
+        v[0, 1, 60, 2] = torch.nan
+        out, lse = run(NATIVE, q, k, v, case.mask(keep))
+        bad = torch.zeros_like(out, dtype=torch.bool)
+        bad[0, 0, 5] = True
+        bad[0, 1, 16:, 2] = True
+        assert torch.equal(out.isnan(), bad)
+        assert lse[0, 0, 5].isnan()
+
+    def test_block_mass(self, generator):
+        case = Case(3, 6, 2, 111, 111, 72, (64, 32), orders=6, padded=True)
+        q, k, _ = case.tensors(generator, torch.bfloat16)
+        options = case.options(generator) | {"block": case.block}
+        truth = block_mass_reference(q, k, **options)
+        mass, lse = block_mass(q, k, **options)
+        again, _ = block_mass(q, k, lse=lse, **options)
+        for found in (mass, again):
+            torch.testing.assert_close(found.double(), truth[0], atol=5e-3, rtol=1e-3)
+        finite = truth[1].isfinite()
+        torch.testing.assert_close(lse.double()[finite], truth[1][finite], atol=1e-3, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """The kernels with the layout of AVX-512, on whatever vectors there are."""
+    if reason := compiler_missing():
+        pytest.skip(reason)
+    path = tmp_path_factory.mktemp("wide") / "wide.so"
+    native.build(native._compiler(), path, "-DACCEL_LANES=16", "-O1")
+    return native.ctypes.CDLL(str(path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [(16, 16), (48, 24), (64, 64), (128, 96)], ids=str)
+def test_the_layout_of_wider_vectors(wide, block, dtype, monkeypatch, generator):
+    monkeypatch.setattr(native, "_loaded", [wide])
+    case = Case(2, 6, 2, 333, 333, 72, block, orders=6, padded=True)
+    q, k, v = case.tensors(generator, dtype)
+    mask, options = case.mask(case.dense_keep(generator)), case.options(generator)
+    check(NATIVE, q, k, v, mask, rest=["drop", "mean", "taylor"] * 2, **options)
+    truth = block_mass_reference(q, k, block=block, **options)[0]
+    found = block_mass(q, k, block=block, **options)[0]
+    torch.testing.assert_close(found.double(), truth, atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("processor", "instruction"),
+    [
+        ("icelake-server", r"vpdpwssd\s.*%zmm"),
+        pytest.param("haswell", r"vpmaddwd\s.*%ymm", marks=pytest.mark.slow),
+        pytest.param("skylake-avx512", r"vpmaddwd\s.*%zmm", marks=pytest.mark.slow),
+        pytest.param("x86-64", r"mulps\s", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_for_other_processors(processor, instruction, tmp_path, compiled):
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("compiles for x86 only")
+    flags = [f for f in native.FLAGS if f not in ("-march=native", "-shared")]
+    assembly = tmp_path / "kernels.s"
+    subprocess.run(
+        [native._compiler(), *flags, f"-march={processor}", "-S", native.SOURCE, "-o", assembly],
+        check=True,
+        capture_output=True,
+    )
+    assert re.search(instruction, assembly.read_text())
+
+
 STARVED = """
 import resource
 import torch
 from accel.kernels.attention import sparse_attention
+from accel.kernels.block_mask import BlockMask
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.block_mass import block_mass
 
