@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["dense_attentions", "usual_dense"]
+__all__ = ["SDPA", "dense_attentions", "usual_dense"]
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

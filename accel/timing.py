@@ -1,25 +1,27 @@
 """Times of jobs measured in turn, so that a busy machine or a warm chip shifts all alike."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from math import ceil
+from typing import TypeVar
 
 import torch
 
 __all__ = ["in_turns", "quantile"]
 
 Job = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def in_turns(
-    jobs: Mapping[str, Job],
+    jobs: Mapping[Name, Job],
     device: torch.device,
     *,
     rounds: int,
     warm_up_s: float = 0.0,
     sample_s: float = 0.0,
     limit_s: float | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of one call of every job, one entry a round; entry i of all is of the same round.
 
     A round visits every job, every other one backwards. Before them each job runs at least once
@@ -31,7 +33,7 @@ def in_turns(
         name: max(1, ceil(sample_s / _warm_up(job, device, warm_up_s)))
         for name, job in jobs.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+    times: dict[Name, list[float]] = {name: [] for name in jobs}
     began = time.perf_counter()
     for turn in range(rounds):
         if limit_s is not None and turn >= 3 and time.perf_counter() - began > limit_s:

@@ -88,10 +88,26 @@ WRONG = {
     ("search", "block=[48,64]"): "block must be two powers of two from 16",
     ("search", "block=64"): "block must be two powers of two from 16",
     ("bench", "rounds=0"): "rounds is 0; it is a whole number, at least 1",
-    ("bench", "dtype=nn"): "dtype 'nn' is unknown",
+    ("bench", "dtype=nn"): "dtype 'nn' is unknown here; Known: bfloat16, float16, float32",
     ("bench", "device=gpu"): "device is 'gpu', which cannot be used here",
+    ("bench", "device=meta"): "device is 'meta'; accel-bench measures cpu and cuda",
+    ("bench", "kernel=atention"): "kernel 'atention' is unknown here; did you mean 'attention'?",
+    ("bench", "backends=[triton]"): "backends 'triton' is unknown here; Known: cpu, flex, native",
+    ("bench", "precisions=fp8"): "precisions 'fp8' is unknown here; Known: full, half",
+    ("bench", "rows=[]"): "rows is []; it is a word or a list of words of ['uniform', 'uneven']",
     ("bench", "blocks=[[64,65]]"): "block must be two powers of two from 16",
-    ("bench", "shapes=[{tokens: 64}]"): "shapes.heads is None; it is a whole number",
+    ("bench", "blocks=64"): "blocks is 64; it is a list of pairs, as in blocks=[[128,64]]",
+    ("bench", "keeps=[1.5]"): "keeps holds 1.5; a keep is a fraction in (0, 1]",
+    ("bench", "keeps=0.5"): "keeps is 0.5; it is a list of fractions",
+    ("bench", "limit_s=soon"): "limit_s is 'soon'; it is a number, at least 0",
+    ("bench", "shapes=none"): "shapes is {}; choose a group as in shapes=real",
+    ("bench", "+shapes.cpu.mine={tokens: 64}"): "shapes.mine.heads is None; it is a whole number",
+    ("bench", "+shapes.cpu.mine={toks: 64}"): "shapes.mine.toks is unknown; did you mean 'tokens'",
+    (
+        "bench",
+        "shapes.cpu.wan-digits.dim=300",
+    ): "shapes.wan-digits.dim is 300; kernels take",
+    ("bench", "kernel=wan_step"): "kernel=wan_step needs a GPU, and the device is cpu",
 }
 # a process without the type checks of the tests, which would be faster
 SAY_WHAT_IS_WRONG = """
@@ -103,11 +119,14 @@ from accel.pipelines.bench import bench
 from accel.pipelines.compare import compare
 from accel.search.__main__ import search
 
-jobs = {"bench": bench, "search": search, "compare": lambda config: compare(config, "")}
+told = {"bench": bench, "compare": compare}
+jobs = {name: lambda config, job=job: job(config, "") for name, job in told.items()}
+jobs["search"] = search
 said = []
 with initialize_config_module("accel.configs", version_base="1.3"):
     for name, override in json.loads(sys.argv[1]):
-        config = compose(name, overrides=[override, "out=" + sys.argv[2]])
+        device = ["device=cpu"] if name == "bench" and "device" not in override else []
+        config = compose(name, overrides=[override, "out=" + sys.argv[2], *device])
         try:
             jobs[name](OmegaConf.to_container(config, resolve=True))
         except AccelError as error:

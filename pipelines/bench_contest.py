@@ -1,0 +1,120 @@
+"""Rivals for one job: each is checked first, and those that pass are timed in turn."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import cycle
+from math import isfinite
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from accel.pipelines.bench_gate import Gate
+from accel.pipelines.bench_inputs import Inputs
+from accel.pipelines.bench_settings import BenchSettings
+from accel.timing import Job, in_turns
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rival:
+    """make: gives the job, on q, k and v; precision: what arithmetic it is allowed."""
+
+    make: Callable[[], Run]
+    precision: str = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a rival. seconds: one entry a round, none where it was not timed. price: its
+    time as a multiple of the baseline's, the median of paired ratios. note: why there is no time,
+    or what the first call took where it was no call like the others.
+    """
+
+    seconds: tuple[float, ...] = ()
+    price: float | None = None
+    error: float | None = None
+    limit: float | None = None
+    note: str = ""
+
+
+def contest(
+    rivals: Mapping[Key, Rival],
+    gate: Gate,
+    inputs: list[Inputs],
+    settings: BenchSettings,
+    baseline: Run | None,
+) -> dict[Key, Outcome]:
+    """The outcome of every rival; one that cannot be made, fails or is wrong harms no other.
+
+    baseline: the dense attention that takes its turn with them, already checked; None: no prices.
+    """
+    outcomes: dict[Key, Outcome] = {}
+    firsts: dict[Key, float] = {}
+    jobs: dict[Key | None, Job] = {}
+    for key, rival in rivals.items():
+        limit = gate.limit(rival.precision)
+        start = time.perf_counter()
+        try:
+            run = rival.make()
+            result = run(*inputs[0])
+            if result.is_cuda:
+                torch.cuda.synchronize()
+            firsts[key] = time.perf_counter() - start
+            error = gate.error(result)
+            del result
+            run(*inputs[1])
+        except Exception as problem:  # a rival is anybody's code
+            outcomes[key] = Outcome(note=reason(problem))
+            continue
+        passed = error <= limit  # never so for NaN
+        outcomes[key] = Outcome(
+            error=error if isfinite(error) else None,
+            limit=limit,
+            note="" if passed else f"not timed: its error is {error:.1e}, the limit {limit:.1e}",
+        )
+        if passed:
+            jobs[key] = _rotated(run, inputs)
+    if not jobs:
+        return outcomes
+    if baseline is not None:
+        jobs[None] = _rotated(baseline, inputs)
+    times = in_turns(
+        jobs,
+        settings.device,
+        rounds=settings.rounds,
+        warm_up_s=settings.warm_up_ms / 1000,
+        sample_s=settings.sample_ms / 1000,
+        limit_s=settings.limit_s,
+    )
+    dense = times.pop(None, None)
+    for key, outcome in outcomes.items():
+        if key in times:
+            seconds = times[key]
+            pairs = None if dense is None else zip(seconds, dense, strict=True)
+            outcomes[key] = replace(
+                outcome,
+                seconds=tuple(seconds),
+                price=None if pairs is None else median(a / b for a, b in pairs),
+                note=_compile_time(firsts[key], median(seconds)),
+            )
+    return outcomes
+
+
+def _rotated(run: Run, inputs: list[Inputs]) -> Job:
+    turn = cycle(inputs)
+    return lambda: run(*next(turn))
+
+
+def _compile_time(first: float, usual: float) -> str:
+    return f"first call {first:.1f} s" if first > 1 + 5 * usual else ""
+
+
+def reason(problem: Exception) -> str:
+    """One line that names what a rival failed of."""
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0] if lines else ''}"[:160]

@@ -1,0 +1,118 @@
+"""The check that comes before every time: a result against the float64 truth on sampled rows.
+
+A kernel may be at most twice as far from the truth as the naive computation in the precision that
+it was allowed, plus 1e-5 (the rule of flash-attention's tests). Where it was allowed 8 bits, the
+limit is a stated one: there is no naive computation to compare it with.
+"""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from accel.kernels.block_mask import BlockMask
+from accel.pipelines.bench_inputs import Inputs
+
+# relative L2 errors; rounding normal q and k to 8 bits costs about 0.013, P and V to e4m3 0.04
+STATED = {"int8": 0.05, "fp8": 0.1}
+# rows of query blocks whose mass is computed exactly, in every head
+CHECKED_BLOCKS = 3
+
+
+def sampled(total: int, count: int) -> Tensor:
+    """`count` places of `total`, ascending, or all; among them the last, which may be ragged."""
+    places = torch.randperm(total - 1, generator=torch.Generator().manual_seed(2))
+    return torch.cat([places[: count - 1], torch.tensor([total - 1])]).sort().values
+
+
+def attention_rows(
+    inputs: Inputs, rows: Tensor, mask: BlockMask | None, dtype: torch.dtype
+) -> Tensor:
+    """`softmax(q kT / sqrt(dim)) v` of some query rows, computed naively in `dtype`, head by head;
+    in float64 it is the truth. Every key where there is no mask.
+    """
+    q, k, v = inputs
+    out = q.new_empty(*q.shape[:2], len(rows), q.shape[3], dtype=torch.float64)
+    keep = None if mask is None else mask.to_dense()[:, :, rows // mask.block[0]]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            logits = q[b, h, rows].to(dtype) * q.shape[3] ** -0.5 @ k[b, h].to(dtype).mT
+            if mask is not None and keep is not None:
+                kept = keep[b % keep.shape[0], h].repeat_interleave(mask.block[1], 1)
+                logits = logits.masked_fill(~kept[:, : k.shape[2]], -torch.inf)
+            out[b, h] = logits.softmax(-1) @ v[b, h].to(dtype)
+    return out
+
+
+def mass_rows(inputs: Inputs, block: tuple[int, int], rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax mass of every key block in some rows of query blocks, computed naively in `dtype`."""
+    q, k, _ = inputs
+    parts = []
+    for row in rows.tolist():
+        some = q[:, :, row * block[0] : (row + 1) * block[0]].to(dtype) * q.shape[3] ** -0.5
+        heads = [
+            (some[b, h] @ k[b, h].to(dtype).mT).softmax(-1).double().sum(0)
+            for b in range(q.shape[0])
+            for h in range(q.shape[1])
+        ]
+        sums = [part.sum(-1) for part in torch.stack(heads).split(block[1], -1)]
+        parts.append(torch.stack(sums, -1).unflatten(0, q.shape[:2]))
+    return torch.stack(parts, 2)
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """`|found - truth| / |truth|` in the L2 norm."""
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+class Gate:
+    """Checks what one job gives for its first inputs.
+
+    compute: the sampled part of the result, computed naively in a dtype; pick: that part of a
+    result; dtype: that of the inputs.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[torch.dtype], Tensor],
+        pick: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self._compute, self._pick, self._dtype = compute, pick, dtype
+        self._naive: dict[torch.dtype, float] = {}
+
+    @cached_property
+    def truth(self) -> Tensor:
+        return self._compute(torch.float64)
+
+    def error(self, result: Tensor) -> float:
+        """How far a result is from the truth; NaN where it holds one."""
+        return relative_error(self._pick(result), self.truth)
+
+    def limit(self, precision: str) -> float:
+        """The largest error that passes."""
+        if precision in STATED:
+            return STATED[precision]
+        dtype = self._dtype
+        if precision == "half" and dtype == torch.float32:
+            dtype = torch.bfloat16
+        if dtype not in self._naive:
+            self._naive[dtype] = relative_error(self._compute(dtype), self.truth)
+        return 2 * self._naive[dtype] + 1e-5
+
+
+def attention_gate(inputs: Inputs, mask: BlockMask | None, rows: int) -> Gate:
+    """Checks attention on so many query rows of every head."""
+    q = inputs[0]
+    places = sampled(q.shape[2], rows).to(q.device)
+    return Gate(
+        partial(attention_rows, inputs, places, mask), lambda out: out[:, :, places], q.dtype
+    )
+
+
+def mass_gate(inputs: Inputs, block: tuple[int, int]) -> Gate:
+    """Checks the mass of all key blocks in some rows of query blocks of every head."""
+    q = inputs[0]
+    places = sampled(-(-q.shape[2] // block[0]), CHECKED_BLOCKS).to(q.device)
+    return Gate(partial(mass_rows, inputs, block, places), lambda mass: mass[:, :, places], q.dtype)
