@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from accel.blocking import Blocking
+from accel.kernels.antidiagonal import antidiagonal_scores
 from accel.kernels.arguments import check_tensors, valid_lengths
 from accel.kernels.block_mass import block_mass
 from accel.pattern import Kind, from_kind, register
@@ -249,12 +250,9 @@ class AdaptiveBlockMass(Estimator):
 class Antidiagonal(Estimator):
     """The fewest blocks per row that hold `tau` of an attention map `stride` times coarser.
 
-    XAttention (https://github.com/mit-han-lab/x-attention). The map's cell (a, b) stands for
-    `stride` queries and keys and is scored by its antidiagonal,
-    `scale / stride * sum_i q[a, stride - 1 - i] . k[b, i]`; softmax over b; block sums; `top_mass`.
-
-    Any length: a cell with n < stride valid tokens is filled by repeating them, and weighs
-    n / stride as a key and as a query. Blocks are multiples of the stride.
+    XAttention (arXiv 2503.16428): the map's cells are scored by their antidiagonals
+    (`accel.kernels.antidiagonal`), block sums of its softmax ranked by `top_mass`. Any length;
+    blocks are multiples of the stride.
     """
 
     tau: int | float
@@ -273,41 +271,18 @@ class Antidiagonal(Estimator):
             )
 
     def _select(self, call: _Call) -> Selection:
-        blocking, stride = call.blocking, self.stride
-        self.check_block(blocking.block)
-        valid = call.valid
-        q_fill, q_count = self._cells(valid, blocking.q_blocks * blocking.block[0] // stride)
-        k_fill, k_count = self._cells(valid, blocking.kv_blocks * blocking.block[1] // stride)
-        rows, columns = (size // stride for size in blocking.block)
-        step = rows * max(1, CHUNK_ELEMENTS // (rows * k_count.shape[1]))
-        mass = call.q.new_empty(
-            *call.q.shape[:2], blocking.q_blocks, blocking.kv_blocks, dtype=torch.float32
+        self.check_block(call.blocking.block)
+        mass = antidiagonal_scores(
+            call.q,
+            call.k,
+            block=call.blocking.block,
+            stride=self.stride,
+            scale=call.scale,
+            kv_length=call.lengths,
+            order=call.order,
         )
-        for head, q, k, _ in call.heads():
-            q, k = self._gather(q, q_fill.flip(-1)), self._gather(k, k_fill)
-            bias = (k_count / stride).log()[:, None]
-            for first in range(0, q.shape[1], step):
-                some = slice(first, first + step)
-                logits = q[:, some] @ k.mT * (call.scale / stride) + bias
-                weight = logits.softmax(-1).nan_to_num(0.0) * (q_count[:, some, None] / stride)
-                sums = weight.unflatten(2, (-1, columns)).sum(-1)
-                sums = sums.unflatten(1, (-1, rows)).sum(2)
-                mass[:, head, first // rows : first // rows + sums.shape[1]] = sums
-        return Selection(top_mass(mass.masked_fill(~call.columns, -inf), self.tau, blocking))
-
-    def _cells(self, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Token of every place of every cell `[batch, count, stride]`; valid tokens per cell."""
-        inside = _blocks(valid[..., None], self.stride, count)[..., 0]
-        filled = inside.sum(-1)
-        first = torch.argsort((~inside).int(), dim=-1, stable=True)  # the valid places, in order
-        turn = torch.arange(self.stride, device=valid.device) % filled.clamp(min=1)[..., None]
-        start = torch.arange(count, device=valid.device)[:, None] * self.stride
-        return (start + first.gather(-1, turn)).clamp(max=valid.shape[1] - 1), filled
-
-    def _gather(self, x: Tensor, fill: Tensor) -> Tensor:
-        """`[batch, tokens, dim]` as `[batch, cells, stride * dim]` by the table `fill`."""
-        index = fill.flatten(1)[..., None].expand(-1, -1, x.shape[-1])
-        return x.gather(1, index).unflatten(1, fill.shape[1:]).flatten(2)
+        mass = mass.masked_fill(~call.columns, -inf)
+        return Selection(top_mass(mass, self.tau, call.blocking))
 
 
 @register(ESTIMATORS, "pooled")

@@ -316,7 +316,7 @@ def test_antidiagonal_grows_with_tau():
 def test_antidiagonal_does_not_depend_on_the_chunk(monkeypatch):
     q, k, v = tensors()
     whole = Antidiagonal(0.6, 4).select(q, k, v, blocking=BLOCKING).keep
-    monkeypatch.setattr("accel.estimators.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("accel.kernels.antidiagonal.CHUNK_LOGITS", 1)
     assert torch.equal(Antidiagonal(0.6, 4).select(q, k, v, blocking=BLOCKING).keep, whole)
 
 
