@@ -70,7 +70,7 @@ def _measure(case: Case, settings: BenchSettings, results: Results, bar: tqdm) -
             bar.update(_parts(kernel, settings))
             rows += found
             continue
-        baseline = fastest(rows)
+        baseline = fastest(results.of("dense", case))
         if kernel != "dense" and baseline is None:
             break
         made = made or Bench(case, settings)

@@ -45,20 +45,32 @@ def attention_rows(
     return out
 
 
-def mass_rows(inputs: Inputs, block: tuple[int, int], rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Softmax mass of every key block in some rows of query blocks, computed naively in `dtype`."""
+def mass_rows(
+    inputs: Inputs, block: tuple[int, int], stride: int, rows: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Softmax mass of every key block in some rows of query blocks, computed naively in `dtype`.
+
+    Of the map of cells of `stride` tokens that `antidiagonal_scores` defines; stride 1 is the
+    attention map itself. A last cell with fewer tokens repeats them, and weighs less.
+    """
     q, k, _ = inputs
-    parts = []
+    starts = torch.arange(0, q.shape[2], stride, device=q.device)[:, None]
+    counts = (q.shape[2] - starts).clamp(max=stride)
+    cells = starts + torch.arange(stride, device=q.device) % counts
+    weights = (counts[:, 0] / stride).to(dtype)
+    q_cells, kv_cells = (size // stride for size in block)
+    found = []
     for row in rows.tolist():
-        some = q[:, :, row * block[0] : (row + 1) * block[0]].to(dtype) * q.shape[3] ** -0.5
-        heads = [
-            (some[b, h] @ k[b, h].to(dtype).mT).softmax(-1).double().sum(0)
-            for b in range(q.shape[0])
-            for h in range(q.shape[1])
-        ]
-        sums = [part.sum(-1) for part in torch.stack(heads).split(block[1], -1)]
-        parts.append(torch.stack(sums, -1).unflatten(0, q.shape[:2]))
-    return torch.stack(parts, 2)
+        some = slice(row * q_cells, (row + 1) * q_cells)
+        for b in range(q.shape[0]):
+            for h in range(q.shape[1]):
+                queries = q[b, h, cells[some].flip(1)].flatten(1).to(dtype)
+                keys = k[b, h, cells].flatten(1).to(dtype)
+                scale = q.shape[3] ** -0.5 / stride
+                p = (scale * queries @ keys.mT + weights.log()).softmax(-1) * weights[some, None]
+                sums = p.double().sum(0).split(kv_cells)
+                found.append(torch.stack([part.sum() for part in sums]))
+    return torch.stack(found).view(len(rows), *q.shape[:2], -1).movedim(0, 2)
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
@@ -111,8 +123,10 @@ def attention_gate(inputs: Inputs, mask: BlockMask | None, rows: int) -> Gate:
     )
 
 
-def mass_gate(inputs: Inputs, block: tuple[int, int]) -> Gate:
+def mass_gate(inputs: Inputs, block: tuple[int, int], stride: int = 1) -> Gate:
     """Checks the mass of all key blocks in some rows of query blocks of every head."""
     q = inputs[0]
     places = sampled(-(-q.shape[2] // block[0]), CHECKED_BLOCKS).to(q.device)
-    return Gate(partial(mass_rows, inputs, block, places), lambda mass: mass[:, :, places], q.dtype)
+    return Gate(
+        partial(mass_rows, inputs, block, stride, places), lambda mass: mass[:, :, places], q.dtype
+    )

@@ -1,6 +1,6 @@
 """What is measured of a case, kernel by kernel: every method yields rows as they are done."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from accel.dense import dense_attentions
+from accel.kernels import dispatch
+from accel.kernels.antidiagonal import antidiagonal_scores
 from accel.kernels.attention import resolve_backend
 from accel.kernels.block_mass import block_mass
 from accel.pipelines.bench_contest import Outcome, Rival, Run, contest
@@ -29,13 +31,16 @@ class Bench:
 
     def rows(self, kernel: str, baseline: str) -> Iterator[list[Row]]:
         """What a kernel gives. baseline: the fastest of the dense ones, which come without."""
-        makers = {"attention": self.attention, "block_mass": self.block_mass}
+        makers = {
+            "attention": self.attention,
+            "block_mass": self.block_mass,
+            "antidiagonal": self.antidiagonal,
+        }
         return self.dense() if kernel == "dense" else makers[kernel](baseline)
 
     def dense(self) -> Iterator[list[Row]]:
         """Every dense attention of others that this device may have."""
-        runs = dense_attentions(self.settings.device)
-        rivals = {name: Rival(partial(_given, run)) for name, run in runs.items()}
+        rivals = _rivals(dense_attentions(self.settings.device))
         gate = attention_gate(self.inputs[0], None, self.settings.checked_rows)
         outcomes = contest(rivals, gate, self.inputs, self.settings, None)
         rows = [self._row("dense", name, "full", outcome) for name, outcome in outcomes.items()]
@@ -92,15 +97,37 @@ class Bench:
                 "two passes": partial(_mass, block, {}),
                 "known lse": partial(_mass, block, known),
             }
-            rivals = {name: Rival(partial(_given, run)) for name, run in runs.items()}
-            outcomes = self._contest(rivals, mass_gate(self.inputs[0], block), baseline)
+            gate = mass_gate(self.inputs[0], block)
+            outcomes = self._contest(_rivals(runs), gate, baseline)
             backend = resolve_backend("auto", self.settings.device)
-            # one product of queries and keys, where attention takes two
-            more: dict[str, Any] = {"work": 0.5, "block": block, "baseline": baseline}
-            yield [
-                self._row("block_mass", backend, mode, outcome, **more)
-                for mode, outcome in outcomes.items()
-            ]
+            yield self._of_blocks("block_mass", backend, outcomes, block, 1, baseline)
+
+    def antidiagonal(self, baseline: str) -> Iterator[list[Row]]:
+        """The mass of every block in a map `stride` times coarser."""
+        stride = self.settings.stride
+        for block in self.settings.blocks:
+            gate = mass_gate(self.inputs[0], block, stride)
+            runs = {f"stride {stride}": partial(_antidiagonal, block, stride)}
+            outcomes = self._contest(_rivals(runs), gate, baseline)
+            backend = "triton" if dispatch.runs_triton(self.inputs[0][0]) else "torch"
+            yield self._of_blocks("antidiagonal", backend, outcomes, block, stride, baseline)
+
+    def _of_blocks(
+        self,
+        kernel: str,
+        backend: str,
+        outcomes: Mapping[str, Outcome],
+        block: Block,
+        stride: int,
+        baseline: str,
+    ) -> list[Row]:
+        """Rows of a kernel that gives a number for every block, from cells of `stride` tokens."""
+        # one product of queries and keys, where attention takes two
+        work = 1 / (2 * stride)
+        return [
+            self._row(kernel, backend, mode, outcome, work=work, block=block, baseline=baseline)
+            for mode, outcome in outcomes.items()
+        ]
 
     def _contest(self, rivals, gate, baseline):
         dense = dense_attentions(self.settings.device)[baseline]
@@ -126,12 +153,20 @@ def fastest(rows: Iterable[Row]) -> str | None:
     return min(timed, key=timed.__getitem__) if timed else None
 
 
+def _rivals(runs: Mapping[str, Run]) -> dict[str, Rival]:
+    return {name: Rival(partial(_given, run)) for name, run in runs.items()}
+
+
 def _given(run: Run) -> Run:
     return run
 
 
 def _mass(block: Block, known: dict[int, Tensor], q: Tensor, k: Tensor, _: Tensor) -> Tensor:
     return block_mass(q, k, block=block, lse=known.get(q.data_ptr()))[0]
+
+
+def _antidiagonal(block: Block, stride: int, q: Tensor, k: Tensor, _: Tensor) -> Tensor:
+    return antidiagonal_scores(q, k, block=block, stride=stride)
 
 
 def _ratio(above: float | None, below: float | None, factor: float = 1.0) -> float | None:

@@ -11,9 +11,14 @@ from accel.pipelines.bench_results import Row
 from accel.pipelines.bench_table import groups
 
 OPENING = """\
-# What attention costs
+Measured, and this page written, by `{command}`;
+the numbers are in [bench.json](bench.json).
+{device}; {date}; {versions}.
+"""
+NOTHING = """\
+Not yet measured. This measures it, and writes this page:
 
-Written by `{command}`; the numbers are in [bench.json](bench.json).
+    {command}
 """
 LEGEND = """\
 Each cell is the median time of one call in milliseconds, and in brackets its efficiency: the share
@@ -35,7 +40,7 @@ Not yet measured. On a machine with a GPU this measures the shapes of `configs/s
 
 def page(results: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
     """Markdown of the attention rows of `results`, case by case."""
-    parts = [OPENING.format(command=command)]
+    parts = ["# What attention costs\n"]
     shown = [(name, some) for name, some in groups(rows) if any(row.ms for row in some)]
     if shown:
         versions = ", ".join(
@@ -43,9 +48,10 @@ def page(results: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
             for name, version in results["versions"].items()
             if version != "not installed"
         )
-        parts += [f"{results['device']}; {results['date']}; {versions}.\n", LEGEND]
+        about = {"device": results["device"], "date": results["date"], "versions": versions}
+        parts += [OPENING.format(command=command, **about), LEGEND]
     else:
-        parts.append("Nothing has been measured yet.\n")
+        parts.append(NOTHING.format(command=command))
     for name, some in shown:
         parts.append(f"## {name}\n")
         parts.append("\n".join([_dense(some), *_table(some)]) + "\n")

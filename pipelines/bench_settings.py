@@ -105,9 +105,9 @@ def bench_settings(config: Mapping[str, Any]) -> BenchSettings:
         rows=_chosen("rows", config, ROWS),
         stride=config["stride"],
         rounds=config["rounds"],
-        warm_up_ms=config["warm_up_ms"],
-        sample_ms=config["sample_ms"],
-        limit_s=config["limit_s"],
+        warm_up_ms=float(config["warm_up_ms"]),
+        sample_ms=float(config["sample_ms"]),
+        limit_s=float(config["limit_s"]),
         checked_rows=config["checked_rows"],
     )
 

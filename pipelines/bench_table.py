@@ -20,12 +20,14 @@ def _ms(row: Row) -> str:
     return f"{row.ms['median']:.3g} [{row.ms['p20']:.3g}, {row.ms['p80']:.3g}]"
 
 
+# they look at every block
+MASSES = ("block_mass", "antidiagonal")
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "kernel": lambda row: row.kernel,
     "backend": lambda row: row.backend,
     "mode": lambda row: row.mode,
     "block": lambda row: "-" if row.block is None else f"{row.block[0]} x {row.block[1]}",
-    "keep": lambda row: "-" if row.kernel == "block_mass" else f"{row.keep:.2f} {row.rows}",
+    "keep": lambda row: "-" if row.kernel in MASSES else f"{row.keep:.2f} {row.rows}",
     "ms [p20, p80]": _ms,
     "TFLOP/s": _number(".3g", "tflops"),
     "of dense": _number(".3f", "price"),

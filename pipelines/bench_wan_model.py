@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel.errors import AccelError
+from accel.errors import AccelError, nearest
 from accel.pipelines.bench_settings import Case
 from accel.pipelines.host import DTYPES
 from accel.untrusted import check_whole, finite
@@ -34,6 +34,9 @@ class WanStep:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "WanStep":
         """The settings of a configuration; raises AccelError naming the value that cannot be."""
+        for name in given:
+            if name not in cls.__slots__:
+                raise AccelError(f"wan_step.{name} is unknown; {nearest(name, cls.__slots__)}")
         for name in ("layers", "heads", "head_dim", "ffn_dim"):
             check_whole(f"wan_step.{name}", given[name], 1)
         for name, length in (("latents", 5), ("text", 2)):

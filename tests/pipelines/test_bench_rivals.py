@@ -1,0 +1,81 @@
+"""Every rival gets the same mask: what it computes is what the reference computes of it."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench_cases import CASE, qkv, settings
+
+from accel.kernels import native
+from accel.kernels.block_mask import BlockMask
+from accel.kernels.reference import sparse_attention_reference
+from accel.pipelines import bench_rivals
+from accel.pipelines.bench_inputs import random_mask
+from accel.pipelines.bench_rivals import sparse_rivals
+
+CPU = torch.device("cpu")
+
+
+def error(run, inputs, mask):
+    truth = sparse_attention_reference(*inputs, mask)
+    return float((run(*inputs).double() - truth).norm() / truth.norm())
+
+
+def test_every_backend_in_the_precisions_that_it_has():
+    found = sparse_rivals(settings("precisions=[full,half]", "backends=null"))
+    assert list(found) == [
+        ("native", "full"), ("native", "half"), ("cpu", "full"), ("flex", "full"),
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_all_that_run_here_compute_the_mask():
+    mask, inputs = random_mask(CASE, (64, 32), 0.4, "uneven", CPU), qkv()
+    for (backend, _), make in sparse_rivals(settings("backends=null")).items():
+        if backend != "native" or native.available():
+            assert error(make(mask, inputs[0]), inputs, mask) < 1e-5, backend
+
+
+def test_without_a_compiler_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    mask = random_mask(CASE, (64, 32), 0.4, "uniform", CPU)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler is to be found"):
+        sparse_rivals(settings())["native", "full"](mask, qkv()[0])
+
+
+class Wrapper:
+    """FlashInfer's class as its documentation describes it, on the reference."""
+
+    def __init__(self, workspace):
+        assert workspace.dtype == torch.uint8
+
+    def plan(self, kept, rows, columns, q_heads, kv_heads, dim, *, q_data_type):
+        assert (q_heads, kv_heads, dim, q_data_type) == (6, 6, 40, torch.float32)
+        assert rows.dtype == columns.dtype == torch.int32
+        assert kept.shape == (q_heads, rows.shape[1], columns.shape[1])
+        assert rows.shape[0] == columns.shape[0] == q_heads
+        assert (rows.sum(1) == 301).all()
+        assert (columns.sum(1) == 301).all()
+        self.mask = BlockMask.from_dense(
+            kept, block=(int(rows[0, 0]), int(columns[0, 0])), q_length=301, kv_length=301
+        )
+
+    def run(self, q, k, v):
+        assert q.shape == (6, 301, 40)
+        return sparse_attention_reference(*(x[None] for x in (q, k, v)), self.mask)[0]
+
+
+def test_flashinfer_gets_a_mask_of_every_head(monkeypatch):
+    fake = SimpleNamespace(VariableBlockSparseAttentionWrapper=Wrapper)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake)
+    mask, inputs = random_mask(CASE, (64, 32), 0.4, "uneven", CPU), qkv()
+    run = bench_rivals.OTHERS["flashinfer"](mask, inputs[0])
+    assert error(run, inputs, mask) < 1e-12
+
+
+def test_without_flashinfer_the_reason_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    mask = random_mask(CASE, (64, 32), 0.4, "uniform", CPU)
+    with pytest.raises(ImportError, match="flashinfer"):
+        bench_rivals.OTHERS["flashinfer"](mask, qkv()[0])
