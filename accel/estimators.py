@@ -8,7 +8,7 @@ The common contract, whatever the estimator:
 * Scores are fp32: half-precision ties at the cut would favour one region.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -20,6 +20,7 @@ from accel.blocking import Blocking
 from accel.kernels.antidiagonal import antidiagonal_scores
 from accel.kernels.arguments import check_tensors, valid_lengths
 from accel.kernels.block_mass import block_mass
+from accel.kernels.pooled_scores import pooled_scores
 from accel.pattern import Kind, from_kind, register
 from accel.ranking import (
     best_blocks,
@@ -41,8 +42,6 @@ __all__ = [
     "Selection",
     "estimator_from_dict",
 ]
-
-CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,19 +75,9 @@ class _Call:
     @property
     def columns(self) -> Tensor:
         """Key blocks that hold a valid token: bool `[batch, 1, 1, kv_blocks]`."""
-        counts = _blocks(self.valid[..., None], self.blocking.block[1]).sum((2, 3))
-        return (counts > 0)[:, None, None]
-
-    def heads(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """`(head, q, k, v)` per query head, fp32 `[batch, tokens, dim]` in order, invalid zero."""
-        valid = self.valid[..., None]
-        for head in range(self.q.shape[1]):
-            group = head * self.k.shape[1] // self.q.shape[1]
-            parts = [self.q[:, head], self.k[:, group], self.v[:, group]]
-            if self.order is not None:
-                parts = [x[:, self.order] for x in parts]
-            q, k, v = (x.float().where(valid, 0.0) for x in parts)
-            yield head, q, k, v
+        size = self.blocking.block[1]
+        inside = torch.nn.functional.pad(self.valid, (0, -self.valid.shape[1] % size))
+        return inside.unflatten(1, (-1, size)).any(2)[:, None, None]
 
 
 ESTIMATORS: dict[str, type["Estimator"]] = {}
@@ -131,7 +120,8 @@ class Estimator(Kind):
         places = torch.arange(layout.length, device=q.device) if order is None else order
         valid = places < lengths[:, None]
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        return self._select(_Call(q, k, v, blocking, scale, lse, lengths, order, valid))
+        with torch.no_grad():  # a choice of blocks has none
+            return self._select(_Call(q, k, v, blocking, scale, lse, lengths, order, valid))
 
     def check_block(self, block: tuple[int, int]) -> None:
         """Refuse, with a ValueError, blocks that this estimator cannot select."""
@@ -143,13 +133,6 @@ class Estimator(Kind):
 def estimator_from_dict(data: Mapping) -> Estimator:
     """The estimator that `to_dict` wrote; unknown kinds, unknown keys and wrong types refused."""
     return from_kind(data, ESTIMATORS, "estimator")
-
-
-def _blocks(x: Tensor, size: int, count: int | None = None) -> Tensor:
-    """`[batch, tokens, dim]` as `[batch, count or ceil(tokens / size), size, dim]`, zero-padded."""
-    count = -(-x.shape[1] // size) if count is None else count
-    x = torch.nn.functional.pad(x, (0, 0, 0, count * size - x.shape[1]))
-    return x.unflatten(1, (count, size))
 
 
 def _check_fraction(estimator: Estimator, name: str) -> None:
@@ -290,10 +273,9 @@ class Antidiagonal(Estimator):
 class Pooled(Estimator):
     """Mean query against mean key per block, `ceil(keep * n)` of the n visual blocks per row.
 
-    PISA (arXiv 2602.01077): `scale * q̄_i . k̄_j`, and with `value_bias` plus
-    `ln(||G_j||_F + 1e-5)`, `G_j = sum_n (k_n - k̄_j)^T v_n`: exact where the mean would hurt most.
-    The bias belongs to runs in which the blocks left out are stood in for (`rest="mean"`). Means
-    are over valid tokens.
+    PISA (arXiv 2602.01077): `accel.kernels.pooled_scores`. `value_bias` prefers the blocks whose
+    mean would hurt most; it belongs to runs in which the blocks left out are stood in for (`rest`
+    is `mean` or `taylor`).
     """
 
     keep: int | float
@@ -304,22 +286,14 @@ class Pooled(Estimator):
         _check_switch(self, "value_bias")
 
     def _select(self, call: _Call) -> Selection:
-        blocking, valid = call.blocking, call.valid[..., None].float()
-        q_size, kv_size = blocking.block
-        q_count = _blocks(valid, q_size).sum(2).clamp(min=1)
-        inside = _blocks(valid, kv_size)
-        kv_count = inside.sum(2).clamp(min=1)
-        scores = call.q.new_empty(
-            *call.q.shape[:2], blocking.q_blocks, blocking.kv_blocks, dtype=torch.float32
+        scores = pooled_scores(
+            call.q,
+            call.k,
+            call.v,
+            block=call.blocking.block,
+            scale=call.scale,
+            value_bias=self.value_bias,
+            kv_length=call.lengths,
+            order=call.order,
         )
-        for head, q, k, v in call.heads():
-            q_mean = _blocks(q, q_size).sum(2) / q_count
-            k = _blocks(k, kv_size)
-            k_mean = k.sum(2) / kv_count
-            score = q_mean @ k_mean.mT * call.scale
-            if self.value_bias:
-                spread = (k - k_mean[:, :, None]) * inside
-                slope = spread.mT @ _blocks(v, kv_size)
-                score += (slope.flatten(2).norm(dim=-1) + 1e-5).log()[:, None]
-            scores[:, head] = score
-        return Selection(top_blocks(scores.masked_fill(~call.columns, -inf), self.keep, blocking))
+        return Selection(top_blocks(scores, self.keep, call.blocking))

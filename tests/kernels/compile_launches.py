@@ -21,6 +21,7 @@ from accel.kernels.antidiagonal import _cells
 from accel.kernels.antidiagonal_triton import forward as antidiagonal
 from accel.kernels.block_mass_triton import forward as block_mass
 from accel.kernels.column_sums_triton import forward as column_sums
+from accel.kernels.pooled_scores_triton import moments
 
 BATCH, HEADS, KV_HEADS, TOKENS = 2, 4, 2, 1000
 ARCHS = (80, 89, 90)
@@ -57,6 +58,9 @@ def call(operation: str, dtype: torch.dtype, dim: int, ordered: bool, block: tup
     elif operation == "antidiagonal":
         cells = (_cells(x, size, 8, lengths, order) for x, size in zip((q, k), block, strict=True))
         antidiagonal(q, k, *cells, per_block=(block[0] // 8, block[1] // 8), scale=scale)
+    elif operation == "pooled_scores":
+        moments(q, None, block=block[0], lengths=lengths, order=order)
+        moments(k, k, block=block[1], lengths=lengths, order=order)
     else:
         raise ValueError(operation)
 
