@@ -17,7 +17,7 @@ def merge(
         tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens"]]
     ],
 ) -> tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens"]]:
-    """``lse = ln Σ_i exp(lse_i)``, ``out = Σ_i exp(lse_i - lse) out_i`` over parts ``(out_i, lse_i)``.
+    """``lse = ln Σ exp(lse_i)``, ``out = Σ exp(lse_i - lse) out_i`` over parts ``(out_i, lse_i)``.
 
     Exact where the parts' keys are disjoint: softmax is a weighted mean, and each part knows its
     weight (Online normalizer calculation for softmax, arXiv 1805.02867; ring attention,

@@ -21,6 +21,8 @@ from accel.kernels.antidiagonal import _cells
 from accel.kernels.antidiagonal_triton import forward as antidiagonal
 from accel.kernels.block_mass_triton import forward as block_mass
 from accel.kernels.column_sums_triton import forward as column_sums
+from accel.kernels.merge_triton import forward as merge
+from accel.kernels.permute_triton import forward as permute
 from accel.kernels.pooled_scores_triton import moments
 
 BATCH, HEADS, KV_HEADS, TOKENS = 2, 4, 2, 1000
@@ -61,6 +63,10 @@ def call(operation: str, dtype: torch.dtype, dim: int, ordered: bool, block: tup
     elif operation == "pooled_scores":
         moments(q, None, block=block[0], lengths=lengths, order=order)
         moments(k, k, block=block[1], lengths=lengths, order=order)
+    elif operation == "merge":
+        merge([q, q, q], [torch.zeros(q.shape[:3])] * 3)
+    elif operation == "permute":
+        permute(torch.arange(TOKENS)[None], [q, k, torch.zeros(TOKENS, dim // 2)], dim=-2)
     else:
         raise ValueError(operation)
 
