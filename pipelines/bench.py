@@ -30,6 +30,10 @@ def bench(config: dict[str, Any], command: str) -> None:
 
         return wan_step(config)
     settings = bench_settings(config)
+    if config["tune"]:
+        from accel.pipelines.bench_tune import tune
+
+        tune(settings)
     folder = Path(config["out"])
     results = Results(folder / "bench.json", settings.device, settings.conditions)
     rows = run(settings, results)

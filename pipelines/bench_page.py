@@ -8,7 +8,7 @@ from typing import Any
 from accel.files import write_atomically
 from accel.pipelines.bench_plot import plot_name, write_plots
 from accel.pipelines.bench_results import Row
-from accel.pipelines.bench_table import groups
+from accel.pipelines.bench_table import groups, milliseconds
 
 OPENING = """\
 Measured, and this page written, by `{command}`;
@@ -71,7 +71,7 @@ def write_page(results: Mapping[str, Any], rows: Sequence[Row], path: Path, comm
 def _dense(rows: Sequence[Row]) -> str:
     timed = [row for row in rows if row.kernel == "dense" and row.ms]
     timed.sort(key=lambda row: row.ms["median"] if row.ms else 0.0)
-    texts = [f"{row.backend} {row.ms['median']:.3g} ms" for row in timed if row.ms]
+    texts = [f"{row.backend} {milliseconds(row.ms['median'])} ms" for row in timed if row.ms]
     return f"Dense attention of others: {', '.join(texts)}.\n"
 
 
@@ -83,7 +83,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cells = lines.setdefault((row.backend, row.mode, row.block, row.rows), {})
         if row.ms is not None and row.efficiency is not None:
-            cells[row.keep] = f"{row.ms['median']:.3g} ({row.efficiency:.2f})"
+            cells[row.keep] = f"{milliseconds(row.ms['median'])} ({row.efficiency:.2f})"
     head = ["backend", "precision", "block", "rows", *(f"keep {keep:g}" for keep in keeps)]
     made = [f"| {' | '.join(head)} |", f"|{'---|' * 4}{'---:|' * len(keeps)}"]
     for (backend, mode, block, kind), cells in lines.items():

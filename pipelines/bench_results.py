@@ -99,6 +99,7 @@ class Results:
             "device": device_name(device),
             "versions": _versions(device),
             "code": _code(),
+            "tiles": _tiles(device),
             "settings": json.loads(json.dumps(settings)),
         }
         self.rows: list[Row] = []
@@ -147,6 +148,16 @@ def _versions(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return found
+
+
+def _tiles(device: torch.device) -> str:
+    """Names the tiles that were tuned on this machine; empty where there are none."""
+    if device.type != "cuda":
+        return ""
+    from accel.kernels.tiles import user_table_path
+
+    path = user_table_path()
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
 def _code() -> str:

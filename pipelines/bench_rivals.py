@@ -19,7 +19,9 @@ from accel.pipelines.bench_settings import BenchSettings
 
 Make = Callable[[BlockMask, Tensor], Run]
 
-# flashinfer's example; its plan lies there
+# the largest tile of queries or keys that FlexAttention takes by itself
+FLEX_TILE = 128
+# as in FlashInfer's documentation; what it plans lies there
 WORKSPACE_BYTES = 128 << 20
 
 
@@ -51,7 +53,12 @@ def _flex(mask: BlockMask, _: Tensor) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    return partial(compiled, block_mask=mask.to_flex())
+    options: Any = None
+    if mask.device.type == "cuda" and min(mask.block) < FLEX_TILE:
+        # its tiles have to divide the blocks, and not every version of torch makes them smaller
+        tiles = (min(size, FLEX_TILE) for size in mask.block)
+        options = dict(zip(("BLOCK_M", "BLOCK_N"), tiles, strict=True))
+    return partial(compiled, block_mask=mask.to_flex(), kernel_options=options)
 
 
 def _flashinfer(mask: BlockMask, q: Tensor) -> Run:

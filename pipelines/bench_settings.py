@@ -16,7 +16,7 @@ Block = tuple[int, int]
 KERNELS = ("attention", "block_mass", "antidiagonal")
 ROWS = ("uniform", "uneven")
 PRECISIONS = {"cpu": ("full", "half"), "cuda": ("full", "half", "int8", "fp8")}
-BLOCKS: dict[str, tuple[Block, ...]] = {"cpu": ((128, 64), (64, 64)), "cuda": ((128, 64),)}
+BLOCKS: dict[str, tuple[Block, ...]] = {"cpu": ((64, 64),), "cuda": ((128, 64),)}
 BACKENDS = {
     "cpu": ("native", "cpu", "flex"),
     "cuda": ("triton", "flex", "flashinfer"),
@@ -82,6 +82,8 @@ def bench_settings(config: Mapping[str, Any]) -> BenchSettings:
     for name in ("warm_up_ms", "sample_ms", "limit_s"):
         if not finite(config[name]) or config[name] < 0:
             raise AccelError(f"{name} is {config[name]!r}; it is a number, at least 0")
+    if type(config["tune"]) is not bool:
+        raise AccelError(f"tune is {config['tune']!r}; it is true or false")
     keeps = config["keeps"]
     if not isinstance(keeps, Sequence) or not keeps:
         raise AccelError(f"keeps is {keeps!r}; it is a list of fractions, as in keeps=[1.0,0.25]")

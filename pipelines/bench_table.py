@@ -14,10 +14,20 @@ def _number(form: str, name: str) -> Callable[[Row], str]:
     return text
 
 
+def milliseconds(value: float) -> str:
+    """Three digits, or all before the point.
+
+    >>> milliseconds(4143.21), milliseconds(0.012345)
+    ('4143', '0.0123')
+    """
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _ms(row: Row) -> str:
     if row.ms is None:
         return "-"
-    return f"{row.ms['median']:.3g} [{row.ms['p20']:.3g}, {row.ms['p80']:.3g}]"
+    median, p20, p80 = (milliseconds(row.ms[name]) for name in ("median", "p20", "p80"))
+    return f"{median} [{p20}, {p80}]"
 
 
 # they look at every block

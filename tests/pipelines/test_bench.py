@@ -205,7 +205,7 @@ class TestResults:
     def test_the_code_of_every_part_of_the_measurement_is_known(self):
         folder = Path(bench_results.__file__).parent
         parts = {p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py")}
-        assert set(bench_results.CODE) == parts - {"page", "plot", "settings", "table"}
+        assert set(bench_results.CODE) == parts - {"page", "plot", "settings", "table", "tune"}
 
 
 ABOUT = {"device": "AMD EPYC, 2 threads", "date": "2026-01-02", "versions": {"torch": "2.15"}}
@@ -258,7 +258,7 @@ class TestSettings:
     def test_defaults_of_a_processor(self):
         values = config("blocks=null", "backends=null", "keeps=[0.1,1.0,0.5]")
         asked = bench_settings(values)
-        assert asked.blocks == ((128, 64), (64, 64))
+        assert asked.blocks == ((64, 64),)
         assert asked.backends == ("native", "cpu", "flex")
         assert asked.keeps == (1.0, 0.5, 0.1)
         assert asked.masks == [
