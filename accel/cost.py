@@ -44,6 +44,7 @@ class Shape:
     dtype: str
     device: str
     block: tuple[int, int]
+    precision: str = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,20 @@ class CostTable:
     """Prices of one shape.
 
     dense_ms: the host's fastest dense call; sparse: "rest/ordered" -> price at each of KEEPS;
-    select: name of an estimator -> price of one selection.
+    select: name of an estimator -> price of one selection; dense: price of a dense call by accel's
+    own kernel in the precisions of dense recipes, whatever that of the shape is.
     """
 
     shape: Shape
     dense_ms: float
     sparse: Mapping[str, tuple[float, ...]]
     select: Mapping[str, float]
+    dense: Mapping[str, float]
+
+    @property
+    def own_dense(self) -> float:
+        """Price of a dense call by accel's own kernel in the precision of the shape."""
+        return self.price(1.0, "drop", False)
 
     def price(self, keep: float, rest: str, ordered: bool) -> float:
         """Price of a head that keeps `keep` of its blocks: linear between the measured keeps."""
@@ -78,7 +86,7 @@ class CostTable:
         data = json.loads(path.read_text())
         sparse = {name: tuple(prices) for name, prices in data["sparse"].items()}
         shape = Shape(**{**data["shape"], "block": tuple(data["shape"]["block"])})
-        return cls(shape, data["dense_ms"], sparse, data["select"])
+        return cls(shape, data["dense_ms"], sparse, data["select"], data["dense"])
 
 
 def measure(
@@ -112,30 +120,42 @@ def measure(
             for keep in KEEPS:
                 mask = _random_mask(shape, keep, generator).to(device)
                 jobs[f"{rest}/{name}", keep] = partial(
-                    sparse_attention, q, k, v, mask, rest=rest, order=turn
+                    sparse_attention,
+                    q,
+                    k,
+                    v,
+                    mask,
+                    rest=rest,
+                    order=turn,
+                    precision=shape.precision,
                 )
+    if known is None:
+        everything = _random_mask(shape, 1.0, generator).to(device)
+        for word in ("full", "half"):
+            jobs["dense", word] = partial(sparse_attention, q, k, v, everything, precision=word)
     for estimator in estimators:
         if layout is None:
             raise ValueError("estimators are timed on a layout; pass layout=")
         blocking = Blocking(layout, "thw", shape.block)
         jobs["select", estimator.kind] = partial(estimator.select, q, k, v, blocking=blocking)
-    dense: list[float] = []
+    dense_s: list[float] = []
     prices: dict[tuple[str, Any], float] = {}
     for key, job in progress(iter(jobs.items())):
         times = in_turns(
             {"dense": partial(usual_dense, q, k, v), "job": job}, device, rounds=rounds
         )
-        dense += times["dense"]
+        dense_s += times["dense"]
         prices[key] = median(b / a for a, b in zip(times["dense"], times["job"], strict=True))
     select = {kind: price for (name, kind), price in prices.items() if name == "select"}
     if known is not None:
         return replace(known, select={**known.select, **select})
-    names = dict.fromkeys(name for name, _ in prices if name != "select")
+    names = dict.fromkeys(name for name, _ in prices if name not in ("select", "dense"))
     return CostTable(
         shape=shape,
-        dense_ms=median(dense) * 1000,
+        dense_ms=median(dense_s) * 1000,
         sparse={name: tuple(prices[name, keep] for keep in KEEPS) for name in names},
         select=select,
+        dense={word: value for (name, word), value in prices.items() if name == "dense"},
     )
 
 
@@ -146,11 +166,13 @@ def keep_of(choice: Choice, layout: Layout, block: tuple[int, int]) -> float | N
     return float(static_keep(choice, layout, block, torch.device("cpu")).float().mean())
 
 
-def price(plan: Plan, table: CostTable, *, layout: Layout, steps: int, share: float) -> Plan:
-    """`plan` with what the table predicts of it in `expected`.
+def price(
+    plan: Plan, tables: Mapping[str, CostTable], *, layout: Layout, steps: int, share: float
+) -> Plan:
+    """`plan` with what the tables predict of it in `expected`.
 
-    share: part of a dense generation spent in the sites. A plan with a choice whose keep only the
-    call can tell is returned as it is.
+    tables: one for each precision of the plan. share: part of a dense generation spent in the
+    sites. A plan with a choice whose keep only the call can tell is returned as it is.
     """
     keeps: dict[Choice, float] = {}
     for choice in {c for bands in plan.sites.values() for heads in bands for c in heads}:
@@ -158,11 +180,12 @@ def price(plan: Plan, table: CostTable, *, layout: Layout, steps: int, share: fl
         if keep is None:
             return plan
         keeps[choice] = keep
-    full = table.price(1.0, "drop", False)
-    dense = full if plan.dense == "kernel" else 1.0
     phases = [plan.schedule.phase(step, steps) for step in range(steps)]
     ratios: dict[str, list[float]] = {}
+    by_step = [0.0] * steps
     for site, bands in plan.sites.items():
+        table = tables[plan.precision_of(site)]
+        dense = table.own_dense if plan.dense == "kernel" else 1.0
         ratios[site] = []
         for band, heads in enumerate(bands):
             ratio = _site_price(heads, keeps, table, dense)
@@ -170,18 +193,18 @@ def price(plan: Plan, table: CostTable, *, layout: Layout, steps: int, share: fl
             looks = len({p.generation for p in in_band})
             select = mean(select_price(c, table) for c in heads)
             ratios[site].append(ratio + (select * looks / len(in_band) if in_band else 0.0))
-    by_step = []
-    for phase in phases:
-        now = phase.band
-        priced = [dense if now is None else min(dense, r[now]) for r in ratios.values()]
-        by_step.append((sum(priced) + dense * (plan.n_sites - len(priced))) / plan.n_sites)
-    speedup = 1 / (1 - share * (1 - mean(by_step)))
+        for step, phase in enumerate(phases):
+            by_step[step] += dense if phase.band is None else min(dense, ratios[site][phase.band])
+    # sites without a name run dense
+    table = tables[plan.precision_of("")]
+    rest = (table.own_dense if plan.dense == "kernel" else 1.0) * (plan.n_sites - len(ratios))
+    ratio = mean((priced + rest) / plan.n_sites for priced in by_step)
     expected = {
         **plan.expected,
         "attention_ratio": ratios,
         "attention_share": share,
-        "full_ratio": full,
-        "speedup": speedup,
+        "dense_ratio": {**table.dense, **{word: tables[word].own_dense for word in tables}},
+        "speedup": 1 / (1 - share * (1 - ratio)),
         "steps": steps,
         "device": table.shape.device,
         "dtype": table.shape.dtype,
@@ -190,9 +213,13 @@ def price(plan: Plan, table: CostTable, *, layout: Layout, steps: int, share: fl
     return replace(plan, expected=expected)
 
 
-def full_speedup(expected: Mapping[str, Any]) -> float:
-    """What a priced plan expects of the recipe `full`: its speed-up over the host's dense."""
-    return 1 / (1 - expected["attention_share"] * (1 - expected["full_ratio"]))
+def dense_speedup(expected: Mapping[str, Any], precision: str) -> float | None:
+    """What a priced plan expects of accel's own dense kernel: its speed-up over the host's dense.
+
+    None for a precision that was not measured.
+    """
+    ratio = expected["dense_ratio"].get(precision)
+    return None if ratio is None else 1 / (1 - expected["attention_share"] * (1 - ratio))
 
 
 def dense_price(table: CostTable) -> float:
@@ -200,13 +227,17 @@ def dense_price(table: CostTable) -> float:
 
     It has to be faster by a twentieth: below that, noise would decide.
     """
-    own = table.price(1.0, "drop", False)
+    own = table.own_dense
     return own if own < 0.95 else 1.0
 
 
-def fastest_dense(plan: Plan, table: CostTable) -> Plan:
-    """`plan`, with its dense calls on accel's own kernel where that beats the host's attention."""
-    return replace(plan, dense="kernel") if dense_price(table) < 1 else plan
+def fastest_dense(plan: Plan, tables: Mapping[str, CostTable]) -> Plan:
+    """`plan`, with its dense calls on accel's own kernel where that beats the host's attention.
+
+    With several precisions it has to in each of them.
+    """
+    own = all(dense_price(tables[word]) < 1 for word in plan.precisions)
+    return replace(plan, dense="kernel") if own else plan
 
 
 def _site_price(

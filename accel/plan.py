@@ -16,7 +16,7 @@ from accel.errors import PlanError, nearest
 from accel.estimators import ESTIMATORS, Estimator, estimator_from_dict
 from accel.files import write_atomically
 from accel.geometry import Geometry
-from accel.kernels.arguments import RESTS
+from accel.kernels.arguments import PRECISIONS, RESTS
 from accel.layout import Grid, as_grid
 from accel.order import parse_order
 from accel.pattern import PATTERNS, Full, Pattern, pattern_from_dict
@@ -98,6 +98,10 @@ class Plan:
         that is not named runs dense.
     dense: what computes dense calls: `host`, the attention that the user chose, or `kernel`,
         accel's own kernel with all blocks kept: the same up to rounding, faster on some devices.
+    precision: what arithmetic accel's kernels may use, dense calls among them: one word for all
+        sites, or site name -> word, `full` where a site is not named. `full` is the model's own,
+        `half` 16-bit operands, `int8` and `fp8` less (see `sparse_attention`); the host's own
+        attention is not touched.
     grid: the visual grid (t, h, w) the plan was made at, or None when it was made for any.
     expected: what was predicted or measured when the plan was made, by name (see `accel.cost`).
     provenance: how it was made: recipe or search settings, versions, device, scheduler, steps.
@@ -111,6 +115,7 @@ class Plan:
     schedule: Schedule = field(default_factory=Schedule)
     block: tuple[int, int] = (128, 64)
     dense: str = "host"
+    precision: str | Mapping[str, str] = "full"
     grid: Grid | None = None
     expected: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -125,6 +130,11 @@ class Plan:
             raise PlanError(f"dense {self.dense!r} is unknown; {nearest(self.dense, DENSE_BY)}")
         sites = {s: tuple(tuple(heads) for heads in bands) for s, bands in self.sites.items()}
         object.__setattr__(self, "sites", sites)
+        if isinstance(self.precision, Mapping):
+            object.__setattr__(self, "precision", dict(self.precision))
+        for word in self.precisions:
+            if word not in PRECISIONS:
+                raise PlanError(f"precision {word!r} is unknown; {nearest(str(word), PRECISIONS)}")
         if self.grid is not None:
             object.__setattr__(self, "grid", _guard(as_grid, self.grid))
         for site, bands in self.sites.items():
@@ -138,8 +148,11 @@ class Plan:
         for choice in {c for bands in self.sites.values() for heads in bands for c in heads}:
             if isinstance(choice.select, Estimator):
                 _guard(choice.select.check_block, self.block)
-        for name in ("full_ratio", "speedup", "measured_speedup"):
-            value = self.expected.get(name, 1.0)
+        ratios = typed("expected.dense_ratio", self.expected.get("dense_ratio", {}), dict)
+        numbers = {f"dense_ratio[{word!r}]": value for word, value in ratios.items()}
+        for name in ("speedup", "measured_speedup"):
+            numbers[name] = self.expected.get(name, 1.0)
+        for name, value in numbers.items():
             if not finite(value) or value <= 0:
                 raise PlanError(
                     f"expected.{name} must be a number above 0, got {value!r:.80}; leave it out to"
@@ -148,8 +161,8 @@ class Plan:
         share = self.expected.get("attention_share", 0.0)
         if not finite(share) or not 0 <= share <= 1:
             raise PlanError(f"expected.attention_share must be in [0, 1], got {share!r:.80}")
-        if "full_ratio" in self.expected and "attention_share" not in self.expected:
-            raise PlanError("expected.full_ratio needs expected.attention_share beside it")
+        if ratios and "attention_share" not in self.expected:
+            raise PlanError("expected.dense_ratio needs expected.attention_share beside it")
         ratios = typed("expected.attention_ratio", self.expected.get("attention_ratio", {}), dict)
         for site, bands in ratios.items():
             if not isinstance(bands, list) or not all(finite(r) and r >= 0 for r in bands):
@@ -194,6 +207,18 @@ class Plan:
         """The choices of `site` in `band`, one per head; None when the plan leaves it dense."""
         bands = self.sites.get(site)
         return None if bands is None else bands[band]
+
+    def precision_of(self, site: str) -> str:
+        """What arithmetic accel's kernels may use at `site`."""
+        if isinstance(self.precision, str):
+            return self.precision
+        return self.precision.get(site, "full")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The words of `precision`, each once."""
+        words = self.precision
+        return (words,) if isinstance(words, str) else tuple(dict.fromkeys(words.values()))
 
     @property
     def wants_sparse(self) -> bool:
@@ -242,6 +267,13 @@ class Plan:
                     f"plan {self.name!r}: sites[{site!r}] is for {len(bands[0])} heads, the model"
                     f" has {heads}"
                 )
+        if isinstance(self.precision, Mapping):
+            for site in self.precision:
+                if site not in names:
+                    raise PlanError(
+                        f"plan {self.name!r}: precision has {site!r}, which the model does not"
+                        f" have; {nearest(site, names[:12])}"
+                    )
         if self.head_dim != target.sites[0].head_dim:
             raise PlanError(
                 f"plan {self.name!r}: head_dim is {self.head_dim}, the model's is"
@@ -265,6 +297,7 @@ class Plan:
             "grid": None if self.grid is None else list(self.grid),
             "block": list(self.block),
             "dense": self.dense,
+            "precision": self.precision,
             "schedule": self.schedule.to_dict(),
             "choices": [c.to_dict() for c in numbers],
             "sites": sites,
@@ -282,7 +315,7 @@ class Plan:
                 f"the plan has schema {data['schema']!r}, this accel reads {SCHEMA};"
                 " update accel, or make the plan again with accel-search"
             )
-        optional = {"dense", "grid", "expected", "provenance"}
+        optional = {"dense", "precision", "grid", "expected", "provenance"}
         data = table("the plan", data, required | optional, required)
         choices = [Choice.from_dict(c) for c in typed("choices", data["choices"], list)]
         sites = {}
@@ -301,6 +334,7 @@ class Plan:
             schedule=Schedule.from_dict(data["schedule"]),
             block=check_block(typed("block", data["block"], list)),
             dense=typed("dense", data.get("dense", "host"), str),
+            precision=_precision(data.get("precision", "full")),
             grid=None if grid is None else _guard(as_grid, typed("grid", grid, list)),
             expected=typed("expected", data.get("expected", {}), dict),
             provenance=typed("provenance", data.get("provenance", {}), dict),
@@ -352,10 +386,11 @@ class Plan:
         shape = tuple(self.expected.get(key) for key in ("tokens", "device", "dtype"))
         return None if bands is None or shape != (tokens, device, dtype) else bands[band]
 
-    @property
-    def dense_ratio(self) -> float:
-        """Predicted price of a dense call, as a ratio to the host's dense attention."""
-        return self.expected.get("full_ratio", 1.0) if self.dense == "kernel" else 1.0
+    def dense_ratio(self, site: str) -> float:
+        """Predicted price of a dense call of `site`, as a ratio to the host's dense attention."""
+        if self.dense == "host":
+            return 1.0
+        return self.expected.get("dense_ratio", {}).get(self.precision_of(site), 1.0)
 
     @property
     def digest(self) -> str:
@@ -374,6 +409,16 @@ def check_block(value: Any) -> tuple[int, int]:
     ):
         raise PlanError(f"block must be two powers of two from 16 to {MAX_BLOCK}, got {value!r}")
     return block
+
+
+def _precision(value: Any) -> str | dict[str, str]:
+    """One word, or site name -> word."""
+    if isinstance(value, str):
+        return value
+    return {
+        site: typed(f"precision[{site!r}]", word, str)
+        for site, word in typed("precision", value, dict).items()
+    }
 
 
 def _heads(site: str, heads: Any) -> list[Any]:

@@ -46,14 +46,28 @@ def full(geometry: Geometry, *, block: tuple[int, int] = (128, 64)) -> Plan:
     Tiled exact attention with an online softmax (FlashAttention, arXiv 2205.14135). Where it beats
     the host's attention it is the dense baseline that speed is measured against.
     """
+    return _own_dense("full", geometry, block)
+
+
+@_published
+def half(geometry: Geometry, *, block: tuple[int, int] = (128, 64)) -> Plan:
+    """`full` with 16-bit operands: the dense baseline of plans whose precision is `half` or less.
+
+    Other than `full` where the model computes in fp32.
+    """
+    return _own_dense("half", geometry, block)
+
+
+def _own_dense(precision: str, geometry: Geometry, block: tuple[int, int]) -> Plan:
     return Plan.uniform(
-        "full",
+        precision,
         geometry,
         DENSE,
         dense="kernel",
+        precision=precision,
         schedule=Schedule(dense_start=1.0),
         block=block,
-        provenance={"recipe": "full"},
+        provenance={"recipe": precision},
     )
 
 

@@ -186,11 +186,15 @@ class Session:
         if choices is None:
             own = self._dense_by_kernel(run, q, obstacle)
             watch = Stopwatch(record, q.device)
-            out = sparse_attention(q, k, v, self._full_mask(run, q, k)) if own else dense()
+            if own:
+                mask = self._full_mask(run, q, k)
+                out = sparse_attention(q, k, v, mask, precision=self.plan.precision_of(site.name))
+            else:
+                out = dense()
             watch.stop()
             record.calls += 1
             record.keep += 1.0
-            record.kernels.add(resolve_backend("auto", q.device) if own else "dense")
+            record.kernels.add(self._kernel(site, q) if own else "dense")
             if self.observer is not None:
                 out = self.observer(site, run, q, k, v, out)
             return out
@@ -204,6 +208,7 @@ class Session:
             rest=chosen.rest,
             order=chosen.order,
             kv_length=chosen.kv_length,
+            precision=self.plan.precision_of(site.name),
         )
         watch.stop()
         looked = (site.name, run.where.branch if run.where else "", label, run.phase.generation)
@@ -213,7 +218,7 @@ class Session:
         record.calls += 1
         record.keep += chosen.keep
         record.ratio = self._ratio(site, run, q)
-        record.kernels.add(resolve_backend("auto", q.device))
+        record.kernels.add(self._kernel(site, q))
         return out
 
     def _sparse_choices(
@@ -238,7 +243,7 @@ class Session:
                 " accel.enable"
             )
         ratio = self._ratio(site, run, q)
-        if reason is None and ratio is not None and ratio >= self.plan.dense_ratio:
+        if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
         if reason is None:
             return choices
@@ -255,6 +260,11 @@ class Session:
         """Whether a dense call of this run goes to accel's own kernel, as the plan may ask."""
         known = run.where is not None and obstacle is None
         return self.plan.dense == "kernel" and known and not _needs_gradients(q)
+
+    def _kernel(self, site: Site, q: Heads) -> str:
+        """What the summary calls accel's kernel here; a precision below the model's is told."""
+        backend, precision = resolve_backend("auto", q.device), self.plan.precision_of(site.name)
+        return backend if precision == "full" else f"{backend} {precision}"
 
     def _full_mask(self, run: Run, q: Heads, k: KeyHeads) -> BlockMask:
         lengths = (q.shape[1], q.shape[2], k.shape[2])

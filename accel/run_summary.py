@@ -117,7 +117,7 @@ def _row(session: Session, site: str, phase: str, record: Record) -> Row:
     dense = session.records.get((site, DENSE_LABEL))
     predicted = None
     if dense is not None and dense.seconds and record.ratio is not None:
-        predicted = median(dense.seconds) * 1000 / session.plan.dense_ratio * record.ratio
+        predicted = median(dense.seconds) * 1000 / session.plan.dense_ratio(site) * record.ratio
     recalls = [r.cpu() for r in record.recall]
     return Row(
         site=site,

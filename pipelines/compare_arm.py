@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from accel.cost import full_speedup
+from accel.cost import dense_speedup
 from accel.errors import AccelError
 from accel.pipelines.adapters import by_denoiser, denoisers_of
 from accel.pipelines.enable import disable, enable, session_of, summary
@@ -132,13 +132,13 @@ class Arm:
         return look(self.host, self.plans, prompt, seed, Path(save))
 
 
-def predictions(plan: Plan | None) -> dict[str, float | None]:
-    """What a priced plan expects of itself, and of `full`: speed-ups over the host's dense run."""
-    found: dict[str, float | None] = {"predicted_speedup": None, "predicted_full": None}
+def predictions(plan: Plan | None) -> dict[str, Any]:
+    """Speed-ups over the host's dense that a priced plan expects: its own, and dense recipes'."""
+    found: dict[str, Any] = {"predicted_speedup": None, "predicted_dense": {}}
     if plan is not None and "speedup" in plan.expected:
         found["predicted_speedup"] = plan.expected["speedup"]
-        if "full_ratio" in plan.expected:
-            found["predicted_full"] = full_speedup(plan.expected)
+        for precision in plan.expected.get("dense_ratio", ()):
+            found["predicted_dense"][precision] = dense_speedup(plan.expected, precision)
     return found
 
 

@@ -66,7 +66,7 @@ def results_of(
     reads = [q["reads"] for q in judged if q["reads"] is not None]
     predicted = start.get("predicted_speedup")
     if predicted is not None and fastest != DENSE:
-        known = start.get("predicted_full")
+        known = start["predicted_dense"].get(fastest.name)
         predicted = None if known is None else predicted / known
     result: dict[str, Any] = {
         "predicted_speedup": predicted,

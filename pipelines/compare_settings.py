@@ -13,7 +13,8 @@ from accel.recipes import RECIPES
 from accel.untrusted import check_whole, finite
 
 DENSE = ArmSpec("dense")
-FULL = ArmSpec.of("full", "full")
+# recipes that leave nothing out, called like the precision they compute in
+OWN_DENSE = ("full", "half")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class CompareSettings:
                 " own attention, against which quality is measured"
             )
         for name in self.baselines[1:]:
-            if name != FULL.name:
-                raise AccelError(f"there is no baseline {name!r}; take 'dense' and 'full'")
+            if name not in OWN_DENSE:
+                raise AccelError(
+                    f"there is no baseline {name!r}; {nearest(name, (DENSE.name, *OWN_DENSE))}"
+                )
         for name, least in (("rounds", 1), ("timing_prompts", 1), ("seed", 0)):
             check_whole(name, getattr(self, name), least)
         if not finite(self.arms_timeout_s) or self.arms_timeout_s < 1:
@@ -63,7 +66,7 @@ class CompareSettings:
     @property
     def dense_arms(self) -> tuple[ArmSpec, ...]:
         """Arms that leave nothing out; speed is measured against the fastest of them."""
-        return (DENSE, FULL) if len(self.baselines) > 1 else (DENSE,)
+        return (DENSE, *(ArmSpec.of(name, name) for name in self.baselines[1:]))
 
     @property
     def arms(self) -> tuple[ArmSpec, ...]:

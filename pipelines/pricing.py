@@ -80,6 +80,7 @@ def load_or_measure_costs(
     choices: Iterable[Choice],
     path: Path,
     rounds: int = 5,
+    precision: str = "full",
 ) -> CostTable:
     """The table kept in `path`; what it lacks of this shape and these estimators is measured."""
     site = geometry_of(host.pipe).sites[0]
@@ -90,6 +91,7 @@ def load_or_measure_costs(
         dtype=host.config.dtype,
         device=host.device.type,
         block=block,
+        precision=precision,
     )
     wanted = {c.select.kind: c.select for c in choices if isinstance(c.select, Estimator)}
     known = CostTable.load(path) if path.is_file() else None
@@ -117,14 +119,18 @@ def load_or_measure_costs(
 def priced(host: Host, plan: Plan, baseline: Baseline, folder: Path, rounds: int = 5) -> Plan:
     """`plan` with its predicted time in `expected`, its dense calls on what is faster here.
 
-    Tables of costs are kept in `folder`, one per block.
+    Tables of costs are kept in `folder`, one per block and precision.
     """
     choices = {c for bands in plan.sites.values() for heads in bands for c in heads}
-    path = folder / f"costs-{plan.block[0]}x{plan.block[1]}.json"
-    table = load_or_measure_costs(host, baseline.layout, plan.block, choices, path, rounds)
+    tables = {}
+    for word in {*plan.precisions, plan.precision_of("")}:
+        path = folder / f"costs-{plan.block[0]}x{plan.block[1]}-{word}.json"
+        tables[word] = load_or_measure_costs(
+            host, baseline.layout, plan.block, choices, path, rounds, word
+        )
     return price(
-        fastest_dense(plan, table),
-        table,
+        fastest_dense(plan, tables),
+        tables,
         layout=baseline.layout,
         steps=baseline.steps,
         share=baseline.total_share,

@@ -20,6 +20,7 @@ def search(config: dict[str, Any]) -> None:
         budget=config["budget"]["time"],
         schedule=Schedule.from_dict(config["schedule"]),
         block=check_block(config["block"]),
+        precision=config["precision"],
         rows=config["rows"],
         tolerance=config["tolerance"],
         cost_rounds=config["cost_rounds"],

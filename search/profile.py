@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from accel.blocking import Blocking
 from accel.estimators import Estimator
 from accel.geometry import Site
 from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
-from accel.kernels.pooling import pool_blocks
+from accel.kernels.pooling import TAYLOR_GROUP, block_slopes, pool_blocks
 from accel.layout import Layout
 from accel.order import inverse
 from accel.plan import Choice
@@ -95,6 +96,7 @@ class Calibrator:
         prices: Sequence[float],
         projections: dict[str, Tensor],
         *,
+        precision: str = "full",
         rows: int = 128,
         tolerance: float = 0.02,
         progress: Callable[[], None] = lambda: None,
@@ -104,6 +106,7 @@ class Calibrator:
         self.block = block
         self.prices = prices
         self.projections = projections
+        self.precision = precision
         self.rows = rows
         self.tolerance = tolerance
         self.progress = progress
@@ -134,7 +137,7 @@ class Calibrator:
             self.profile.add((site.name, band), errors)
             self.progress()
         mask, order, rests = self._chosen[key]
-        return sparse_attention(q, k, v, mask, rest=rests, order=order)
+        return sparse_attention(q, k, v, mask, rest=rests, order=order, precision=self.precision)
 
     def _last_step_of(self, band: int, step: int, total: int) -> bool:
         return step + 1 == total or self.schedule.phase(step + 1, total).band != band
@@ -203,19 +206,19 @@ class Calibrator:
             by_row = keep[:, place[rows] // self.block[0]]  # [heads, rows, kv_blocks]
             kept = weights * by_row[..., place // self.block[1]]
             total, mixed = kept.sum(-1, keepdim=True), kept @ v
-            if choice.rest == "mean":
-                k_mean, v_mean, log_n = (
-                    x[0]
-                    for x in pool_blocks(
-                        k[None],
-                        v[None],
-                        block=self.block[1],
-                        order=None if order is None else order[None],
-                    )
-                )
+            if choice.rest != "drop":
+                turn: dict[str, Any] = {"block": self.block[1]}
+                turn["order"] = None if order is None else order[None]
+                k_mean, v_mean, log_n = (x[0] for x in pool_blocks(k[None], v[None], **turn))
                 rest = (q[:, rows] * dim**-0.5) @ k_mean.transpose(-1, -2) + log_n[:, None]
                 rest = (rest - peak).exp() * ~by_row
                 total, mixed = total + rest.sum(-1, keepdim=True), mixed + rest @ v_mean
+                if choice.rest == "taylor":
+                    slopes = block_slopes(k[None], v[None], ~keep.all(1)[None], **turn)[0]
+                    one = pad(rest / log_n.exp()[:, None], (0, -rest.shape[2] % TAYLOR_GROUP))
+                    one = one.unflatten(2, (-1, TAYLOR_GROUP)).sum(3) * self.block[1]
+                    turned = torch.einsum("hrd,hgde->hrge", q[:, rows] * dim**-0.5, slopes)
+                    mixed = mixed + torch.einsum("hrg,hrge->hre", one, turned)
             wrong = mixed / total.clamp_min(1e-30) - out[:, rows]
             errors.append(torch.einsum("hrd,fhd->hrf", wrong, w).square().sum((1, 2)) / whole)
         return torch.stack(errors).cpu()

@@ -17,14 +17,15 @@ from tqdm import tqdm
 from accel.cost import (
     CostTable,
     dense_price,
+    dense_speedup,
     fastest_dense,
-    full_speedup,
     keep_of,
     price,
     select_price,
 )
-from accel.errors import AccelError
+from accel.errors import AccelError, nearest
 from accel.files import write_atomically
+from accel.kernels.arguments import PRECISIONS
 from accel.layout import Layout
 from accel.metrics import capped, psnr
 from accel.pipelines.adapters import adapter_of, denoisers_of, geometry_of, sites_of
@@ -58,6 +59,7 @@ class SearchSettings:
     budget: float
     schedule: Schedule
     block: tuple[int, int] = (128, 64)
+    precision: str = "full"
     rows: int = 128
     tolerance: float = 0.02
     cost_rounds: int = 5
@@ -70,6 +72,10 @@ class SearchSettings:
                 f"budget.time is {self.budget!r}; it is a fraction of the dense time, in (0, 1]"
             )
         object.__setattr__(self, "block", check_block(self.block))
+        if self.precision not in PRECISIONS:
+            raise AccelError(
+                f"precision {self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}"
+            )
         for name, least in (("rows", 1), ("cost_rounds", 1), ("seed", 0)):
             check_whole(name, getattr(self, name), least)
         if not finite(self.tolerance) or self.tolerance < 0:
@@ -85,6 +91,7 @@ class SearchSettings:
             "space": self.space,
             "schedule": self.schedule.to_dict(),
             "block": self.block,
+            "precision": self.precision,
             "rows": self.rows,
             "tolerance": self.tolerance,
             "seed": self.seed,
@@ -145,6 +152,7 @@ class Search:
                 for s in self.geometry.sites
             },
             schedule=settings.schedule,
+            precision=settings.precision,
         )
 
     def run(self) -> tuple[Plan, list[Point]]:
@@ -160,6 +168,7 @@ class Search:
             self.candidates,
             self.folder / f"costs-{self.digest}.json",
             self.settings.cost_rounds,
+            self.settings.precision,
         )
         prices = self._prices(layout, table)
         profile = self._profile(prices, baseline)
@@ -206,6 +215,7 @@ class Search:
                 self.settings.block,
                 prices,
                 {site.name: projection(module).detach() for site, module in sites.items()},
+                precision=self.settings.precision,
                 rows=self.settings.rows,
                 tolerance=self.settings.tolerance,
                 progress=bar.update,
@@ -236,7 +246,8 @@ class Search:
                     chosen if b == band else (DENSE,) * site.heads for b in bands
                 )
             probe = replace(self.dense_plan, name=f"probe of band {band}", sites=sites)
-            probes[band] = fastest_dense(probe, table), harm * times.steps[band]
+            probe = fastest_dense(probe, {self.settings.precision: table})
+            probes[band] = probe, harm * times.steps[band]
         path = self.folder / f"probes-{self.digest}.json"
         return measure_sensitivities(self.host, probes, self.settings.seed, path)
 
@@ -266,6 +277,7 @@ class Search:
             point.choices(self.candidates),
             schedule=self.settings.schedule,
             block=self.settings.block,
+            precision=self.settings.precision,
             provenance={
                 "made_by": "accel-search",
                 "model_path": model.path,
@@ -283,9 +295,10 @@ class Search:
                 "versions": versions(),
             },
         )
+        tables = {self.settings.precision: table}
         plan = price(
-            fastest_dense(plan, table),
-            table,
+            fastest_dense(plan, tables),
+            tables,
             layout=layout,
             steps=self.host.steps,
             share=baseline.total_share,
@@ -295,13 +308,15 @@ class Search:
     def _validated(self, plan: Plan, baseline: Baseline) -> Plan:
         """The plan with what it measures on the calibration prompts, beside dense.
 
-        Arms are warmed up and take turns in being first. `full` is accel's own dense attention, the
+        Arms are warmed up and take turns in being first. `own` is accel's own dense attention, the
         other candidate for the fastest dense run; quality is against the host's.
         """
         host = self.host
         arms: dict[str, Plan | None] = {"dense": None, "plan": plan}
         if plan.dense == "kernel":
-            arms["full"] = recipe("full", self.geometry)
+            arms["own"] = recipe(
+                "full" if self.settings.precision == "full" else "half", self.geometry
+            )
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         quality = []
         prompts = host.config.calibration
@@ -323,7 +338,7 @@ class Search:
         }
         measured = {
             "measured_speedup": over["dense"],
-            "measured_speedup_over_full": over.get("full"),
+            "measured_speedup_over_own_dense": over.get("own"),
             "measured_psnr": mean(quality),
             "dense_seconds": baseline.seconds,
         }
@@ -340,7 +355,8 @@ class Search:
 def describe(plan: Plan, points: Sequence[Point], budget: float) -> Iterable[str]:
     """What a person wants to know of a finished search, line by line."""
     expected = plan.expected
-    fastest = full_speedup(expected) if plan.dense == "kernel" else 1.0
+    fastest = dense_speedup(expected, str(plan.precision)) if plan.dense == "kernel" else 1.0
+    assert fastest is not None  # a priced plan has its own precision
     speedup = expected["speedup"] / fastest
     yield f"front: {len(points)} plans, time {points[-1].time:.2f} to {points[0].time:.2f} of dense"
     yield (
@@ -354,8 +370,8 @@ def describe(plan: Plan, points: Sequence[Point], budget: float) -> Iterable[str
             " schedule.dense_start smaller, or add cheaper candidates to the space"
         )
     if "measured_speedup" in expected:
-        over_full = expected["measured_speedup_over_full"]
-        beside = "" if over_full is None else f" ({over_full:.2f} over accel's own dense kernel)"
+        over_own = expected["measured_speedup_over_own_dense"]
+        beside = "" if over_own is None else f" ({over_own:.2f} over accel's own dense kernel)"
         yield (
             f"measured on the calibration prompts: {expected['measured_speedup']:.2f} times the"
             f" host's dense{beside}, PSNR {expected['measured_psnr']:.1f} dB"

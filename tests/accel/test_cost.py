@@ -10,6 +10,7 @@ from accel.cost import (
     CostTable,
     Shape,
     dense_price,
+    dense_speedup,
     fastest_dense,
     keep_of,
     measure,
@@ -17,6 +18,7 @@ from accel.cost import (
 )
 from accel.estimators import Antidiagonal, BlockMassTopK, Pooled
 from accel.geometry import Geometry, Site
+from accel.kernels.arguments import RESTS
 from accel.layout import Layout
 from accel.pattern import Full, Skip, Window
 from accel.plan import DENSE, Choice, Plan
@@ -24,15 +26,16 @@ from accel.schedule import Schedule
 
 LAYOUT = Layout.of((4, 8, 8))
 SHAPE = Shape(256, 2, 16, "float32", "cpu", (32, 32))
-NAMES = ("drop/natural", "drop/ordered", "mean/natural", "mean/ordered")
+NAMES = tuple(f"{rest}/{order}" for rest in RESTS for order in ("natural", "ordered"))
 TABLE = CostTable(
     shape=SHAPE,
     dense_ms=2.0,
     sparse={
         name: tuple(extra + keep for keep in KEEPS)
-        for name, extra in zip(NAMES, (0.05, 0.1, 0.15, 0.2), strict=True)
+        for name, extra in zip(NAMES, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), strict=True)
     },
     select={"block_mass": 2.0},
+    dense={"full": 1.05, "half": 0.8},
 )
 GEOMETRY = Geometry("M", (Site("a", 2, 16), Site("b", 2, 16)))
 
@@ -45,7 +48,7 @@ def plan(*choices, sites=("a", "b"), **schedule):
 
 
 def priced(plan, share=0.5, steps=10):
-    return price(plan, TABLE, layout=LAYOUT, steps=steps, share=share).expected
+    return price(plan, {"full": TABLE}, layout=LAYOUT, steps=steps, share=share).expected
 
 
 class TestTable:
@@ -102,12 +105,23 @@ class TestPrice:
         prices = (*TABLE.sparse["drop/natural"][:-1], full)
         table = replace(TABLE, sparse={**TABLE.sparse, "drop/natural": prices})
         half = plan(Choice(Skip()), sites=("a",), dense_start=0.5)
-        made = price(fastest_dense(half, table), table, layout=LAYOUT, steps=10, share=0.5)
+        tables = {"full": table}
+        made = price(fastest_dense(half, tables), tables, layout=LAYOUT, steps=10, share=0.5)
         dense = full if full < 0.95 else 1.0
         assert made.dense == ("kernel" if full < 0.95 else "host")
-        assert made.dense_ratio == dense == dense_price(table)
+        assert made.dense_ratio("a") == dense == dense_price(table)
         # site b always, site a for the first five steps
         assert made.expected["speedup"] == pytest.approx(1 / (1 - 0.5 * (1 - 0.75 * dense)))
+
+    def test_every_site_has_the_prices_of_its_precision(self):
+        cheap = {name: tuple(p / 2 for p in prices) for name, prices in TABLE.sparse.items()}
+        tables = {"full": TABLE, "half": replace(TABLE, sparse=cheap)}
+        mixed = replace(plan(Choice(Pooled(keep=0.35))), precision={"b": "half"}, dense="kernel")
+        expected = price(mixed, tables, layout=LAYOUT, steps=10, share=0.5).expected
+        assert expected["attention_ratio"] == {"a": [pytest.approx(0.4)], "b": [pytest.approx(0.2)]}
+        assert expected["dense_ratio"] == {"full": 1.05, "half": 0.525}
+        assert dense_speedup(expected, "half") == pytest.approx(1 / (1 - 0.5 * 0.475))
+        assert dense_speedup(expected, "int8") is None
 
     def test_skipped_heads_are_free(self):
         assert priced(plan(Choice(Skip())))["attention_ratio"]["a"] == [0.0]
@@ -135,7 +149,7 @@ class TestPrice:
 
     def test_what_only_the_call_can_tell_is_not_priced(self):
         unknown = plan(Choice(Antidiagonal(tau=0.9)))
-        assert price(unknown, TABLE, layout=LAYOUT, steps=10, share=0.5) is unknown
+        assert price(unknown, {"full": TABLE}, layout=LAYOUT, steps=10, share=0.5) is unknown
 
     def test_what_was_expected_before_stays(self):
         before = plan(DENSE)
@@ -168,7 +182,8 @@ class TestMeasure:
         assert all(len(prices) == len(KEEPS) for prices in table.sparse.values())
         assert set(table.select) == {"block_mass", "pooled"}
         assert table.dense_ms > 0
-        assert len(seen) == len(NAMES) * len(KEEPS) + 2
+        assert set(table.dense) == {"full", "half"}
+        assert len(seen) == len(NAMES) * len(KEEPS) + 2 + 2
 
     def test_estimators_need_a_layout(self):
         with pytest.raises(ValueError, match=re.escape("estimators are timed on a layout")):

@@ -102,13 +102,15 @@ def test_the_digest_names_what_a_plan_does():
     same = Plan.from_dict(
         {**plan.to_dict(), "name": "x", "provenance": {"a": 1}, "expected": {"speedup": 2.0}}
     )
-    assert same.digest == plan.digest == "4f65d854"
+    assert same.digest == plan.digest == "dc2aeb7d"
     for other in (
         tiny_plan(Choice(Window(t=2))),
         tiny_plan(Choice(Window(t=1), order="hwt")),
         tiny_plan(Choice(Window(t=1), rest="mean")),
         tiny_plan(Choice(Window(t=1)), block=(64, 64)),
         tiny_plan(Choice(Window(t=1)), dense="kernel"),
+        tiny_plan(Choice(Window(t=1)), precision="half"),
+        tiny_plan(Choice(Window(t=1)), precision={SITES[0]: "fp8"}),
         tiny_plan(Choice(Window(t=1)), schedule=Schedule(dense_start=0.5)),
     ):
         assert other.digest != plan.digest
@@ -240,13 +242,37 @@ BAD = {
     "block of lists": (_edit("block", [[32], [32]]), "block must be two powers of two"),
     "dense unknown": (_edit("dense", "kernl"), "dense 'kernl' is unknown; did you mean 'kernel'"),
     "dense a number": (_edit("dense", 1), "dense must be of type str, got 1"),
-    "full ratio a word": (_edit("expected", {"full_ratio": "1"}), "full_ratio must be a number"),
+    "precision unknown": (
+        _edit("precision", "halv"),
+        "precision 'halv' is unknown; did you mean 'half'",
+    ),
+    "precision of a site unknown": (
+        _edit("precision", {SITES[0]: "int4"}),
+        "precision 'int4' is unknown; did you mean 'int8'",
+    ),
+    "precision a number": (_edit("precision", 8), "precision must be of type dict, got 8"),
+    "precision of a site a number": (
+        _edit("precision", {SITES[0]: 8}),
+        "precision['blocks.0.attn1'] must be of type str, got 8",
+    ),
+    "dense ratio a word": (
+        _edit("expected", {"dense_ratio": {"full": "1"}}),
+        "dense_ratio['full'] must be a number",
+    ),
+    "dense ratio below 0": (
+        _edit("expected", {"dense_ratio": {"half": -1}}),
+        "dense_ratio['half'] must be a number above 0, got -1",
+    ),
+    "dense ratio a number": (
+        _edit("expected", {"dense_ratio": 0.9}),
+        "expected.dense_ratio must be of type dict, got 0.9",
+    ),
     **{
         f"{name} {value}": (
             _edit("expected", {name: value}),
             f"expected.{name} must be a number above 0, got {value}",
         )
-        for name in ("full_ratio", "speedup", "measured_speedup")
+        for name in ("speedup", "measured_speedup")
         for value in (0, -0.5)
     },
     "a negative ratio": (
@@ -291,9 +317,9 @@ BAD = {
         _edit("expected", {"attention_share": 1.2}),
         "expected.attention_share must be in [0, 1], got 1.2",
     ),
-    "full without a share": (
-        _edit("expected", {"full_ratio": 0.9, "speedup": 1.2}),
-        "expected.full_ratio needs expected.attention_share",
+    "dense ratio without a share": (
+        _edit("expected", {"dense_ratio": {"full": 0.9}, "speedup": 1.2}),
+        "expected.dense_ratio needs expected.attention_share",
     ),
     "keep a word": (_edit(*KEEP, "0.5"), "keep"),
 }

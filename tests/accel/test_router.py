@@ -9,10 +9,11 @@ import torch
 from sessions import LAYOUT, ONLINE, PRICED, STATIC, A, B, attend, qkv, run, session
 from torch.nn.functional import scaled_dot_product_attention
 
+from accel import router
 from accel.context import Where
 from accel.errors import AccelError
 from accel.estimators import AdaptiveBlockMass, BlockMassTopK
-from accel.kernels.attention import resolve_backend
+from accel.kernels.attention import resolve_backend, sparse_attention
 from accel.layout import Layout
 from accel.pattern import Full, Window
 from accel.plan import Choice
@@ -161,6 +162,23 @@ class TestDenseByKernel:
         record = one.records["a", "dense"]
         assert record.kernels == {resolve_backend("auto", out.device)}
         assert (record.calls, record.keep) == (1, 1.0)
+
+    @pytest.mark.parametrize("step", [0, 9], ids=["dense", "sparse"])
+    def test_the_precision_of_the_site_is_used(self, step, monkeypatch):
+        seen = []
+
+        def spy(*tensors, precision, **options):
+            seen.append(precision)
+            return sparse_attention(*tensors, precision=precision, **options)
+
+        monkeypatch.setattr(router, "sparse_attention", spy)
+        one = self.kernel_session(dense_start=0.5)
+        one.plan = replace(one.plan, precision={"a": "half"})
+        one.begin(LAYOUT, Where(step, 10))
+        attend(one)
+        one.plan = replace(one.plan, precision={"b": "half"})
+        attend(one)
+        assert seen == ["half", "full"]
 
     def test_other_lengths_of_queries_and_keys(self):
         one = self.kernel_session(dense_start=0.5)

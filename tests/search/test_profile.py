@@ -25,6 +25,8 @@ CANDIDATES = (
     Choice(Window(1, 1, 2)),
     Choice(BlockMassTopK(keep=0.4), order="hwt"),
     Choice(BlockMassTopK(keep=0.4), order="hwt", rest="mean"),
+    Choice(BlockMassTopK(keep=0.4), order="hwt", rest="taylor"),
+    Choice(Window(0, 2, 2), order="hwt", rest="taylor"),
 )
 
 
@@ -46,7 +48,7 @@ def calibrator_of(profile: Profile, weight: torch.Tensor, **settings) -> Calibra
         profile,
         SCHEDULE,
         BLOCK,
-        (1.0, 0.5, 0.3, 0.35),
+        (1.0, 0.5, 0.3, 0.35, 0.36, 0.2),
         {SITE.name: weight},
         rows=LAYOUT.length,
         **settings,
