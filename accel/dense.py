@@ -26,13 +26,16 @@ CHUNK_ROWS = 256
 def dense_attentions(device: torch.device) -> dict[str, Attention]:
     """Everything that may be the fastest dense attention of a device, by name.
 
-    On a GPU PyTorch's cuDNN, flash and memory-efficient attention, and xFormers where it is
-    installed; each may refuse a shape or a dtype. Elsewhere PyTorch's attention, and plain products
-    of 256 query rows at a time, which beat it on processors with 16-bit arithmetic.
+    On a GPU PyTorch's cuDNN, flash and memory-efficient attention, and FlashAttention-3 and
+    xFormers where they are installed; each may refuse a shape or a dtype. Elsewhere PyTorch's
+    attention, and plain products of 256 query rows at a time, which beat it on processors with
+    16-bit arithmetic.
     """
     if device.type != "cuda":
         return {"sdpa": F.scaled_dot_product_attention, "matmul": _by_rows}
     found: dict[str, Attention] = {name: partial(_sdpa, name) for name in SDPA}
+    if find_spec("flash_attn_interface"):
+        found["flash-attn-3"] = _flash3
     if find_spec("xformers"):
         found["xformers"] = _xformers
     return found
@@ -57,6 +60,14 @@ def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale, parts = q.shape[3] ** -0.5, q.split(CHUNK_ROWS, dim=2)
     return torch.cat([torch.softmax(scale * part @ k.mT, -1) @ v for part in parts], dim=2)
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    # its first versions give the log-sum-exp too
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -62,12 +62,12 @@ def contest(
         try:
             run = rival.make()
             result = run(*inputs[0])
-            if result.is_cuda:
-                torch.cuda.synchronize()
+            _finish(settings.device)
             firsts[key] = time.perf_counter() - start
             error = gate.error(result)
             del result
             run(*inputs[1])
+            _finish(settings.device)
         except Exception as problem:  # a rival is anybody's code
             outcomes[key] = Outcome(note=reason(problem))
             continue
@@ -103,6 +103,12 @@ def contest(
                 note=_compile_time(firsts[key], median(seconds)),
             )
     return outcomes
+
+
+def _finish(device: torch.device) -> None:
+    """Wait until what fails on the device has failed."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _rotated(run: Run, inputs: list[Inputs]) -> Job:

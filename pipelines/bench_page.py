@@ -8,7 +8,7 @@ from typing import Any
 from accel.files import write_atomically
 from accel.pipelines.bench_plot import plot_name, write_plots
 from accel.pipelines.bench_results import Row
-from accel.pipelines.bench_table import groups, milliseconds
+from accel.pipelines.bench_table import MASSES, groups, milliseconds
 
 OPENING = """\
 Measured, and this page written, by `{command}`;
@@ -54,7 +54,7 @@ def page(results: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         parts.append(NOTHING.format(command=command))
     for name, some in shown:
         parts.append(f"## {name}\n")
-        parts.append("\n".join([_dense(some), *_table(some)]) + "\n")
+        parts.append("\n".join([_dense(some), *_table(some), *_masses(some)]) + "\n")
         parts.append(f"![time against keep]({plot_name(some)})\n")
     if not str(results["device"]).startswith("NVIDIA"):
         parts.append(UNMEASURED)
@@ -73,6 +73,16 @@ def _dense(rows: Sequence[Row]) -> str:
     timed.sort(key=lambda row: row.ms["median"] if row.ms else 0.0)
     texts = [f"{row.backend} {milliseconds(row.ms['median'])} ms" for row in timed if row.ms]
     return f"Dense attention of others: {', '.join(texts)}.\n"
+
+
+def _masses(rows: Sequence[Row]) -> list[str]:
+    """One line for every kernel that finds out which blocks matter."""
+    return [
+        f"\n{row.kernel}, {row.mode}, blocks of {row.block[0]} x {row.block[1]}:"
+        f" {milliseconds(row.ms['median'])} ms, {row.price:.2f} of a dense call."
+        for row in rows
+        if row.kernel in MASSES and row.block and row.ms and row.price is not None
+    ]
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -23,7 +23,7 @@ from accel.pipelines.compare_book import code_digest
 from accel.pipelines.host import device_name, versions
 from accel.timing import quantile
 
-PEERS = ("xformers", "flashinfer-python")
+PEERS = ("flash-attn-3", "flashinfer-python", "xformers")
 # the files of the measurement, not those of tables and pictures
 CODE = ("contest", "gate", "inputs", "kernels", "results", "rivals", "wan_model", "wan_step")
 

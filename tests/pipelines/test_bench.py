@@ -243,10 +243,12 @@ class TestPictures:
 
     def test_a_page_has_a_line_for_every_backend(self):
         rows = [DENSE, row(), row(keep=1.0, efficiency=1.25), row(rows="uneven", ms=None)]
+        rows.append(row(kernel="block_mass", mode="known lse"))
         text = page(ABOUT, rows, "accel-bench")
         assert "| backend | precision | block | rows | keep 1 | keep 0.25 |" in text
         assert "| native | full | 64 x 32 | uniform | 2.5 (1.25) | 2.5 (0.52) |" in text
         assert "| native | full | 64 x 32 | uneven | - | - |" in text
+        assert "block_mass, known lse, blocks of 64 x 32: 2.5 ms, 0.50 of a dense call." in text
         assert "![time against keep](mine-float32.svg)" in text
 
     def test_the_page_of_a_gpu_asks_for_no_gpu(self):
