@@ -1,4 +1,4 @@
-"""The operations around attention are opaque to a compiler: they compile, export, and have fakes."""
+"""The operations around attention are opaque to a compiler: they compile, export, have fakes."""
 
 import subprocess
 import sys
