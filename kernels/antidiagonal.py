@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accel.kernels import dispatch
+from accel.kernels import dispatch, native
 from accel.kernels.arguments import check_tensors, head_orders, valid_lengths
 from accel.kernels.dispatch import refuse_gradients
 from accel.kernels.pooling import valid_positions
@@ -73,6 +73,8 @@ def _antidiagonal_scores(
 ) -> Tensor:
     if dispatch.runs_triton(q):
         from accel.kernels.antidiagonal_triton import forward
+    elif q.device.type == "cpu" and native.available():
+        forward = _native_forward
     else:
         forward = _forward
     with q.device:  # whatever torch's default is
@@ -122,6 +124,7 @@ def _forward(q, k, q_cells, k_cells, *, per_block: tuple[int, int], scale: float
     q_cells = q_cells[0].flip(3), q_cells[1]  # backwards, so that a cell's score is one product
     some_heads = max(1, CHUNK_LOGITS // (group * cells * kv_cells))
     some_cells = rows * max(1, CHUNK_LOGITS // (group * rows * kv_cells))
+    q, k = q.contiguous(), k.contiguous()
     for own in torch.arange(batch * kv_heads).split(some_heads):
         keys, key_weights = _gathered(k, k_cells, own, kv_heads)
         own_queries = (own[:, None] * group + torch.arange(group)).flatten()
@@ -140,6 +143,31 @@ def _forward(q, k, q_cells, k_cells, *, per_block: tuple[int, int], scale: float
     return scores.view(batch, heads, *scores.shape[2:])
 
 
+def _native_forward(q, k, q_cells, k_cells, *, per_block: tuple[int, int], scale: float) -> Tensor:
+    """As the mass of a shorter sequence: cells for tokens, and their tokens' dims side by side."""
+    from accel.kernels.attention_native import block_mass
+
+    batch, heads = q.shape[:2]
+    kv_heads = max(k.shape[1], k_cells[0].shape[1])
+    q_cells = q_cells[0].flip(3), q_cells[1]  # backwards, so that a cell's score is one product
+    queries, keys = (
+        _gathered(x, cells, torch.arange(batch * n), n)[0].unflatten(0, (batch, n))
+        for x, cells, n in ((q, q_cells, heads), (k, k_cells, kv_heads))
+    )
+    return block_mass(
+        queries,
+        keys,
+        block=per_block,
+        scale=scale,
+        lse=None,
+        lengths=None,
+        order=None,
+        key_bias=k_cells[1].log2(),
+        query_weight=q_cells[1],
+        precision="full" if q.dtype == torch.float32 else "half",
+    )[0]
+
+
 def _gathered(
     x: Tensor, cells: tuple[Tensor, Tensor], head: Tensor, heads: int
 ) -> tuple[Float[Tensor, "some cells width"], Float[Tensor, "some cells"]]:
@@ -152,5 +180,8 @@ def _gathered(
     source = head * x.shape[1] // heads
     own = head if places.shape[1] > 1 else head * 0
     weights = weights[batch, own]
-    rows = x[batch[:, None, None], source[:, None, None], places[batch, own]].float()
-    return rows.masked_fill_((weights == 0)[..., None, None], 0.0).flatten(2), weights
+    flat = (batch * x.shape[1] + source)[:, None, None] * x.shape[2] + places[batch, own]
+    rows = x.reshape(-1, x.shape[3]).index_select(0, flat.flatten()).float()
+    rows = rows.view(*weights.shape, -1)
+    rows[weights == 0] = 0.0
+    return rows, weights

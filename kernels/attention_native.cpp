@@ -359,7 +359,11 @@ class Mass {
             if (!p.known_lse) p.lse[row + space.ids[i]] = space.lse(i);
             if (space.ids[i] < valid && (p.known_lse || space.total[i] > 0))
                 space.factor[i] = p.known_lse ? 1 : 1 / space.total[i];
-            if (p.query_weight) space.factor[i] *= p.query_weight[b * p.q_tokens + space.ids[i]];
+        }
+        if (p.query_weight) {
+            const int64_t head = b * p.bias_heads + h * p.bias_heads / p.heads;
+            const float* weight = p.query_weight + head * p.q_tokens;
+            for (size_t i = 0; i < space.ids.size(); i++) space.factor[i] *= weight[space.ids[i]];
         }
         for (int64_t part = 0; part < keys.blocks * split; part++) {
             vec sum{};

@@ -7,6 +7,7 @@ keeps 12 to 15 bits, where bf16 has 8.
 """
 
 import ctypes
+from math import log
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -81,8 +82,8 @@ def block_mass(
     lse: Float[Tensor, "batch heads tokens"] | None,
     lengths: Int[Tensor, " batch"] | None,
     order: Int[Tensor, "orders tokens"] | None,
-    key_bias: Float[Tensor, "batch kv_tokens"] | None = None,
-    query_weight: Float[Tensor, "batch tokens"] | None = None,
+    key_bias: Float[Tensor, "batch bias_heads kv_tokens"] | None = None,
+    query_weight: Float[Tensor, "batch bias_heads tokens"] | None = None,
     precision: str = "full",
 ) -> tuple[Float[Tensor, "batch heads q_blocks kv_blocks"], Float[Tensor, "batch heads tokens"]]:
     """``block_mass`` with arguments already checked.
@@ -97,28 +98,45 @@ def block_mass(
         lse = tensors["lse"] = torch.empty(q.shape[:3])
     else:
         lse = tensors["known_lse"] = lse.float()
-    sizes = {"half": precision != "full", "bias_heads": 1}
-    if key_bias is not None:
-        tensors["key_bias"] = key_bias
-    if query_weight is not None:
-        tensors["query_weight"] = query_weight
+    sizes = {"half": precision != "full"}
+    for name, x in (("key_bias", key_bias), ("query_weight", query_weight)):
+        if x is not None:
+            tensors[name], sizes["bias_heads"] = x, x.shape[1]
     _call("accel_block_mass", tensors, sizes, block, scale, lengths, order)
     return mass, lse
 
 
 def column_sums(
     q: Float[Tensor, "batch heads tokens dim"],
-    k: Float[Tensor, "batch heads kv_tokens dim"],
-    log2_weights: Float[Tensor, "batch heads tokens"],
+    k: Float[Tensor, "batch kv_heads kv_tokens dim"],
     *,
     scale: float,
-    precision: str = "full",
+    lse: Float[Tensor, "batch heads tokens"] | None,
+    weights: Float[Tensor, "batch tokens"],
+    lengths: Int[Tensor, " batch"] | None,
 ) -> Float[Tensor, "batch heads kv_tokens"]:
-    """``Σ_t 2^(log2_weights[t] + log2(e) scale q_t·k_n)``: here the queries pass by the keys."""
-    sums = torch.empty(k.shape[:3])
-    tensors = {"q": k, "k": q, "lse": sums, "key_bias": log2_weights}
-    sizes = {"half": precision != "full", "bias_heads": q.shape[1]}
-    _call("accel_row_sums", tensors, sizes, (64, 64), scale, None, None)
+    """``column_sums`` with arguments already checked; weights are at least 0.
+
+    Here the queries pass by the keys: ``Σ_t 2^(s_tn - lse_t + log2 w_t)`` has a bias for every t.
+    """
+    rows = (weights > 0).any(0).nonzero()[:, 0]  # of use to some batch element
+    q, weights = q[:, :, rows], weights[:, rows]
+    q = torch.where((weights > 0)[:, None, :, None], q, 0.0)
+    if lse is None:
+        lse = block_mass(q, k, block=(64, 64), scale=scale, lse=None, lengths=lengths, order=None)[
+            1
+        ]
+    else:
+        lse = lse[:, :, rows].float()
+    bias = weights.log2()[:, None] - lse / log(2)
+    bias = torch.where(lse == -torch.inf, -torch.inf, bias)  # such a row attends to nothing
+    sums = torch.empty(*q.shape[:2], k.shape[2])
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    tensors = {"q": keys, "k": q, "lse": sums, "key_bias": bias}
+    _call("accel_row_sums", tensors, {"bias_heads": q.shape[1]}, (64, 64), scale, None, None)
+    if lengths is not None:
+        padding = torch.arange(k.shape[2]) >= lengths[:, None, None]
+        sums.masked_fill_(padding, 0.0)
     return sums
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from accel.kernels import dispatch
+from accel.kernels import dispatch, native
 from accel.kernels.arguments import check_tensors, valid_lengths
 from accel.kernels.dispatch import refuse_gradients
 
@@ -76,6 +76,8 @@ def _column_sums(
         weights = _row_weights(q, k, weights, lengths)
         if dispatch.runs_triton(q):
             from accel.kernels.column_sums_triton import forward
+        elif q.device.type == "cpu" and native.available() and (weights >= 0).all():
+            from accel.kernels.attention_native import column_sums as forward
         else:
             forward = _forward
         return forward(q, k, scale=scale, lse=lse, weights=weights, lengths=lengths)

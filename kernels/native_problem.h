@@ -18,7 +18,7 @@ struct Problem {
     const uint8_t* rests;             // [heads] 0 drop, 1 mean, 2 taylor
     const float* slopes;              // [batch, heads, groups of blocks, dim, dim], for taylor
     const float* key_bias;            // [batch, bias_heads, kv_tokens], base 2, of natural keys
-    const float* query_weight;        // of block mass: [batch, q_tokens]
+    const float* query_weight;        // of block mass: [batch, bias_heads, q_tokens]
     const float* known_lse;           // of block mass: [batch, heads, q_tokens]
     float *lse, *mass;
     int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, token
