@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,7 +42,11 @@ def dense_attentions(device: torch.device) -> dict[str, Attention]:
     return found
 
 
-def usual_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def usual_dense(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads kv_tokens dim"],
+    v: Float[Tensor, "batch kv_heads kv_tokens dim"],
+) -> Float[Tensor, "batch heads tokens dim"]:
     """The dense attention to expect from a host that chose well: cuDNN's before flash on Hopper,
     else torch's choice.
     """

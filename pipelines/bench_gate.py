@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from accel.kernels.block_mask import BlockMask
@@ -20,15 +21,15 @@ STATED = {"int8": 0.05, "fp8": 0.1}
 CHECKED_BLOCKS = 3
 
 
-def sampled(total: int, count: int) -> Tensor:
+def sampled(total: int, count: int) -> Int[Tensor, " places"]:
     """`count` places of `total`, ascending, or all; among them the last, which may be ragged."""
     places = torch.randperm(total - 1, generator=torch.Generator().manual_seed(2))
     return torch.cat([places[: count - 1], torch.tensor([total - 1])]).sort().values
 
 
 def attention_rows(
-    inputs: Inputs, rows: Tensor, mask: BlockMask | None, dtype: torch.dtype
-) -> Tensor:
+    inputs: Inputs, rows: Int[Tensor, " rows"], mask: BlockMask | None, dtype: torch.dtype
+) -> Float[Tensor, "batch heads rows dim"]:
     """`softmax(q kT / sqrt(dim)) v` of some query rows, computed naively in `dtype`, head by head;
     in float64 it is the truth. Every key where there is no mask.
     """
@@ -46,8 +47,12 @@ def attention_rows(
 
 
 def mass_rows(
-    inputs: Inputs, block: tuple[int, int], stride: int, rows: Tensor, dtype: torch.dtype
-) -> Tensor:
+    inputs: Inputs,
+    block: tuple[int, int],
+    stride: int,
+    rows: Int[Tensor, " rows"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch heads rows kv_blocks"]:
     """Softmax mass of every key block in some rows of query blocks, computed naively in `dtype`.
 
     Of the map of cells of `stride` tokens that `antidiagonal_scores` defines; stride 1 is the
@@ -75,6 +80,8 @@ def mass_rows(
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """`|found - truth| / |truth|` in the L2 norm."""
+    if found.shape != truth.shape:
+        raise ValueError(f"the result is {tuple(found.shape)}, not {tuple(truth.shape)}")
     return float((found.double() - truth).norm() / truth.norm())
 
 

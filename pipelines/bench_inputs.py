@@ -14,8 +14,9 @@ from accel.pipelines.host import DTYPES
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 MOST_COPIES = 16
-# where the system does not say how large the last-level cache is
+# where the system does not say how large the last-level cache is, and how much memory is free
 CACHE_BYTES = 64 << 20
+MEMORY_BYTES = 1 << 30
 UNEVEN = (0.4, 1.6)
 
 
@@ -78,17 +79,14 @@ def token_pairs(mask: BlockMask) -> int:
 def _cache_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [CACHE_BYTES]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        if text.endswith("K"):
-            sizes.append(1024 * int(text[:-1]))
-    return max(sizes[1:] or sizes)
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [file.read_text().strip() for file in files]
+    return max((int(t[:-1]) << 10 for t in texts if t.endswith("K")), default=CACHE_BYTES)
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return 1 << 30
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return MEMORY_BYTES
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -30,13 +30,14 @@ RIVALS = {
     "nan": Rival(lambda: lambda q, k, v: dense(q, k, v) * torch.nan),
     "broken": Rival(lambda: broken),
     "missing": Rival(refuse),
+    "headless": Rival(lambda: lambda q, k, v: dense(q, k, v)[:, :2]),
     "allowed": Rival(lambda: lambda q, k, v: 1.01 * dense(q, k, v), "int8"),
 }
 
 
 @pytest.fixture
 def outcomes(monkeypatch):
-    """Outcomes with the times of a clock that gives the baseline 2 s, then 4 s."""
+    """Outcomes by a clock on which the baseline takes 2 s, then 4 s."""
 
     def in_turns(jobs, device, **_):
         for job in jobs.values():
@@ -70,6 +71,7 @@ def test_what_is_wrong_has_its_error(outcomes):
 def test_what_fails_has_its_reason(outcomes):
     assert outcomes["broken"].note == "RuntimeError: no kernel"
     assert outcomes["missing"].note == "ImportError: no module"
+    assert outcomes["headless"].note.startswith("ValueError: the result is (2, 2, 16, 40), not")
     assert outcomes["broken"].error is outcomes["missing"].limit is None
 
 
