@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from accel.dense import dense_attentions
-from accel.kernels import dispatch
 from accel.kernels.antidiagonal import antidiagonal_scores
 from accel.kernels.attention import resolve_backend
 from accel.kernels.block_mass import block_mass
@@ -92,30 +91,29 @@ class Bench:
     def block_mass(self, baseline: str) -> Iterator[list[Row]]:
         """The exact mass of every block: in two passes, and in one with a known log-sum-exp."""
         for block in self.settings.blocks:
-            known = {q.data_ptr(): block_mass(q, k, block=block)[1] for q, k, _ in self.inputs}
-            runs = {
-                "two passes": partial(_mass, block, {}),
-                "known lse": partial(_mass, block, known),
+            rivals = {
+                "two passes": Rival(partial(_given, partial(_mass, block, {}))),
+                "known lse": Rival(partial(self._known_mass, block)),
             }
-            gate = mass_gate(self.inputs[0], block)
-            outcomes = self._contest(_rivals(runs), gate, baseline)
-            backend = resolve_backend("auto", self.settings.device)
-            yield self._of_blocks("block_mass", backend, outcomes, block, 1, baseline)
+            outcomes = self._contest(rivals, mass_gate(self.inputs[0], block), baseline)
+            yield self._of_blocks("block_mass", outcomes, block, 1, baseline)
 
     def antidiagonal(self, baseline: str) -> Iterator[list[Row]]:
         """The mass of every block in a map `stride` times coarser."""
         stride = self.settings.stride
         for block in self.settings.blocks:
+            rivals = _rivals({f"stride {stride}": partial(_antidiagonal, block, stride)})
             gate = mass_gate(self.inputs[0], block, stride)
-            runs = {f"stride {stride}": partial(_antidiagonal, block, stride)}
-            outcomes = self._contest(_rivals(runs), gate, baseline)
-            backend = "triton" if dispatch.runs_triton(self.inputs[0][0]) else "torch"
-            yield self._of_blocks("antidiagonal", backend, outcomes, block, stride, baseline)
+            outcomes = self._contest(rivals, gate, baseline)
+            yield self._of_blocks("antidiagonal", outcomes, block, stride, baseline)
+
+    def _known_mass(self, block: Block) -> Run:
+        known = {q.data_ptr(): block_mass(q, k, block=block)[1] for q, k, _ in self.inputs}
+        return partial(_mass, block, known)
 
     def _of_blocks(
         self,
         kernel: str,
-        backend: str,
         outcomes: Mapping[str, Outcome],
         block: Block,
         stride: int,
@@ -124,6 +122,7 @@ class Bench:
         """Rows of a kernel that gives a number for every block, from cells of `stride` tokens."""
         # one product of queries and keys, where attention takes two
         work = 1 / (2 * stride)
+        backend = resolve_backend("auto", self.settings.device)
         return [
             self._row(kernel, backend, mode, outcome, work=work, block=block, baseline=baseline)
             for mode, outcome in outcomes.items()
