@@ -1,4 +1,7 @@
-"""Block-sparse attention on the CPU: gathered key blocks and batched matrix products, in fp32.
+"""Block-sparse attention on the CPU: gathered key blocks and batched matrix products.
+
+In fp32; half-precision tensors on processors with instructions for bf16 have their products in
+bf16 and all else in fp32. (fp16 is computed by elements on a CPU, and never used.)
 
 Query blocks with like counts are computed together, few enough that logits stay in the cache.
 The logits carry ``scale · log2 e`` (``exp2`` needs no more), and a column more: queries end in 1,
@@ -45,11 +48,9 @@ def forward(
     order: Int[Tensor, "orders tokens"] | None,
     precision: str,
 ):
-    """``sparse_attention`` with arguments already checked; returns the result and the LSE.
-
-    fp32 is at least as exact as any ``precision`` asks for.
-    """
-    del precision
+    """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
+    half = q.dtype != torch.float32 or precision != "full"
+    products = torch.bfloat16 if half and has_bf16() else torch.float32
     batch, _, tokens, dim = q.shape
     counts, indices = counts.expand(batch, -1, -1), indices.expand(batch, -1, -1, -1)
     code = torch.tensor(rests)[:, None].expand_as(counts)
@@ -67,7 +68,7 @@ def forward(
             slopes = block_slopes(
                 k.float(), v.float(), left_out, block=block[1], lengths=lengths, order=order
             ).flatten(0, 1)
-        rows = _Rows(queries, *sources, counts, indices, code, sparse, slopes)
+        rows = _Rows(queries, *sources, counts, indices, code, sparse, slopes, products)
         for target, part in zip((out, lse), rows.attend(), strict=True):
             target.flatten(0, 2).index_copy_(0, rows.rows, part)
     out, lse = out.flatten(2, 3)[:, :, :tokens], lse.flatten(2, 3)[:, :, :tokens]
@@ -79,6 +80,13 @@ def forward(
     if dense.any():
         _dense_heads(q, k, v, dense, scale, lengths, out, lse)
     return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bf16 faster than fp32, by instructions of its own."""
+    # older torch cannot tell
+    told = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
 def _dense_heads(q, k, v, dense, scale, lengths, out, lse) -> None:
@@ -135,11 +143,15 @@ class _Rows:
     """The rows (batch element, head, query block) of one call, sorted into steps of like rows.
 
     slopes: ``[batch * heads, groups, dim, dim]`` of ``block_slopes``, where a head is ``taylor``.
+    products: the dtype of matrix products.
     """
 
-    def __init__(self, queries, keys, values, valid, counts, indices, code, active, slopes):
+    def __init__(
+        self, queries, keys, values, valid, counts, indices, code, active, slopes, products
+    ):
         batch, heads, _, width, self.q_block = queries.shape
-        self.keys, self.values, self.kv_blocks = keys, values, valid.shape[1]
+        self.keys, self.values = keys.to(products), values.to(products)
+        self.kv_blocks = valid.shape[1]
         self.slopes = slopes
         kv_heads = valid.shape[0] // batch
         # the key head of every head
@@ -195,7 +207,7 @@ class _Rows:
         extra = max(
             (stop - start) * (code != DROP) * self.kv_blocks for start, stop, *_, code in self.steps
         )
-        keys, values = (torch.empty(blocks, *x.shape[1:]) for x in (self.keys, self.values))
+        keys, values = (x.new_empty(blocks, *x.shape[1:]) for x in (self.keys, self.values))
         logits = torch.empty(self.q_block * (blocks * self.keys.shape[1] + extra))
         for step in self.steps:
             self._step(step, keys, values, logits, out, total, pivot)
@@ -217,7 +229,7 @@ class _Rows:
         columns = tokens + pooling * self.kv_blocks
         # keys by queries: sums over keys then run along whole vectors of queries
         logits = logits[: len(queries) * columns * self.q_block].view(-1, columns, self.q_block)
-        torch.bmm(keys, queries, out=logits[:, :tokens])
+        _bmm(keys, queries, logits[:, :tokens])
         if pooling:
             mean_keys, mean_values = (x.index_select(0, self.head[start:stop]) for x in self.means)
             mean_keys[..., -1] = self.mean_bias[start:stop]
@@ -229,7 +241,7 @@ class _Rows:
             logits.sub_(highest[:, None])
         weights = logits.exp2_()
         torch.sum(weights, 1, out=total)
-        torch.bmm(weights[:, :tokens].mT, values, out=out)
+        _bmm(weights[:, :tokens].mT, values, out)
         if pooling:
             out.baddbmm_(weights[:, tokens:].mT, mean_values)
         if code == TAYLOR:
@@ -243,3 +255,11 @@ class _Rows:
         slopes = self.slopes[self.turning[start:stop]]
         for g, part in enumerate(weights.split(TAYLOR_GROUP, 1)):
             out.baddbmm_((scaled * part.sum(1, keepdim=True)).mT, slopes[:, g])
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a b`` in the lower dtype of the two; fp32 if they are."""
+    if a.dtype == b.dtype:
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a.bfloat16(), b.bfloat16()))

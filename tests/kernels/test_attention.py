@@ -7,6 +7,7 @@ from attention_cases import Backend, Case, check, compiler_missing, interpreter_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from accel.kernels import attention_cpu
 from accel.kernels.attention import resolve_backend, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
@@ -270,3 +271,20 @@ def test_an_order_needs_square_attention(generator):
     mask = case.mask(case.dense_keep(generator))
     with pytest.raises(ValueError, match="as many keys as queries, got 60 and 63"):
         sparse_attention(*case.tensors(generator), mask, order=torch.arange(63))
+
+
+@pytest.mark.parametrize("rest", ["drop", "mean", "taylor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_torch_with_products_in_bf16(dtype, rest, generator, monkeypatch):
+    """As on processors with instructions for it; here they are emulated, and slow."""
+    monkeypatch.setattr(attention_cpu, "has_bf16", lambda: True)
+    case = Case(2, 4, 2, 111, 111, 40, (64, 32), orders=4, padded=True)
+    q, k, v = case.tensors(generator, dtype)
+    mask, options = case.mask(case.dense_keep(generator)), case.options(generator)
+    found, _ = run(Backend("cpu", "cpu"), q, k, v, mask, rest=rest, **options)
+    truth = sparse_attention_reference(q, k, v, mask, rest=rest, **options)
+    error = (found.double() - truth).norm() / truth.norm()
+    assert 1e-3 < error < 8e-3
+    exact = q.float(), k.float(), v.float()
+    found, _ = run(Backend("cpu", "cpu"), *exact, mask, rest=rest, **options)
+    assert (found.double() - truth).norm() / truth.norm() < 1e-6
