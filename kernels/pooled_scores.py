@@ -99,30 +99,37 @@ def _moments(
     valid = valid_positions(x, lengths, order).expand(batch, heads, tokens).flatten(0, 1)
     inside = pad(valid, (0, -tokens % block)).unflatten(1, (-1, block))
     count = inside.sum(2)
+    x, v = x.flatten(0, 1), None if v is None else v.flatten(0, 1)
+    source = torch.arange(batch * heads) * source_heads // heads
+    order = None if order is None else order.expand(heads, -1).repeat(batch, 1)
     means = torch.empty(*count.shape, dim)
     bias = torch.where(count > 0, 0.0, -torch.inf)
-    for own in torch.arange(len(valid)).split(max(1, CHUNK_ELEMENTS // (tokens * dim))):
-        part = _blocked(x, own, heads, inside, order)
+    step = max(1, CHUNK_ELEMENTS // (tokens * dim))
+    for first in range(0, batch * heads, step):
+        own = slice(first, first + step)
+        places = None if order is None else source[own, None] * tokens + order[own]
+        outside = ~inside[own]
+        part = _blocked(x, own, places, outside)
         means[own] = mean = part.sum(2) / count[own].clamp(min=1)[..., None]
         if v is not None:
-            part = (part - mean[:, :, None]).mul_(inside[own][..., None])  # padding deviates by 0
-            bias[own] += _log_norms(part, _blocked(v, own, heads, inside, order))
+            part = part - mean[:, :, None]
+            part[outside] = 0.0
+            bias[own] += _log_norms(part, _blocked(v, own, places, outside))
     return means.unflatten(0, (batch, heads)), bias.unflatten(0, (batch, heads))
 
 
 def _blocked(
-    x: Tensor, own: Tensor, heads: int, inside: Tensor, order: Tensor | None
+    x: Tensor, own: slice, places: Tensor | None, outside: Tensor
 ) -> Float[Tensor, "some blocks block dim"]:
-    """The heads ``own`` (counted through those of every batch element) in blocks, padding 0."""
-    batch, head = own // heads, own % heads
-    source = head * x.shape[1] // heads
-    if order is None:
-        x = x[batch, source]
+    """Heads in blocks, 0 outside: ``own`` as they lie, or the rows ``places`` of all heads."""
+    blocks, block = outside.shape[1:]
+    if places is None:
+        x = x[own]
     else:
-        x = x[batch[:, None], source[:, None], order.expand(heads, -1)[head]]
-    blocks, block = inside.shape[1:]
+        x = x.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
     x = pad(x.float(), (0, 0, 0, blocks * block - x.shape[1])).unflatten(1, (blocks, block))
-    return x.masked_fill(~inside[own][..., None], 0.0)
+    x[outside] = 0.0
+    return x
 
 
 def _log_norms(keys: Tensor, values: Tensor) -> Float[Tensor, "some blocks"]:

@@ -19,7 +19,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["native", "torch", "torch in chunks", "triton"])
+@pytest.fixture(params=["torch", "torch in chunks", "triton"])
 def antidiagonal_scores(request, monkeypatch):
     """Antidiagonal scores, in every way they are computed."""
     if request.param == "torch in chunks":
@@ -54,11 +54,11 @@ def test_more_keys_than_queries(antidiagonal_scores, generator):
     assert (scores[..., 4:] == 0).all()
 
 
-def test_low_precision_inputs_lose_nothing_more(antidiagonal_scores, generator):
+def test_low_precision_inputs_are_computed_in_fp32(antidiagonal_scores, generator):
     q, k, _ = Case(1, 2, 1, 63, 63, 40, (32, 16)).tensors(generator, torch.bfloat16)
     truth = antidiagonal_scores_reference(q, k, block=(32, 16), stride=8)
     found = antidiagonal_scores(q, k, block=(32, 16), stride=8)
-    torch.testing.assert_close(found.double(), truth, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=2e-5)
 
 
 def test_padding_may_hold_anything(antidiagonal_scores, generator):

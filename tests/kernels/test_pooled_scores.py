@@ -56,6 +56,14 @@ def test_padding_may_hold_anything(pooled_scores, generator):
     assert clean[1].isneginf().all()
 
 
+def test_inputs_stay_as_they_are(pooled_scores, generator):
+    tensors = Case(2, 2, 1, 64, 64, 16, (32, 16)).tensors(generator)
+    copies = [x.clone() for x in tensors]
+    pooled_scores(*tensors, block=(32, 16), kv_length=40)
+    for x, y in zip(tensors, copies, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_strided_inputs(pooled_scores, generator):
     tensors = Case(2, 4, 2, 33, 47, 16, (16, 8)).tensors(generator)
     expected = pooled_scores(*tensors, block=(16, 8))
