@@ -203,7 +203,7 @@ def test_window_has_a_sink_where_one_is_asked_for():
 def test_pisa_stands_in_for_the_rest(ran):
     model, _ = ran["pisa"]
     chosen, keep = keep_of(model)
-    assert chosen.rest == "mean"
+    assert chosen.rest == "taylor"
     assert chosen.order is not None
     # ceil(0.15 * 8) blocks in every row
     assert keep.sum(-1).unique().tolist() == [2]
