@@ -5,10 +5,11 @@ How much of a step attention takes, and so what a plan can gain, depends on size
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def step_rows(size: WanStep, device: torch.device, rounds: int) -> list[Row]:
     contexts = _dense_contexts(device)
     times: dict[str, list[float]] = {name: [] for name in contexts}
     failed: dict[str, str] = {}
-    sparse: list[tuple[float, float]] = []
+    sparse: list[Taken] = []
     geometry = geometry_of(step.model)
     plan = Plan.uniform(
         "wan_step",
@@ -95,14 +96,13 @@ def step_rows(size: WanStep, device: torch.device, rounds: int) -> list[Row]:
         raise AccelError(f"no dense attention runs the step: {failed}")
     baseline = min(usual, key=usual.__getitem__)
     with contexts[baseline]():
-        _, dense_share = _with_plan(step, dense_plan(geometry), device)
+        dense = _with_plan(step, dense_plan(geometry), device)
 
     def row(backend: str, mode: str, outcome: Outcome, **more: Any) -> Row:
-        fields = {name: getattr(size.case, name) for name in size.case.__slots__}
         found = {**measured(outcome, 0.0), "tflops": None}
         return Row(
             kernel="wan_step", backend=backend, mode=mode, baseline=baseline,
-            **fields, **found, **more,
+            **asdict(size.case), **found, **more,
         )  # fmt: skip
 
     rows = [
@@ -114,11 +114,11 @@ def step_rows(size: WanStep, device: torch.device, rounds: int) -> list[Row]:
                 price=usual[name] / usual[baseline] if name in usual else None,
                 note=failed.get(name, ""),
             ),
-            share=dense_share if name == baseline else None,
+            share=dense.share if name == baseline else None,
         )
         for name in contexts
     ]
-    seconds = [taken for taken, _ in sparse]
+    seconds = [taken.seconds for taken in sparse]
     pairs = zip(seconds, times[baseline], strict=False)
     outcome = Outcome(
         seconds=tuple(seconds),
@@ -127,8 +127,8 @@ def step_rows(size: WanStep, device: torch.device, rounds: int) -> list[Row]:
         limit=LIMIT,
         note="" if passed else f"not timed: with every block kept its error is {error:.1e}",
     )
-    share = median(part for _, part in sparse) if passed else None
-    return [*rows, row("accel", "sparse", outcome, keep=size.keep, kept=size.keep, share=share)]
+    more = {"share": median(t.share for t in sparse), "kept": sparse[0].kept} if passed else {}
+    return [*rows, row("accel", "sparse", outcome, keep=size.keep, **more)]
 
 
 def _dense_contexts(
@@ -147,10 +147,16 @@ def _distance(step: Step, plan: Plan) -> float:
         return relative_error(step(), truth)
 
 
-def _with_plan(step: Step, plan: Plan, device: torch.device) -> tuple[float, float]:
-    """Seconds of a step under a plan whose masks were made in the step before, and the part of
-    them in self-attention.
-    """
+class Taken(NamedTuple):
+    """What a step took: seconds, the part of them in self-attention, and the blocks it kept."""
+
+    seconds: float
+    share: float
+    kept: float
+
+
+def _with_plan(step: Step, plan: Plan, device: torch.device) -> Taken:
+    """A step under a plan whose masks were made in the step before."""
     turn = iter(range(2))
 
     def call() -> Tensor:
@@ -159,8 +165,9 @@ def _with_plan(step: Step, plan: Plan, device: torch.device) -> tuple[float, flo
 
     with enabled(step.model, plan, check=False):
         (seconds,) = in_turns({"": call}, device, rounds=1)[""]
-        attention = 0.0
-        for record in session_of(step.model).records.values():
-            record.settle()
-            attention += record.seconds[-1]
-    return seconds, attention / seconds
+        records = list(session_of(step.model).records.values())
+    for record in records:
+        record.settle()
+    attention = sum(record.seconds[-1] for record in records)
+    kept = sum(record.keep for record in records) / sum(record.calls for record in records)
+    return Taken(seconds, attention / seconds, kept)

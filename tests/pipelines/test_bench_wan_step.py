@@ -1,5 +1,7 @@
 """A denoising step small enough for a processor, by the code that measures the large one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bench_cases import config
@@ -10,6 +12,7 @@ from accel.pipelines.bench import bench
 from accel.pipelines.bench_table import as_text
 from accel.pipelines.bench_wan_model import WanStep, random_step
 from accel.pipelines.bench_wan_step import step_rows
+from accel.records import Record
 
 TINY = {
     "layers": 2, "heads": 3, "head_dim": 24, "ffn_dim": 48, "latents": [1, 4, 3, 10, 14],
@@ -26,10 +29,26 @@ def test_dense_and_sparse_steps_are_measured():
         assert (row.heads, row.tokens, row.dim) == (3, 3 * 5 * 7, 24)
         assert row.ms["median"] > 0
         assert 0 < row.share < 1
+    # one of the two blocks of keys, in every step
+    assert (dense.kept, sparse.kept) == (1.0, 0.5)
     assert dense.price == 1
     assert sparse.price > 0
     assert sparse.error < 1e-5
     assert "in attention" in as_text([dense, sparse])
+
+
+def test_the_share_is_that_of_the_step_that_is_timed(monkeypatch):
+    def in_turns(jobs, device, rounds):
+        for job in jobs.values():
+            for _ in range(1 + rounds):
+                job()
+        return {name: [2.0] for name in jobs}
+
+    records = {"a": Record(calls=2, seconds=[7.0, 0.25]), "b": Record(calls=2, seconds=[7.0, 0.75])}
+    monkeypatch.setattr(bench_wan_step, "in_turns", in_turns)
+    monkeypatch.setattr(bench_wan_step, "session_of", lambda _: SimpleNamespace(records=records))
+    for row in step_rows(WanStep.of(TINY), CPU, rounds=1):
+        assert (row.share, row.ms["median"]) == (0.5, 2000.0)
 
 
 def test_a_wrong_kernel_gives_no_time(monkeypatch):
