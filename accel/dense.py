@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from accel.kernels.attention_cpu import has_bf16
+
 __all__ = ["SDPA", "dense_attentions", "usual_dense"]
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -24,17 +26,20 @@ SDPA = {
 CHUNK_ROWS = 256
 
 
-def dense_attentions(device: torch.device) -> dict[str, Attention]:
-    """Everything that may be the fastest dense attention of a device, by name.
+def dense_attentions(device: torch.device, dtype: torch.dtype) -> dict[str, Attention]:
+    """Everything that may be the fastest dense attention of a device in a dtype, by name.
 
     On a GPU PyTorch's cuDNN, flash and memory-efficient attention, and FlashAttention-3 and
     xFormers where they are installed; each may refuse a shape or a dtype. Elsewhere PyTorch's
-    attention, and plain products of 256 query rows at a time, which beat it on processors with
-    16-bit arithmetic.
+    attention; and in bf16, on processors that multiply it, plain products of 256 query rows at a
+    time, for PyTorch's attention computes bf16 in fp32 unless there are AMX tiles.
     """
     if device.type != "cuda":
-        return {"sdpa": F.scaled_dot_product_attention, "matmul": _by_rows}
-    found: dict[str, Attention] = {name: partial(_sdpa, name) for name in SDPA}
+        found: dict[str, Attention] = {"sdpa": F.scaled_dot_product_attention}
+        if dtype == torch.bfloat16 and has_bf16():
+            found["matmul"] = _by_rows
+        return found
+    found = {name: partial(_sdpa, name) for name in SDPA}
     if find_spec("flash_attn_interface"):
         found["flash-attn-3"] = _flash3
     if find_spec("xformers"):

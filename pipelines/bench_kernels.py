@@ -18,6 +18,7 @@ from accel.pipelines.bench_inputs import Inputs, inputs_of, random_mask, token_p
 from accel.pipelines.bench_results import Row, measured
 from accel.pipelines.bench_rivals import sparse_rivals
 from accel.pipelines.bench_settings import BenchSettings, Block, Case
+from accel.pipelines.host import DTYPES
 
 
 class Bench:
@@ -26,6 +27,7 @@ class Bench:
     def __init__(self, case: Case, settings: BenchSettings) -> None:
         self.case, self.settings = case, settings
         self.inputs: list[Inputs] = inputs_of(case, settings.device)
+        self._dense = dense_attentions(settings.device, DTYPES[case.dtype])
         self._pairs = case.batch * case.heads * case.tokens**2
 
     def rows(self, kernel: str, baseline: str) -> Iterator[list[Row]]:
@@ -39,7 +41,7 @@ class Bench:
 
     def dense(self) -> Iterator[list[Row]]:
         """Every dense attention of others that this device may have."""
-        rivals = _rivals(dense_attentions(self.settings.device))
+        rivals = _rivals(self._dense)
         gate = attention_gate(self.inputs[0], None, self.settings.checked_rows)
         outcomes = contest(rivals, gate, self.inputs, self.settings, None)
         rows = [self._row("dense", name, "full", outcome) for name, outcome in outcomes.items()]
@@ -129,8 +131,7 @@ class Bench:
         ]
 
     def _contest(self, rivals, gate, baseline):
-        dense = dense_attentions(self.settings.device)[baseline]
-        return contest(rivals, gate, self.inputs, self.settings, dense)
+        return contest(rivals, gate, self.inputs, self.settings, self._dense[baseline])
 
     def _row(
         self, kernel: str, backend: str, mode: str, outcome: Outcome, work: float = 1.0, **more: Any

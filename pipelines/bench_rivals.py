@@ -28,8 +28,7 @@ WORKSPACE_BYTES = 128 << 20
 def sparse_rivals(settings: BenchSettings) -> dict[tuple[str, str], Make]:
     """By (backend, precision); making one raises where it cannot be used here.
 
-    Torch's path on the CPU computes in fp32 whatever is allowed, and the others in the dtype of
-    their inputs: they have one precision.
+    Those of others compute in the dtype of their inputs: they have one precision.
     """
     found: dict[tuple[str, str], Make] = {}
     for backend in settings.backends:
@@ -37,8 +36,7 @@ def sparse_rivals(settings: BenchSettings) -> dict[tuple[str, str], Make]:
             found[backend, "full"] = OTHERS[backend]
             continue
         for precision in settings.precisions:
-            if backend != "cpu" or precision == "full":
-                found[backend, precision] = partial(_own, backend, precision)
+            found[backend, precision] = partial(_own, backend, precision)
     return found
 
 

@@ -20,14 +20,15 @@ def attention(q, k, v):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_agree(device, dtype):
+def test_all_agree(device, dtype, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(3, ROWS, 2, 64, generator=generator).to(device, dtype).transpose(1, 2)
         for _ in range(3)
     )
     truth = attention(q, k, v)
-    found = dense_attentions(torch.device(device))
+    monkeypatch.setattr(dense, "has_bf16", lambda: True)
+    found = dense_attentions(torch.device(device), dtype)
     ran = 0
     for attend in (usual_dense, *found.values()):
         try:
@@ -40,6 +41,14 @@ def test_all_agree(device, dtype):
         assert error < (1e-6 if dtype == torch.float32 else 8e-3)
     assert ran >= 2
     assert device == "cuda" or ran == 1 + len(found)
+
+
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_plain_products_take_part_where_a_processor_multiplies_bf16(able, dtype, monkeypatch):
+    monkeypatch.setattr(dense, "has_bf16", lambda: able)
+    found = dense_attentions(torch.device("cpu"), dtype)
+    assert ("matmul" in found) == (able and dtype == torch.bfloat16)
 
 
 def tokens_first(q, k, v):
@@ -59,7 +68,7 @@ def test_packages_take_part_where_they_are_installed(pair, monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(dense, "find_spec", modules.get)
-    found = dense_attentions(torch.device("cuda"))
+    found = dense_attentions(torch.device("cuda"), torch.float16)
     assert list(found) == [*dense.SDPA, "flash-attn-3", "xformers"]
     q, k, v = torch.randn(3, 3, 2, ROWS, 64).double()
     for name in ("flash-attn-3", "xformers"):
@@ -68,4 +77,4 @@ def test_packages_take_part_where_they_are_installed(pair, monkeypatch):
 
 def test_packages_that_are_not_installed_are_left_out(monkeypatch):
     monkeypatch.setattr(dense, "find_spec", lambda _: None)
-    assert list(dense_attentions(torch.device("cuda"))) == list(dense.SDPA)
+    assert list(dense_attentions(torch.device("cuda"), torch.float16)) == list(dense.SDPA)

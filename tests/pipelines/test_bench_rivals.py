@@ -25,7 +25,7 @@ def error(run, inputs, mask):
 def test_every_backend_in_the_precisions_that_it_has():
     found = sparse_rivals(settings("precisions=[full,half]", "backends=null"))
     assert list(found) == [
-        ("native", "full"), ("native", "half"), ("cpu", "full"), ("flex", "full"),
+        ("native", "full"), ("native", "half"), ("cpu", "full"), ("cpu", "half"), ("flex", "full"),
     ]  # fmt: skip
 
 
