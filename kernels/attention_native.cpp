@@ -16,6 +16,11 @@
 
 namespace accel {
 
+// Whether any head has first-order terms.
+bool turns(const Problem& p) {
+    return p.rests && std::any_of(p.rests, p.rests + p.heads, [](auto x) { return x == 2; });
+}
+
 // The queries of one task, their pivots, weights and sums: one per thread, for many tasks.
 template <class A>
 struct Workspace {
@@ -31,7 +36,7 @@ struct Workspace {
         : p(p), lanes(lanes), words(ceil_div(p.dim, A::PACK)), q(round_up(p.dim, W) * lanes),
           rows(W * round_up(p.dim, W)), scores(STEP_KEYS * lanes), out(round_up(columns, W) * lanes),
           pivot(lanes), top(lanes), factor(lanes), weight_scale(lanes), total(lanes),
-          slope(p.slopes ? p.dim * lanes : 0), q_scale(lanes), inverse_q_scale(lanes),
+          slope(turns(p) ? p.dim * lanes : 0), q_scale(lanes), inverse_q_scale(lanes),
           q_words(A::PACK > 1 ? words * lanes : 0) {}
 
     const Word* queries() const {
@@ -182,12 +187,66 @@ int64_t mask_row(const Problem& p, int64_t row) {
     return row % (p.mask_batch * p.heads * ceil_div(p.q_tokens, p.q_block));
 }
 
+// First-order terms of groups of pooled blocks: the mean of sum_n (k_n - mean key) v_n^T over the
+// blocks of a group that some row of this head leaves out, as block_slopes in pooling.py has it.
+template <class A>
+class Slopes {
+  public:
+    Slopes(const Problem& p, const Keys<A>& keys)
+        : p(p), keys(keys), groups(ceil_div(keys.blocks, GROUP)), width(round_up(p.dim, W)),
+          data(turns(p) ? p.batch * p.heads * groups * p.dim * width : 0) {}
+
+    const float* at(int64_t b, int64_t h, int64_t block) const {
+        return data.at(((b * p.heads + h) * groups + block / GROUP) * p.dim * width);
+    }
+
+    // All groups of one head.
+    void prepare(int64_t head, typename Keys<A>::Scratch& scratch) {
+        const int64_t b = head / p.heads, h = head % p.heads, unit = keys.unit(b, h);
+        if (p.rests[h] != 2) return;
+        const int64_t q_blocks = ceil_div(p.q_tokens, p.q_block);
+        const int64_t first_row = ((b % p.mask_batch) * p.heads + h) * q_blocks;
+        std::vector<int64_t> listed(keys.blocks);
+        for (int64_t row = first_row; row < first_row + q_blocks; row++)
+            for (int64_t n = 0; n < p.counts[row]; n++) listed[p.indices[row * p.width + n]]++;
+        const auto stands_in = [&](int64_t j) {
+            return listed[j] < q_blocks && keys.count(unit + j) > 0;
+        };
+        float* rows[2] = {scratch.rows.at(0), scratch.rows.at(keys.block * p.dim)};
+        for (int64_t first = 0; first < keys.blocks; first += GROUP) {
+            const int64_t last = std::min(first + GROUP, keys.blocks);
+            float* slope = data.at((head * groups + first / GROUP) * p.dim * width);
+            std::fill_n(slope, p.dim * width, 0.0f);
+            int64_t blocks = 0;
+            for (int64_t j = first; j < last; j++) blocks += stands_in(j);
+            for (int64_t j = first; j < last; j++) {
+                if (!stands_in(j)) continue;
+                Run<Fp32> run{};
+                run.v = rows[0], run.v_stride = p.dim, run.rows = keys.gather(unit + j, rows);
+                const float* mean = keys.mean_key(unit + j);
+                for (int64_t n = 0; n < run.rows; n++) {
+                    float *key = rows[0] + n * p.dim, *value = scratch.wide.at(n * width);
+                    for (int64_t d = 0; d < p.dim; d++) key[d] = (key[d] - mean[d]) / blocks;
+                    std::fill_n(std::copy_n(rows[1] + n * p.dim, p.dim, value), width - p.dim, 0.0f);
+                }
+                sweep(Values<Fp32>{run, width, scratch.wide.at(0), nullptr, nullptr, slope}, p.dim);
+            }
+        }
+    }
+
+  private:
+    const Problem& p;
+    const Keys<A>& keys;
+    const int64_t groups, width;
+    Buffer<float> data;
+};
+
 // All runs of one task: kept blocks, neighbours joined, then the means of the others.
 template <class A>
 class RunList {
   public:
-    RunList(const Problem& p, const Keys<A>& keys)
-        : p(p), keys(keys), bias(p.rests ? keys.blocks : 0) {}
+    RunList(const Problem& p, const Keys<A>& keys, const Slopes<A>& slopes)
+        : p(p), keys(keys), slopes(slopes), bias(p.rests ? keys.blocks : 0) {}
 
     std::vector<Run<A>> runs;
 
@@ -204,11 +263,7 @@ class RunList {
             run.bias = bias.at(i * STEP_KEYS);
             if (std::all_of(run.bias, run.bias + run.rows, [](float x) { return std::isinf(x); }))
                 continue;
-            if (p.rests[h] == 2) {
-                const int64_t groups = ceil_div(keys.blocks, p.group);
-                const int64_t group = (b * p.heads + h) * groups + i * STEP_KEYS / p.group;
-                run.slopes = p.slopes + group * p.dim * p.dim;
-            }
+            if (p.rests[h] == 2) run.slopes = slopes.at(b, h, i * STEP_KEYS);
             runs.push_back(run);
         }
     }
@@ -239,25 +294,27 @@ class RunList {
 
     const Problem& p;
     const Keys<A>& keys;
+    const Slopes<A>& slopes;
     Buffer<float> bias;
 };
 
 // out += (q . slopes[g]) times the mean weight of one token in group g, for the groups of a run.
 template <class A>
 void add_slopes(const Problem& p, Workspace<A>& space, const Run<A>& run, int64_t row) {
-    for (int64_t first = 0; first < run.rows; first += p.group) {
-        const int64_t last = std::min(first + p.group, run.rows);
+    const int64_t width = round_up(p.dim, W);
+    for (int64_t first = 0; first < run.rows; first += GROUP) {
+        const int64_t last = std::min(first + GROUP, run.rows);
         for (int64_t i = 0; i < space.lanes; i += W) {
             vec sum{};
             for (int64_t n = first; n < last; n++)
                 sum += space.weight(row + n, i) * run.inverse_count[n];
-            sum *= LN_2 * p.kv_block;  // the queries carry log2(e), slopes are for one of a block
+            sum *= LN_2;  // the queries carry log2(e)
             for (int64_t d = 0; d < p.dim; d++)
                 store(space.slope.at(d * space.lanes + i), load(space.q.at(d * space.lanes + i)) * sum);
         }
         Run<Fp32> slope{};
-        slope.v = run.slopes + first / p.group * p.dim * p.dim;
-        slope.v_stride = slope.rows = p.dim;
+        slope.v = run.slopes + first / GROUP * p.dim * width;
+        slope.v_stride = width, slope.rows = p.dim;
         const float* weights = space.slope.at(0);
         sweep(Values<Fp32>{slope, space.lanes, weights, nullptr, nullptr, space.out.at(0)}, p.dim);
     }
@@ -420,6 +477,7 @@ void attention(const Problem& p) {
     const int64_t parts = ceil_div(std::min(p.q_block, p.q_tokens), lanes);
     const int64_t rows = p.batch * p.heads * q_blocks;
     Keys<A> keys(p, true);
+    Slopes<A> slopes(p, keys);
     // Rows of a head follow each other for the sake of the caches, and whoever is free takes the
     // next; with few rows per thread, longest first, lest one thread be late by a long row.
     std::vector<int64_t> order(rows);
@@ -433,13 +491,15 @@ void attention(const Problem& p) {
         RunList<A> list;
         typename Keys<A>::Scratch scratch;
     };
-    std::atomic<int64_t> next_unit{0}, next_group{0}, next_task{0};
+    std::atomic<int64_t> next_unit{0}, next_group{0}, next_head{0}, next_task{0};
     in_parallel(
         p.threads,
-        [&] { return std::unique_ptr<Own>(new Own{{p, lanes, p.dim}, {p, keys}, {p, keys.block}}); },
+        [&] { return std::unique_ptr<Own>(new Own{{p, lanes, p.dim}, {p, keys, slopes}, {p, keys.block}}); },
         shared_out(next_unit, keys.units(),
                    [&](Own& own, int64_t unit) { keys.prepare(unit, own.scratch); }),
         shared_out(next_group, keys.groups(), [&](Own&, int64_t group) { keys.pool(group); }),
+        shared_out(next_head, turns(p) ? p.batch * p.heads : 0,
+                   [&](Own& own, int64_t head) { slopes.prepare(head, own.scratch); }),
         shared_out(next_task, rows * parts, [&](Own& own, int64_t task) {
             const int64_t row = order[task / parts], i = row % q_blocks;
             const int64_t b = row / q_blocks / p.heads, h = row / q_blocks % p.heads;

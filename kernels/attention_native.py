@@ -13,10 +13,7 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from accel.kernels.arguments import RESTS
-from accel.kernels.block_mask import dense_rows
 from accel.kernels.native import library
-from accel.kernels.pooling import TAYLOR_GROUP, block_slopes
 
 __all__ = ["block_mass", "column_sums", "forward"]
 
@@ -24,12 +21,12 @@ Strides = ctypes.c_int64 * 3
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDED = ("q", "k", "v", "out")
 POINTERS = (
-    *("counts", "indices", "lengths", "order", "rests", "slopes"),
+    *("counts", "indices", "lengths", "order", "rests"),
     *("key_bias", "query_weight", "known_lse", "lse", "mass"),
 )
 SIZES = (
     *("element", "batch", "heads", "kv_heads", "q_tokens", "kv_tokens", "dim", "q_block"),
-    *("kv_block", "mask_batch", "width", "orders", "bias_heads", "group", "half", "threads"),
+    *("kv_block", "mask_batch", "width", "orders", "bias_heads", "half", "threads"),
 )
 
 
@@ -63,12 +60,6 @@ def forward(
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "counts": counts, "indices": indices}
     tensors["rests"] = torch.tensor(rests, dtype=torch.uint8)
     sizes = {"mask_batch": counts.shape[0], "width": indices.shape[3], "half": precision != "full"}
-    if RESTS.index("taylor") in rests:
-        kept = dense_rows(counts, indices, -(-k.shape[2] // block[1])).all(2)
-        tensors["slopes"] = block_slopes(
-            k.float(), v.float(), ~kept, block=block[1], lengths=lengths, order=order
-        )
-        sizes["group"] = TAYLOR_GROUP
     _call("accel_attention", tensors, sizes, block, scale, lengths, order)
     return out, lse
 

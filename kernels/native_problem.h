@@ -16,14 +16,13 @@ struct Problem {
     const int32_t* lengths;           // [batch] valid keys, or null: all
     const int64_t* order;             // [orders, tokens], or null: natural
     const uint8_t* rests;             // [heads] 0 drop, 1 mean, 2 taylor
-    const float* slopes;              // [batch, heads, groups of blocks, dim, dim], for taylor
     const float* key_bias;            // [batch, bias_heads, kv_tokens], base 2, of natural keys
     const float* query_weight;        // of block mass: [batch, bias_heads, q_tokens]
     const float* known_lse;           // of block mass: [batch, heads, q_tokens]
     float *lse, *mass;
     int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, token
     int64_t element, batch, heads, kv_heads, q_tokens, kv_tokens, dim, q_block, kv_block;
-    int64_t mask_batch, width, orders, bias_heads, group, half, threads;
+    int64_t mask_batch, width, orders, bias_heads, half, threads;
     double scale;
 };
 }
@@ -32,6 +31,7 @@ namespace accel {
 
 constexpr int64_t LANES = 64;      // queries of a task, a multiple of every W
 constexpr int64_t STEP_KEYS = 64;  // keys between two softmax updates: their scores stay in L1
+constexpr int64_t GROUP = 32;      // pooled blocks that share a slope, as in pooling.py
 constexpr float LOWEST = -1e30f;   // a pivot that no logit undercuts, finite so that no NaN arises
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
@@ -93,38 +93,46 @@ class Keys {
 
     // What a thread needs while it prepares blocks.
     struct Scratch {
-        Buffer<float> rows;
+        Buffer<float> rows, wide;  // keys and values, and values in whole vectors
         Scratch(const Problem& p, int64_t block)
-            : rows(2 * std::max<int64_t>(block, STEP_KEYS) * round_up(p.dim, W)) {}
+            : rows(2 * block * p.dim), wide(block * round_up(p.dim, W)) {}
     };
 
     int64_t units() const { return p.batch * heads * blocks; }
     // Block 0 of query head h.
     int64_t unit(int64_t b, int64_t h) const { return (b * heads + h * heads / p.heads) * blocks; }
     int64_t count(int64_t unit) const { return counts[unit]; }
-    bool keeps_pairs() const { return A::PACK > 1; }
+    const float* mean_key(int64_t unit) const { return means.at(unit * p.dim); }
 
-    // Count and, where needed, gather, scale and average the valid rows of one block.
-    void prepare(int64_t unit, Scratch& scratch) {
+    // The valid keys and values of one block as fp32 rows of dim; how many there are.
+    int64_t gather(int64_t unit, float* const* rows) const {
         const int64_t row = unit / blocks, b = row / heads, h = row % heads;
         const int64_t first = unit % blocks * p.kv_block;
         const int64_t last = std::min(first + p.kv_block, p.kv_tokens);
         const int64_t valid = p.lengths ? p.lengths[b] : p.kv_tokens;
-        if (!pack && !pooled) {
-            counts[unit] = std::clamp<int64_t>(valid - first, 0, last - first);
-            return;
-        }
         const int64_t* ids = p.order ? p.order + (p.orders > 1 ? h * p.kv_tokens : 0) : nullptr;
-        float* x[2] = {scratch.rows.at(0), scratch.rows.at(block * p.dim)};
         int64_t n = 0;
         for (int64_t i = first; i < last; i++) {
             const int64_t id = ids ? ids[i] : i;
             if (id >= valid) continue;
-            widen(element(p), natural(p.k, p.k_stride, b, h, id), p.dim, x[0] + n * p.dim);
-            if (values) widen(element(p), natural(p.v, p.v_stride, b, h, id), p.dim, x[1] + n * p.dim);
-            n++;
+            const int64_t at = n++ * p.dim;
+            widen(element(p), natural(p.k, p.k_stride, b, h, id), p.dim, rows[0] + at);
+            if (values) widen(element(p), natural(p.v, p.v_stride, b, h, id), p.dim, rows[1] + at);
         }
-        counts[unit] = n;
+        return n;
+    }
+
+    // Count and, where needed, gather, scale and average the valid rows of one block.
+    void prepare(int64_t unit, Scratch& scratch) {
+        if (!pack && !pooled) {
+            const int64_t first = unit % blocks * p.kv_block, b = unit / blocks / heads;
+            const int64_t last = std::min(first + p.kv_block, p.kv_tokens);
+            const int64_t valid = p.lengths ? p.lengths[b] : p.kv_tokens;
+            counts[unit] = std::clamp<int64_t>(valid - first, 0, last - first);
+            return;
+        }
+        float* x[2] = {scratch.rows.at(0), scratch.rows.at(block * p.dim)};
+        const int64_t n = counts[unit] = gather(unit, x);
         if (pooled) average(unit, x, n);
         if (!pack) return;
         if constexpr (!INTEGERS) {
