@@ -27,7 +27,7 @@ from accel.kernels.arguments import RESTS
 from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
-from accel.masks import static_keep
+from accel.masks import selectable, static_keep
 from accel.plan import Choice, Plan
 from accel.timing import in_turns
 
@@ -137,7 +137,8 @@ def measure(
         if layout is None:
             raise ValueError("estimators are timed on a layout; pass layout=")
         blocking = Blocking(layout, "thw", shape.block)
-        jobs["select", estimator.kind] = partial(estimator.select, q, k, v, blocking=blocking)
+        seen = selectable(shape.precision, q, k, v)
+        jobs["select", estimator.kind] = partial(estimator.select, *seen, blocking=blocking)
     dense_s: list[float] = []
     prices: dict[tuple[str, Any], float] = {}
     for key, job in progress(iter(jobs.items())):

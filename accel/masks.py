@@ -50,6 +50,7 @@ def site_mask(
     block: tuple[int, int],
     lse: dict[int, Tensor],
     patterns: dict[tuple[Choice, torch.device], Tensor] | None = None,
+    precision: str = "full",
 ) -> SiteMask:
     """Select the blocks of every head; heads with the same choice are selected together.
 
@@ -62,6 +63,7 @@ def site_mask(
     online = any(c.online for c in choices)
     q_blocks, kv_blocks = (-(-tokens // b) for b in block)
     keep = q.new_zeros((batch if online else 1, heads, q_blocks, kv_blocks), dtype=torch.bool)
+    q, k, v = selectable(precision, q, k, v)
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     orders: list[Tensor | None] = [None] * heads
     for choice in dict.fromkeys(choices):
@@ -95,6 +97,12 @@ def site_mask(
         keep=kept,
         kv_length=layout.valid_length if layout.valid_length < tokens else None,
     )
+
+
+def selectable(precision: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as estimators see them: fp32 as bf16 where the plan allows 16-bit operands."""
+    half = precision != "full"
+    return tuple(x.bfloat16() if half and x.dtype == torch.float32 else x for x in tensors)
 
 
 def _stack(orders: list[Tensor | None], tokens: int, device: torch.device) -> Tensor | None:

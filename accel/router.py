@@ -324,6 +324,7 @@ class Session:
                 block=self.plan.block,
                 lse=lse,
                 patterns=run.patterns,
+                precision=self.plan.precision_of(site.name),
             )
             watch.stop()
         return chosen

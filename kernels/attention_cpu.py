@@ -85,7 +85,9 @@ def forward(
 def has_bf16() -> bool:
     """Whether the processor multiplies bf16 faster than fp32, by instructions of its own."""
     # older torch cannot tell
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    told = torch.cpu.get_capabilities()
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 

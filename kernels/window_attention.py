@@ -97,10 +97,10 @@ def _one_block_each(windows: Tensor, heads: int, tokens: int) -> tuple[BlockMask
 def _gathered(q, k, v, windows: Tensor, bias: Tensor, scale: float | None) -> Tensor:
     batch, kept, size = windows.shape
     tokens = windows.flatten(1)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    inner = [
+    inner_q, inner_k, inner_v = (
         x.gather(2, tokens).unflatten(2, (kept, size)).transpose(1, 2).flatten(0, 1)
         for x in (q, k, v)
-    ]
-    found = F.scaled_dot_product_attention(*inner, attn_mask=bias, scale=scale)
+    )
+    found = F.scaled_dot_product_attention(inner_q, inner_k, inner_v, attn_mask=bias, scale=scale)
     found = found.unflatten(0, (batch, kept)).transpose(1, 2).flatten(2, 3)
     return torch.zeros_like(q, memory_format=torch.contiguous_format).scatter_(2, tokens, found)

@@ -30,6 +30,7 @@ from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.pooling import TAYLOR_GROUP, block_slopes, pool_blocks
 from accel.layout import Layout
+from accel.masks import selectable
 from accel.order import inverse
 from accel.plan import Choice
 from accel.router import Run
@@ -148,6 +149,7 @@ class Calibrator:
         Candidates that differ in the rest alone select once, and all of them share one
         log-sum-exp.
         """
+        q, k, v = selectable(self.precision, q, k, v)
         found: dict[tuple[Any, str], Tensor] = {}
         lse = None
         for choice in self.profile.candidates:

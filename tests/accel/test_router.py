@@ -37,6 +37,22 @@ class TestMasks:
         assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
         assert len(one.run.masks) == 2, "masks of earlier generations are let go"
 
+    @pytest.mark.parametrize(
+        ("precision", "dtype"), [("full", torch.float32), ("half", torch.bfloat16)]
+    )
+    def test_estimators_see_what_the_precision_allows(self, precision, dtype, monkeypatch):
+        seen, select = [], BlockMassTopK._select
+
+        def spy(self, call):
+            seen.append((call.q.dtype, call.k.dtype))
+            return select(self, call)
+
+        monkeypatch.setattr(BlockMassTopK, "_select", spy)
+        one = session(ONLINE)
+        one.plan = replace(one.plan, precision=precision)
+        run(one, [9])
+        assert set(seen) == {(dtype, dtype)}
+
     def test_a_static_head_beside_an_online_one(self, looks):
         one = session(STATIC, ONLINE, refresh=(0.5,))
         run(one, range(10))
