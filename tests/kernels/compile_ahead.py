@@ -1,6 +1,7 @@
 """Compiles the attention kernel without a GPU; prints what the compiler made of each variant.
 
-Run in a process of its own: one that interprets Triton kernels cannot compile them.
+Run in a process of its own: one that interprets Triton kernels cannot compile them. A variant names
+what `tiles_key` asks for, a dtype, whether there are valid lengths, and tiles unless the chosen.
 """
 
 import json
@@ -8,15 +9,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from itertools import product
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from accel.kernels.attention_triton import attention_kernel, choose_tiles
+from accel.kernels.attention_kernel import attention_kernel
+from accel.kernels.pooling import TAYLOR_GROUP
+from accel.kernels.pooling_triton import means_kernel, slopes_kernel
+from accel.kernels.quantize import keys_kernel
+from accel.kernels.tiles import Tiles, choose_tiles, tiles_key
 
+OPCODES = r"\b(HGMMA|HMMA|IGMMA|IMMA|QGMMA|QMMA|UTMALDG|USETMAXREG|LDGSTS)\b"
 ELEMENT = "*element"  # stands for the dtype of q, k and v
 POINTERS = {
     "p_q": ELEMENT,
@@ -26,48 +31,107 @@ POINTERS = {
     "p_lse": "*fp32",
     "p_counts": "*i32",
     "p_indices": "*i32",
+    "p_longest": "*i32",
 }
-LENGTHS = {"p_lengths": "*i32"}
-ORDER = {"p_order": "*i64"}
+INT8 = {"p_k": "*i8", "p_k_scale": "*fp32", "p_k_shift": "*fp32"}
+FP8 = INT8 | {"p_v": "*fp8e4nv", "p_v_scale": "*fp32"}
 MEAN = {
     "p_k_mean": ELEMENT,
     "p_v_mean": ELEMENT,
     "p_log_count": "*fp32",
     "p_kept": "*u8",
-    "p_pooled": "*i8",
+    "p_rest": "*i8",
 }
-# strides of whole tokens are multiples of the head dim
+RESTS = {"drop": {}, "mean": MEAN, "taylor": MEAN | {"p_slopes": ELEMENT}}
+ARITHMETIC = {"full": {}, "int8": INT8, "fp8": FP8}
+# strides of whole tokens are multiples of the head dim, those of 8-bit arrays of 16
 ALIGNED = {f"s_{x}_{axis}" for x in "qkv" for axis in ("batch", "head", "token")}
 
 
-def build(
-    arch: int, block: tuple[int, int], dtype: str, dim: int, order: bool, mean: bool, lengths: bool
+AROUND = {
+    "means": (means_kernel, {"p_k_mean": ELEMENT, "p_v_mean": ELEMENT, "p_log_count": "*fp32"}, 4),
+    "slopes": (slopes_kernel, {"p_stands_in": "*i1", "p_slopes": ELEMENT}, 8),
+    "keys": (keys_kernel, {"p_out": "*i8", "p_scale": "*fp32", "p_shift": "*fp32"}, 4),
+}
+
+
+def build(kernel: str = "attention", **variant):
+    return build_around(kernel, **variant) if kernel in AROUND else build_attention(**variant)
+
+
+def build_around(name: str, arch: int, block: int, dtype: str, dim: int):
+    """What prepares the stand-ins and the 8-bit keys, with an order and valid lengths."""
+    kernel, pointers, warps = AROUND[name]
+    pointers = {"p_k": ELEMENT, "p_v": ELEMENT, "p_lengths": "*i32", "p_order": "*i64"} | pointers
+    power = max(16, triton.next_power_of_2(dim))
+    constants = {"DIM": dim, "KV_BLOCK": block, "BN": min(64, block), "BD": power}
+    constants |= {"GROUP": TAYLOR_GROUP, "BC": min(64, power), "UPCAST": False}
+    pointers = {x: kind.replace("element", dtype) for x, kind in pointers.items()}
+    return None, compiled(kernel, pointers, constants, ALIGNED, arch, num_warps=warps)
+
+
+def build_attention(
+    arch: int,
+    block: list[int],
+    dtype: str,
+    dim: int,
+    ordered: bool,
+    rest: str,
+    ragged: bool,
+    lengths: bool,
+    arithmetic: str,
+    tiles: list | None,
 ):
-    tiles = choose_tiles(block, dim, 4 if dtype == "fp32" else 2, arch=arch, ordered=order)
+    size = 4 if dtype == "fp32" else 2
+    gather = ordered and arithmetic == "full"
+    key = tiles_key(
+        arch=arch,
+        block=tuple(block),
+        dim=dim,
+        element_bytes=size,
+        access="ordered" if gather else "plain" if dim * size % 16 == 0 else "unaligned",
+        rest=rest,
+        arithmetic=arithmetic,
+    )
+    chosen = Tiles(*tiles) if tiles else choose_tiles(key)
     constants = {
         "DIM": dim,
         "Q_BLOCK": block[0],
         "KV_BLOCK": block[1],
-        "BM": tiles.queries,
-        "BN": tiles.keys,
-        "BD": tiles.dim,
+        "BM": chosen.queries,
+        "BN": chosen.keys,
+        "BT": TAYLOR_GROUP,
+        "BD": key.dim,
+        "GATHER": gather,
+        "TMA": chosen.tma,
+        "PERSISTENT": chosen.persistent,
+        "SPECIALIZED": chosen.specialized,
+        "RAGGED": ragged or lengths or block[1] % chosen.keys != 0,
         "UPCAST": False,
     }
-    pointers = POINTERS | (ORDER if order else {}) | (MEAN if mean else {})
-    pointers |= LENGTHS if lengths else {}
-    signature, attributes = {}, {}
-    for i, name in enumerate(attention_kernel.arg_names):
-        if name in pointers:
-            signature[name] = pointers[name].replace("element", dtype)
-        elif name.startswith("p_") or name in constants:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-        else:
-            signature[name] = "fp32" if name == "scale_log2" else "i32"
-        if name in pointers or (name in ALIGNED and dim % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(attention_kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    pointers = POINTERS | RESTS[rest] | ARITHMETIC[arithmetic]
+    pointers |= {"p_lengths": "*i32"} if lengths else {}
+    pointers |= {"p_order": "*i64"} if ordered else {}
+    pointers = {x: kind.replace("element", dtype) for x, kind in pointers.items()}
+    rows = [x for x in "qkv" if dim % 16 == 0 or (x != "q" and arithmetic != "full")]
+    aligned = {x for x in ALIGNED if x[2] in rows}
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages, "enable_fp_fusion": True}
+    return chosen, compiled(attention_kernel, pointers, constants, aligned, arch, **options)
+
+
+def compiled(kernel, pointers: dict, constants: dict, aligned: set, arch: int, **options):
+    """Pointers that are not named are None; all else is a 32-bit number."""
+    names = kernel.arg_names
+    constants = {x: value for x, value in constants.items() if x in names}
+    constants |= {x: None for x in names if x.startswith("p_") and x not in pointers}
+    signature = {x: "constexpr" if x in constants else pointers.get(x, "i32") for x in names}
+    signature |= {x: "fp32" for x in names if x == "scale_log2"}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, x in enumerate(names)
+        if x in aligned or (x in pointers and x not in constants)
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -82,12 +146,17 @@ def inspect(cubin: bytes) -> dict:
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
-        opcodes = sorted(set(re.findall(r"\b(HGMMA|HMMA)\b", dump("--dump-sass"))))
+        opcodes = sorted(set(re.findall(OPCODES, dump("--dump-sass"))))
     return {name.lower(): int(value) for name, value in usage.items()} | {"opcodes": opcodes}
 
 
 if __name__ == "__main__":
-    for arch, variant in product((80, 89, 90), json.loads(sys.argv[1])):
-        kernel = build(arch, **{**variant, "block": tuple(variant["block"])})
-        used = inspect(kernel.asm["cubin"]) | {"shared": kernel.metadata.shared}
-        print(json.dumps({"arch": arch, **variant} | used), flush=True)
+    for variant in json.loads(sys.argv[1]):
+        try:
+            tiles, kernel = build(**variant)
+        except Exception as error:  # the test that asked says which variant
+            found = {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        else:
+            found = inspect(kernel.asm["cubin"]) | {"shared": kernel.metadata.shared}
+            found["tiles"] = tiles
+        print(json.dumps(variant | found), flush=True)

@@ -4,20 +4,37 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA"}
+from accel.kernels.tiles import SHARED_BYTES
+
 ROOT = Path(__file__).parents[2]
+FULL_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA"}
+INT8_CORE = {80: "IMMA", 89: "IMMA", 90: "IGMMA"}
+FP8_CORE = {89: "QMMA", 90: "QGMMA"}
+SPECIALIZED = [128, 64, 4, 3, True, False, True]
 
 
-def variant(block=(128, 64), dtype="bf16", dim=128, order=False, mean=False, lengths=False):
-    names = ("block", "dtype", "dim", "order", "mean", "lengths")
-    return dict(zip(names, (block, dtype, dim, order, mean, lengths), strict=True))
+def variant(arch, dim=128, **changes):
+    """A call at its most demanding: a ragged end, and what ``changes`` say."""
+    plain = {
+        "arch": arch,
+        "block": (128, 64),
+        "dtype": "bf16",
+        "dim": dim,
+        "ordered": False,
+        "rest": "drop",
+        "ragged": True,
+        "lengths": False,
+        "arithmetic": "full",
+        "tiles": None,
+    }
+    return plain | changes
 
 
 def compile_variants(variants) -> list[dict]:
@@ -34,39 +51,99 @@ def compile_variants(variants) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check(variants: list[dict]) -> None:
-    for one in variants:
-        arch = one["arch"]
-        assert one["stack"] == one["local"] == 0, f"spills: {one}"
-        assert one["shared"] <= SHARED_BYTES[arch], f"too much shared memory: {one}"
-        # full fp32 precision is none of a tensor core
-        core = TENSOR_CORE[arch] in one["opcodes"]
-        assert core == (one["dtype"] != "fp32"), f"tensor core or not: {one}"
+def check(one: dict) -> None:
+    """No spills, shared memory within bounds, and the units that the variant is written for."""
+    assert "error" not in one, one
+    arch, way, opcodes = one["arch"], one["arithmetic"], set(one["opcodes"])
+    assert one["stack"] == one["local"] == 0, f"spills: {one}"
+    assert one["shared"] <= SHARED_BYTES[arch], f"too much shared memory: {one}"
+    # full fp32 precision is none of a tensor core
+    full = one["dtype"] != "fp32" and (way != "fp8" or one["rest"] != "drop")
+    assert (FULL_CORE[arch] in opcodes) == full, f"16-bit tensor core or not: {one}"
+    assert (INT8_CORE[arch] in opcodes) == (way != "full"), f"int8 tensor core or not: {one}"
+    assert (FP8_CORE.get(arch) in opcodes) == (way == "fp8"), f"fp8 tensor core or not: {one}"
+    tma, _, specialized = one["tiles"][4:]
+    assert ("UTMALDG" in opcodes) == tma, f"memory accelerator or not: {one}"
+    assert ("USETMAXREG" in opcodes) == specialized, f"specialized warps or not: {one}"
 
 
 VARIANTS = [
-    *(variant(dim=dim, order=on, mean=on) for dim in (64, 128) for on in (False, True)),
-    variant(order=True, mean=True, lengths=True),
-    variant(dtype="fp16", dim=72, lengths=True),  # strides that 16 does not divide
-    variant(dtype="fp32", dim=256),
+    variant(90),
+    variant(90, rest="taylor", lengths=True),
+    variant(90, 64, ordered=True, rest="mean"),
+    variant(90, tiles=SPECIALIZED),
+    variant(90, tiles=[128, 64, 8, 3, True, True]),
+    variant(90, arithmetic="int8"),
+    variant(90, arithmetic="fp8", rest="taylor", ordered=True, lengths=True),
+    variant(89, 72, dtype="fp16", lengths=True),
+    variant(89, arithmetic="fp8"),
+    variant(80, ordered=True, rest="taylor", lengths=True),
+    variant(80, 64, ragged=False),
+    variant(80, arithmetic="int8", rest="mean"),
+    variant(80, 256, dtype="fp32"),
 ]
 
 
 def test_compiles_without_spills():
     variants = compile_variants(VARIANTS)
-    assert len(variants) == 3 * len(VARIANTS)
-    check(variants)
+    assert len(variants) == len(VARIANTS)
+    for one in variants:
+        check(one)
+
+
+def test_what_goes_before_compiles_without_spills():
+    wanted = [
+        {"kernel": kernel, "arch": arch, "block": 64, "dtype": "bf16", "dim": dim}
+        for kernel, arch, dim in (
+            ("means", 80, 72),
+            ("keys", 90, 128),
+            ("slopes", 80, 128),
+            ("slopes", 90, 256),
+        )
+    ]
+    for one in compile_variants(wanted):
+        assert "error" not in one, one
+        assert one["stack"] == one["local"] == 0, f"spills: {one}"
+        assert one["shared"] <= SHARED_BYTES[one["arch"]], f"too much shared memory: {one}"
+
+
+# every kind of call in the table and behind it
+CALLS = {  # dim, arithmetic, rest, ordered
+    "bf16": list(product((64, 128, 256), ("full",), ("drop", "mean", "taylor"), (False, True))),
+    "fp16": list(product((36, 72, 96), ("full",), ("drop", "taylor"), (False, True))),
+    "fp32": list(product((64, 128, 256), ("full",), ("drop", "taylor"), (False, True))),
+    "int8": list(product((64, 72, 128, 256), ("int8",), ("drop", "taylor"), (False, True))),
+    "fp8": list(product((64, 72, 128, 256), ("fp8",), ("drop", "taylor"), (False, True))),
+}
 
 
 @pytest.mark.slow
-def test_compiles_without_spills_every_variant():
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("arch", SHARED_BYTES.keys() & FULL_CORE.keys())
+@pytest.mark.parametrize("kind", CALLS)
+def test_compiles_without_spills_every_call(kind, arch):
+    if kind == "fp8" and arch not in FP8_CORE:
+        pytest.skip(f"sm_{arch} has no fp8: it computes int8")
     wanted = [
-        variant(block=block, dim=dim, order=order, mean=mean)
-        for block in [(64, 64), (128, 64), (64, 128), (128, 128)]
-        for dim in (64, 128)
-        for order in (False, True)
-        for mean in (False, True)
+        variant(arch, dim, arithmetic=way, rest=rest, ordered=ordered, lengths=lengths)
+        | {"dtype": kind if kind in ("fp16", "fp32") else "bf16"}
+        for (dim, way, rest, ordered), lengths in product(CALLS[kind], (False, True))
     ]
     variants = compile_variants(wanted)
-    assert len(variants) == 3 * len(wanted)
-    check(variants)
+    assert len(variants) == len(wanted)
+    for one in variants:
+        check(one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("block", [(64, 64), (128, 128), (128, 32), (64, 48)], ids=str)
+def test_compiles_without_spills_in_every_block(block):
+    wanted = [
+        variant(arch, dim, block=block, ordered=ordered, rest=rest)
+        for arch, dim, ordered, rest in product(
+            sorted(FULL_CORE), (64, 128), (False, True), ("drop", "taylor")
+        )
+    ]
+    for one in compile_variants(wanted):
+        check(one)

@@ -1,0 +1,168 @@
+"""Keys and values in 8 bits, for attention with 8-bit tensor cores.
+
+Softmax does not feel a constant on all logits of a row, so the mean key is taken out first, and
+with it the channels' offsets that would eat the range of 8 bits (SageAttention, arXiv 2410.02367).
+"""
+
+from math import ceil
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Float32, Int, Int8
+from torch import Tensor
+
+from accel.kernels.pooling import in_order, valid_positions
+
+__all__ = ["Keys8", "Values8", "quantize_keys", "quantize_values"]
+
+# the largest number of e4m3
+E4M3_MAX = 448.0
+# scales of nothing but zeros: never 0, so that -inf times a scale stays -inf
+TINY = 1e-12
+
+
+class Keys8(NamedTuple):
+    """``k ≈ values · scale_block + shift``, ordered; rows are aligned to 16 bytes."""
+
+    values: Int8[Tensor, "batch ordered_heads tokens dim"]
+    scale: Float32[Tensor, "batch ordered_heads blocks"]
+    shift: Float32[Tensor, "batch ordered_heads dim"]
+
+
+class Values8(NamedTuple):
+    """``v ≈ (values · scale)ᵀ``, ordered, channel after channel; aligned to 16 bytes."""
+
+    values: Float[Tensor, "batch ordered_heads dim tokens"]
+    scale: Float32[Tensor, "batch ordered_heads dim"]
+
+
+def quantize_keys(
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    block: int,
+    lengths: Int[Tensor, " batch"] | None = None,
+    order: Int[Tensor, "orders tokens"] | None = None,
+) -> Keys8:
+    """``round((k - shift) / scale)``: shift the mean over valid tokens, scale the block's largest.
+
+    ``scale_j = max |k_n - shift| / 127`` over the valid tokens n of block j. Padding becomes 0.
+    """
+    batch, kv_heads, tokens, dim = k.shape
+    heads = kv_heads if order is None else max(kv_heads, order.shape[0])
+    valid = valid_positions(k, lengths, None)
+    some = k if lengths is None else torch.where(valid[..., None], k, 0.0)
+    shift = some.sum(2, dtype=torch.float32) / valid.sum(2).clamp(min=1)[..., None]
+    values = torch.empty(
+        batch, heads, tokens, ceil(dim / 16) * 16, dtype=torch.int8, device=k.device
+    )[..., :dim]
+    scale = torch.empty(batch, heads, ceil(tokens / block), device=k.device)
+    head = torch.arange(heads, device=k.device) * kv_heads // heads
+    shift = shift[:, head].contiguous()
+    keys_kernel[scale.numel(),](
+        k,
+        values,
+        scale,
+        shift,
+        lengths,
+        order,
+        *k.stride()[:3],
+        *values.stride()[:3],
+        0 if order is None or order.shape[0] == 1 else tokens,
+        tokens,
+        heads,
+        kv_heads,
+        scale.shape[2],
+        DIM=dim,
+        KV_BLOCK=block,
+        BN=min(64, max(16, triton.next_power_of_2(block))),
+        BD=max(16, triton.next_power_of_2(dim)),
+        num_warps=4,
+    )
+    return Keys8(values, scale, shift)
+
+
+def quantize_values(
+    v: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    lengths: Int[Tensor, " batch"] | None = None,
+    order: Int[Tensor, "orders tokens"] | None = None,
+) -> Values8:
+    """``v / scale`` as e4m3, turned; ``scale = max |v_n| / 448`` of each channel, valid n."""
+    valid = valid_positions(v, lengths, None)
+    some = v if lengths is None else torch.where(valid[..., None], v, 0.0)
+    top = torch.maximum(some.amax(2), -some.amin(2)).float()
+    scale = (top / E4M3_MAX).clamp(min=TINY)
+    batch, heads, tokens, dim = v.shape
+    if order is not None:
+        some = in_order(some, order)
+        head = torch.arange(some.shape[1], device=v.device) * heads // some.shape[1]
+        heads, scale = some.shape[1], scale[:, head]
+    values = torch.empty(
+        batch, heads, dim, ceil(tokens / 16) * 16, dtype=torch.float8_e4m3fn, device=v.device
+    )[..., :tokens]
+    values.copy_((some.float() / scale[:, :, None]).mT)
+    return Values8(values, scale.contiguous())
+
+
+@triton.jit
+@no_type_check
+def keys_kernel(
+    p_k,
+    p_out,
+    p_scale,
+    p_shift,
+    p_lengths,
+    p_order,
+    s_k_batch,
+    s_k_head,
+    s_k_token,
+    s_out_batch,
+    s_out_head,
+    s_out_token,
+    s_order_head,
+    tokens,
+    heads,
+    kv_heads,
+    blocks,
+    DIM: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One key block of one head: its largest deviation from the shift, then its integers."""
+    i_block = tl.program_id(0) % blocks
+    i_head = ((tl.program_id(0) // blocks) % heads).to(tl.int64)
+    i_batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
+    p_out += i_batch * s_out_batch + i_head * s_out_head
+    length = tokens
+    if p_lengths is not None:
+        length = tl.load(p_lengths + i_batch)
+    o_d = tl.arange(0, BD)
+    m_d = (o_d < DIM)[None, :]
+    b_shift = tl.load(p_shift + (i_batch * heads + i_head) * DIM + o_d, o_d < DIM, other=0.0)
+    b_top = tl.zeros([BD], tl.float32)
+    b_unit = 1.0
+    for PASS in tl.static_range(0, 2):
+        for start in range(0, KV_BLOCK, BN):
+            o_in = start + tl.arange(0, BN)
+            o_n = (i_block * KV_BLOCK + o_in).to(tl.int64)
+            m_n = (o_in < KV_BLOCK) & (o_n < tokens)
+            o_key = o_n
+            if p_order is not None:
+                o_key = tl.load(p_order + i_head * s_order_head + o_n, m_n, other=0)
+            m_key = (m_n & (o_key < length))[:, None] & m_d
+            b_k = tl.load(p_k + o_key[:, None] * s_k_token + o_d[None, :], m_key, other=0.0)
+            b_k = tl.where(m_key, b_k.to(tl.float32) - b_shift[None, :], 0.0)  # [BN, BD]
+            if PASS == 0:
+                b_top = tl.maximum(b_top, tl.max(tl.abs(b_k), 0))
+            else:
+                b_k = b_k / b_unit
+                b_k = (b_k + tl.where(b_k < 0, -0.5, 0.5)).to(tl.int8)
+                p_rows = p_out + o_n[:, None] * s_out_token + o_d[None, :]
+                tl.store(p_rows, b_k, m_n[:, None] & m_d)
+        if PASS == 0:
+            b_unit = tl.maximum(tl.max(b_top, 0), 1e-12) / 127
+            tl.store(p_scale + tl.program_id(0), b_unit)

@@ -1,0 +1,267 @@
+"""Which tiles the attention kernel works in: the user's own table, one shipped, and a rule.
+
+Nothing is tried out in a call. `candidates` says what is worth timing on a device, `save_tiles`
+keeps what won, in a file of the user's cache folder that later processes read.
+"""
+
+import json
+import logging
+import os
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from accel.files import write_atomically
+from accel.kernels.arguments import RESTS
+
+__all__ = [
+    "Tiles",
+    "TilesKey",
+    "candidates",
+    "choose_tiles",
+    "save_tiles",
+    "shared_bytes",
+    "shipped_tiles",
+    "tiles_key",
+    "user_table_path",
+]
+
+log = logging.getLogger("accel")
+
+ACCESS = ("plain", "unaligned", "ordered")
+ARITHMETIC = ("full", "int8", "fp8")
+# what one program may have of shared memory
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# (architecture, kind, head dim): queries, keys, warps, stages for plain rows, and for others
+SHIPPED = {
+    (80, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (80, "full", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
+    (80, "full", 256): ((64, 64, 8, 2), (64, 32, 8, 2)),
+    (80, "int8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (80, "int8", 128): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (80, "int8", 256): ((64, 64, 8, 2), (64, 32, 8, 2)),
+    (80, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (80, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (80, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 2)),
+    (89, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (89, "full", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
+    (89, "full", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (89, "int8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (89, "int8", 128): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (89, "int8", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (89, "fp8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (89, "fp8", 128): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (89, "fp8", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (89, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (89, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (89, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 2)),
+    (90, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (90, "full", 128): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (90, "full", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (90, "int8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (90, "int8", 128): ((128, 64, 8, 3), (128, 64, 8, 2)),
+    (90, "int8", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (90, "fp8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (90, "fp8", 128): ((128, 32, 8, 3), (128, 32, 8, 3)),
+    (90, "fp8", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (90, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (90, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    (90, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 2)),
+}
+MAX_FILE_BYTES = 1 << 20
+
+
+class Tiles(NamedTuple):
+    """What one program works on and how: a tile of queries against tiles of keys.
+
+    tma: keys and values come by the tensor memory accelerator; persistent: as many programs as
+    multiprocessors, each taking many tiles; specialized: producer and consumer warps (with tma, 4
+    warps and 128 queries only).
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool = False
+    persistent: bool = False
+    specialized: bool = False
+
+
+class TilesKey(NamedTuple):
+    """What the best tiles depend on.
+
+    arch: 80 for sm_80, ...; q_block, kv_block, dim: filled up to a power of two; access: "plain",
+    "unaligned" (rows that the accelerator cannot load) or "ordered" (rows are gathered); rest: the
+    most any head asks for; arithmetic: "full", "int8" or "fp8".
+    """
+
+    arch: int
+    q_block: int
+    kv_block: int
+    dim: int
+    element_bytes: int
+    access: str
+    rest: str
+    arithmetic: str
+
+
+def tiles_key(
+    *,
+    arch: int,
+    block: tuple[int, int],
+    dim: int,
+    element_bytes: int,
+    access: str = "plain",
+    rest: str = "drop",
+    arithmetic: str = "full",
+) -> TilesKey:
+    """The key of a call; sizes as they are, not filled up."""
+    least = 32 if arithmetic == "int8" or arithmetic == "fp8" else 16
+    return TilesKey(
+        arch,
+        max(least, _power(block[0])),
+        max(least, _power(block[1])),
+        max(least, _power(dim)),
+        element_bytes,
+        access,
+        rest,
+        arithmetic,
+    )
+
+
+def choose_tiles(key: TilesKey, *, padded: bool = False) -> Tiles:
+    """The user's tiles for this key, or those shipped; nothing is measured.
+
+    padded: the call has valid lengths, which specialized warps cannot mask.
+    """
+    tiles = _user_table(user_table_path()).get(key)
+    return shipped_tiles(key) if tiles is None or (tiles.specialized and padded) else tiles
+
+
+def candidates(key: TilesKey) -> list[Tiles]:
+    """What is worth timing for a key: what is shipped, then all else that fits the device.
+
+    Specialized warps are among them and never shipped: compilers have got them wrong, so their
+    results have to be checked on the device first.
+    """
+    found = [shipped_tiles(key)]
+    modes = [mode for mode in product((False, True), repeat=3) if mode[0] or not mode[2]]
+    for sizes in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        for mode in modes:
+            tiles = Tiles(*sizes, *mode)
+            if _fits(tiles, key) and tiles not in found:
+                found.append(tiles)
+    return found
+
+
+def shipped_tiles(key: TilesKey) -> Tiles:
+    """The largest tiles that the compilers spill no registers of, by `SHIPPED`."""
+    arch = key.arch if key.arch in (80, 90) else 89
+    kind = key.arithmetic if key.element_bytes == 2 else "fp32"
+    plain, ordered = SHIPPED[arch, kind, max(64, key.dim)]
+    queries, keys, warps, stages = plain if key.access == "plain" else ordered
+    queries, keys = min(queries, key.q_block), min(keys, key.kv_block)
+    if queries < 64:
+        warps = max(4, warps // 2)
+    return Tiles(queries, keys, warps, stages, tma=arch == 90 and key.access == "plain")
+
+
+def shared_bytes(tiles: Tiles, key: TilesKey) -> int:
+    """About what a program holds: keys and values of every stage, and queries for wgmma."""
+    key_bytes = 1 if key.arithmetic != "full" else key.element_bytes
+    value_bytes = 1 if key.arithmetic == "fp8" else key.element_bytes
+    queries = tiles.queries * key_bytes if key.arch in (90, 100) else 0
+    return key.dim * (queries + tiles.stages * tiles.keys * (key_bytes + value_bytes))
+
+
+def _fits(tiles: Tiles, key: TilesKey) -> bool:
+    """Whether a call with this key can run so at all."""
+    alone = (tiles.tma, tiles.warps, tiles.queries, key.rest, key.arithmetic, key.dim <= 128)
+    return (
+        tiles.queries <= key.q_block
+        and tiles.keys <= key.kv_block
+        # 128 registers of a thread for the accumulator leave little for all else
+        and tiles.queries * key.dim <= 128 * 32 * tiles.warps
+        and shared_bytes(tiles, key) <= SHARED_BYTES.get(key.arch, 99 << 10)
+        and (not tiles.tma or (key.arch == 90 and key.access == "plain"))
+        and (not tiles.specialized or alone == (True, 4, 128, "drop", "full", True))
+    )
+
+
+def user_table_path() -> Path:
+    """Where `save_tiles` keeps what was measured on this machine."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "accel-suite" / "tiles.json"
+
+
+def save_tiles(table: dict[TilesKey, Tiles]) -> Path:
+    """Add measured tiles to the user's table; they hold from the next call on."""
+    for key, tiles in table.items():
+        if not _fits(tiles, key):
+            raise ValueError(f"{tiles} do not fit {key}; take some of candidates(key)")
+    path = user_table_path()
+    merged = _user_table(path) | table
+    content = {_name(key): tiles._asdict() for key, tiles in sorted(merged.items())}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    _user_table.cache_clear()
+    return path
+
+
+@cache
+def _user_table(path: Path) -> dict[TilesKey, Tiles]:
+    """The table of a file; what is not understood is left out, with one warning."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError:
+        return {}
+    table, wrong = {}, []
+    try:
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
+        entries = json.loads(content)
+        if not isinstance(entries, dict):
+            raise ValueError("no mapping of keys to tiles")
+    except ValueError as error:
+        log.warning("%s is no table of tiles and left unread: %s", path, error)
+        return {}
+    for name, fields in entries.items():
+        key, tiles = _parse_key(name), _parse_tiles(fields)
+        if key is None or tiles is None or not _fits(tiles, key):
+            wrong.append(name)
+        else:
+            table[key] = tiles
+    if wrong:
+        log.warning("%s has %d entries that fit nothing, such as %r", path, len(wrong), wrong[0])
+    return table
+
+
+def _name(key: TilesKey) -> str:
+    return " ".join(map(str, key))
+
+
+def _parse_key(name: str) -> TilesKey | None:
+    parts = name.split(" ")
+    if len(parts) != len(TilesKey._fields) or not all(x.isdecimal() for x in parts[:5]):
+        return None
+    arch, q_block, kv_block, dim, size = (int(x[:6]) for x in parts[:5])
+    key = TilesKey(arch, q_block, kv_block, dim, size, *parts[5:])
+    words = (key.access in ACCESS, key.rest in RESTS, key.arithmetic in ARITHMETIC)
+    return key if all(words) and _name(key) == name else None
+
+
+def _parse_tiles(fields) -> Tiles | None:
+    if not isinstance(fields, dict) or set(fields) != set(Tiles._fields):
+        return None
+    tiles = Tiles(**fields)
+    if not all(type(x) is int for x in tiles[:4]) or not all(type(x) is bool for x in tiles[4:]):
+        return None
+    powers = all(x in (16, 32, 64, 128, 256) for x in tiles[:2]) and tiles.warps in (4, 8, 16)
+    return tiles if powers and 1 <= tiles.stages <= 8 else None
+
+
+def _power(size: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (size - 1).bit_length()
