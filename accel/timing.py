@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from math import ceil
+from math import ceil, inf
 from typing import TypeVar
 
 import torch
 
-__all__ = ["in_turns", "quantile"]
+__all__ = ["in_turns", "quantile", "warm_up"]
 
 Job = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
@@ -18,21 +18,18 @@ def in_turns(
     device: torch.device,
     *,
     rounds: int,
-    warm_up_s: float = 0.0,
-    sample_s: float = 0.0,
+    repeats: Mapping[Name, int] | None = None,
     limit_s: float | None = None,
 ) -> dict[Name, list[float]]:
     """Seconds of one call of every job, one entry a round; entry i of all is of the same round.
 
-    A round visits every job, every other one backwards. Before them each job runs at least once
-    and for `warm_up_s`. A sample is the mean of as many calls as fill `sample_s`, at least one.
+    A round visits every job, every other one backwards. Jobs run once before the rounds, unless
+    `repeats` says that they are warm (see `warm_up`), and how many calls a sample is the mean of.
     limit_s: no round begins after so many seconds of rounds, once there are three. CUDA events
     measure on a GPU, the clock elsewhere.
     """
-    repeats = {
-        name: max(1, ceil(sample_s / _warm_up(job, device, warm_up_s)))
-        for name, job in jobs.items()
-    }
+    if repeats is None:
+        repeats = {name: warm_up(job, device) for name, job in jobs.items()}
     times: dict[Name, list[float]] = {name: [] for name in jobs}
     began = time.perf_counter()
     for turn in range(rounds):
@@ -43,18 +40,18 @@ def in_turns(
     return times
 
 
-def quantile(values: list[float], share: float) -> float:
-    """The value below which `share` of the values lie, linear between neighbours."""
-    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
-
-
-def _warm_up(job: Job, device: torch.device, seconds: float) -> float:
-    """Run a job for some time; returns the seconds of its fastest call."""
-    began, fastest = time.perf_counter(), float("inf")
+def warm_up(job: Job, device: torch.device, *, seconds: float = 0.0, sample_s: float = 0.0) -> int:
+    """Run a job once and for so many seconds; returns how many of its calls fill `sample_s`."""
+    began, fastest = time.perf_counter(), inf
     while True:
         fastest = min(fastest, _sample(job, 1, device))
         if time.perf_counter() - began >= seconds:
-            return max(fastest, 1e-9)
+            return max(1, ceil(sample_s / max(fastest, 1e-9)))
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which `share` of the values lie, linear between neighbours."""
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
 def _sample(job: Job, repeats: int, device: torch.device) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from accel.pipelines.bench_gate import Gate
 from accel.pipelines.bench_inputs import Inputs
 from accel.pipelines.bench_settings import BenchSettings
-from accel.timing import Job, in_turns
+from accel.timing import Job, in_turns, warm_up
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 Key = TypeVar("Key")
@@ -56,6 +56,7 @@ def contest(
     outcomes: dict[Key, Outcome] = {}
     firsts: dict[Key, float] = {}
     jobs: dict[Key | None, Job] = {}
+    repeats: dict[Key | None, int] = {}
     for key, rival in rivals.items():
         limit = gate.limit(rival.precision)
         start = time.perf_counter()
@@ -66,29 +67,29 @@ def contest(
             firsts[key] = time.perf_counter() - start
             error = gate.error(result)
             del result
-            run(*inputs[1])
-            _finish(settings.device)
+            job = _rotated(run, inputs)
+            passed = error <= limit  # never so for NaN
+            calls = _warmed(job, settings) if passed else 0
         except Exception as problem:  # a rival is anybody's code
             outcomes[key] = Outcome(note=reason(problem))
             continue
-        passed = error <= limit  # never so for NaN
         outcomes[key] = Outcome(
             error=error if isfinite(error) else None,
             limit=limit,
             note="" if passed else f"not timed: its error is {error:.1e}, the limit {limit:.1e}",
         )
         if passed:
-            jobs[key] = _rotated(run, inputs)
+            jobs[key], repeats[key] = job, calls
     if not jobs:
         return outcomes
     if baseline is not None:
         jobs[None] = _rotated(baseline, inputs)
+        repeats[None] = _warmed(jobs[None], settings)
     times = in_turns(
         jobs,
         settings.device,
         rounds=settings.rounds,
-        warm_up_s=settings.warm_up_ms / 1000,
-        sample_s=settings.sample_ms / 1000,
+        repeats=repeats,
         limit_s=settings.limit_s,
     )
     dense = times.pop(None, None)
@@ -105,6 +106,12 @@ def contest(
     return outcomes
 
 
+def _warmed(job: Job, settings: BenchSettings) -> int:
+    """How many calls make a sample of a job, which is warm then."""
+    seconds, sample_s = settings.warm_up_ms / 1000, settings.sample_ms / 1000
+    return warm_up(job, settings.device, seconds=seconds, sample_s=sample_s)
+
+
 def _finish(device: torch.device) -> None:
     """Wait until what fails on the device has failed."""
     if device.type == "cuda":
@@ -112,7 +119,8 @@ def _finish(device: torch.device) -> None:
 
 
 def _rotated(run: Run, inputs: list[Inputs]) -> Job:
-    turn = cycle(inputs)
+    # the first have been looked at already
+    turn = cycle([*inputs[1:], inputs[0]])
     return lambda: run(*next(turn))
 
 

@@ -107,6 +107,8 @@ WRONG = {
         "bench",
         "shapes.cpu.wan-digits.dim=300",
     ): "shapes.wan-digits.dim is 300; kernels take",
+    ("bench", "tune=true"): "tune=true is for the Triton kernels of GPUs, and the device is cpu",
+    ("bench", "tune=maybe"): "tune is 'maybe'; it is true or false",
     ("bench", "kernel=wan_step"): "kernel=wan_step needs a GPU, and the device is cpu",
 }
 # a process without the type checks of the tests, which would be faster
@@ -133,6 +135,15 @@ with initialize_config_module("accel.configs", version_base="1.3"):
             said.append(str(error))
 print(json.dumps(said))
 """
+
+
+def test_bench_writes_results_and_a_plot(tmp_path):
+    mine = "+shapes.mine={heads: 2, tokens: 150, dim: 16, dtypes: [float32]}"
+    quick = ["backends=[cpu]", "rounds=1", "keeps=[0.5]", "warm_up_ms=0", "sample_ms=0"]
+    said = run("accel-bench", "device=cpu", "shapes=none", mine, *quick, f"out={tmp_path}")
+    assert said.returncode == 0, said.stderr
+    assert "mine: 1 x 2 x 150 x 16, float32" in said.stdout
+    assert {"bench.json", "mine-float32.svg"} <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_settings_are_checked_before_anything_is_spent(tmp_path):

@@ -1,7 +1,7 @@
 import torch
 
 from accel import timing
-from accel.timing import in_turns, quantile
+from accel.timing import in_turns, quantile, warm_up
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,9 @@ class TestInTurns:
 
         monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
         jobs = {"short": lambda: tick(1 / 64), "long": lambda: tick(4.0)}
-        times = in_turns(jobs, CPU, rounds=2, warm_up_s=1.0, sample_s=0.25)
+        repeats = {name: warm_up(j, CPU, seconds=1.0, sample_s=0.25) for name, j in jobs.items()}
+        assert repeats == {"short": 16, "long": 1}
+        times = in_turns(jobs, CPU, rounds=2, repeats=repeats)
         assert times == {"short": [1 / 64, 1 / 64], "long": [4.0, 4.0]}
         # 64 short calls and a long one to warm up; then 16 and 1 a round
         assert now[0] == (1.0 + 4.0) + 2 * (0.25 + 4.0)
