@@ -31,6 +31,8 @@ from accel.pipelines.bench_settings import BenchSettings, Block, Case
 from accel.pipelines.host import DTYPES
 
 KEEP = 0.25
+# how many times the winner is checked before it stays
+CHECKS = 5
 
 
 def tune(settings: BenchSettings) -> dict[TilesKey, Tiles]:
@@ -94,6 +96,15 @@ def fastest_tiles(
             if outcome.price is not None:
                 prices[tiles] = outcome.price
     finally:
-        best = min(prices, key=prices.__getitem__, default=before)
+        # what a compiler got wrong may show only now and then
+        best = before
+        while prices:
+            best = min(prices, key=prices.__getitem__)
+            save_tiles({key: best})
+            errors = [gate.error(run(*inputs[0])) for _ in range(CHECKS)]
+            if all(error <= gate.limit(precision) for error in errors):
+                break
+            del prices[best]
+            best = before
         save_tiles({key: best})
     return best

@@ -5,6 +5,7 @@ import torch
 from bench_cases import settings
 
 from accel.errors import AccelError
+from accel.kernels.reference import sparse_attention_reference
 from accel.kernels.tiles import choose_tiles
 from accel.pipelines import bench_tune
 from accel.pipelines.bench_contest import Outcome
@@ -62,6 +63,23 @@ class TestFastestTiles:
         with pytest.raises(KeyboardInterrupt):
             self.tuned(asked)
         assert choose_tiles(key()) == seen[0]
+
+    def test_a_winner_that_is_wrong_now_and_then_does_not_stay(self, asked, monkeypatch):
+        some = bench_tune.candidates(key())[:3]
+        prices = dict(zip(some, (0.6, 0.2, 0.4), strict=True))
+        calls = []
+
+        def attend(q, k, v, mask, *, precision, backend):
+            calls.append(choose_tiles(key()))
+            out = sparse_attention_reference(q, k, v, mask)
+            return out * (1.5 if calls.count(some[1]) == 4 else 1.0)
+
+        monkeypatch.setattr(bench_tune, "candidates", lambda _: some)
+        monkeypatch.setattr(bench_tune, "sparse_attention", attend)
+        monkeypatch.setattr(
+            bench_tune, "contest", lambda *_: {"triton": Outcome(price=prices[choose_tiles(key())])}
+        )
+        assert self.tuned(asked) == choose_tiles(key()) == some[2]
 
     def test_where_none_is_right_the_rule_stays(self, asked, monkeypatch):
         rule = choose_tiles(key())
