@@ -14,7 +14,7 @@ from accel.kernels.tiles_triton import is_interpreted, load_rows, rows_of
 __all__ = ["forward", "merge_kernel"]
 
 # elements of one tile of rows
-TILE_ELEMENTS = 4096
+TILE_ELEMENTS = 2048
 
 
 @triton.jit

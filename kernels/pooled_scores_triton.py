@@ -131,7 +131,7 @@ def moments(
         BT=ROWS,
         BD=padded,
         BV=min(padded, STRIP // padded),
-        num_warps=4 if padded <= 64 else 8,
+        num_warps=4 if v is None or padded <= 64 else 8,
         # rows of 1 KiB twice are more than the shared memory of sm_89
         num_stages=1 if padded * x.element_size() > 512 else 2,
     )
