@@ -32,10 +32,19 @@ def block_mass(
 ]:
     """``mass[i, j] = Σ_{t in i} Σ_{n in j} p_tn``, ``p = softmax(scale q kᵀ)``, and the LSE of p.
 
+    What true-mass estimators rank blocks by (SparseD, arXiv 2509.24014; AdaSpa, arXiv 2502.21079).
     fp32, exact, streamed over query rows. A row of ``mass`` sums to the valid queries of its
-    block. Keys from ``kv_length`` on are padding; with as many keys as queries so are these
-    queries. Blocks tile the sequence in ``order`` (see ``sparse_attention``); the LSE is in
-    natural layout, -inf without a valid key. An ``lse`` of these very logits saves one pass.
+    block, or to 0 where no key is valid.
+
+    block: (q_block, kv_block), any sizes from 1 token.
+    scale: factor on the logits, ``dim ** -0.5`` unless given.
+    lse: that of these very logits, in natural layout; saves one of two passes. An old one, of a
+        step before, gives masses that sum to nearly as much.
+    kv_length: keys from it on are padding; with as many keys as queries so are these queries.
+    order: blocks tile the sequence in this order (see ``sparse_attention``).
+
+    The LSE is in natural layout, -inf without a valid key. ValueError where shapes do not fit,
+    NotImplementedError where q or k asks for a gradient.
     """
     check_tensors(q, k)
     refuse_gradients(q, k)
