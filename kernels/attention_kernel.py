@@ -128,7 +128,8 @@ def _stand_ins(
     UPCAST: tl.constexpr,
 ):
     """The blocks that are not kept, each as one key; pointers stand at this head's or row's."""
-    BC: tl.constexpr = min(BD, 64)
+    # products that no tensor core computes are unrolled
+    BC: tl.constexpr = min(BD, 16 if p_q.dtype.element_ty.primitive_bitwidth == 32 else 64)
     for start in range(0, kv_blocks, BT):
         o_j = start + tl.arange(0, BT)
         m_j = o_j < kv_blocks
@@ -181,7 +182,7 @@ def attention_kernel(
     p_kept,  # [mask_batch, heads, q_blocks, kv_blocks]
     p_rest,  # [heads], places in RESTS
     p_slopes,  # [batch, heads, groups, dim, dim]; None where no head is taylor
-    s_q_batch,
+    s_q_batch,  # in units of 16 bytes where ALIGNED, as all strides of q, k and v
     s_q_head,
     s_q_token,
     s_k_batch,
@@ -212,6 +213,7 @@ def attention_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
     GATHER: tl.constexpr,  # whether keys and values still lie in natural layout under an order
+    ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
     SPECIALIZED: tl.constexpr,
@@ -223,6 +225,13 @@ def attention_kernel(
     INT8: tl.constexpr = p_k_scale is not None
     FP8: tl.constexpr = p_v_scale is not None
     LIFT: tl.constexpr = 8.75 if FP8 else 0.0
+    # strides with a known factor let rows be loaded 16 bytes at a time, whatever the head dim
+    Q_UNIT: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    K_UNIT: tl.constexpr = 128 // p_k.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    V_UNIT: tl.constexpr = 128 // p_v.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    s_q_token *= Q_UNIT
+    s_k_token *= K_UNIT
+    s_v_token *= V_UNIT
     # padding may stand anywhere under an order; tiles may reach past odd blocks
     # a loop for specialized warps stands alone
     ALWAYS_MASKED: tl.constexpr = (
@@ -242,9 +251,9 @@ def attention_kernel(
         i_batch = i_row // (q_blocks * heads) + i_turn // rows
         i_kv_head = i_head * kv_heads // heads
         b64, h64, kv64 = i_batch.to(tl.int64), i_head.to(tl.int64), i_kv_head.to(tl.int64)
-        p_q_head = p_q + b64 * s_q_batch + h64 * s_q_head
-        p_k_head = p_k + b64 * s_k_batch + kv64 * s_k_head
-        p_v_head = p_v + b64 * s_v_batch + kv64 * s_v_head
+        p_q_head = p_q + (b64 * s_q_batch + h64 * s_q_head) * Q_UNIT
+        p_k_head = p_k + (b64 * s_k_batch + kv64 * s_k_head) * K_UNIT
+        p_v_head = p_v + (b64 * s_v_batch + kv64 * s_v_head) * V_UNIT
         if TMA:
             d_k = tl.make_tensor_descriptor(
                 p_k_head, [kv_tokens, DIM], [s_k_token.to(tl.int64), 1], [BN, BD]

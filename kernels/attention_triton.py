@@ -88,13 +88,15 @@ def forward(
     values = values if values8 is None else values8.values
 
     batch, heads, tokens, dim = q.shape
-    aligned = _aligned(q, keys, values) and (values8 is None or block[1] % 16 == 0)
+    aligned = _aligned(q, keys, values)
+    # blocks of turned values start anywhere in a row
+    plain = aligned and not gather and (values8 is None or block[1] % 16 == 0)
     key = tiles_key(
         arch=arch,
         block=block,
         dim=dim,
         element_bytes=q.element_size(),
-        access="ordered" if gather else "plain" if aligned else "unaligned",
+        access="plain" if plain else "ordered" if gather else "unaligned",
         rest=RESTS[max(rests)],
         arithmetic=way,
     )
@@ -122,9 +124,9 @@ def forward(
             None if keys8 is None else keys8.shift,
             None if values8 is None else values8.scale,
             *stand_ins,
-            *q.stride()[:3],
-            *keys.stride()[:3],
-            *values.stride()[:3],
+            *_strides(q, aligned),
+            *_strides(keys, aligned),
+            *_strides(values, aligned),
             0 if order is None or order.shape[0] == 1 else tokens,
             works,
             rows,
@@ -147,6 +149,7 @@ def forward(
             BT=TAYLOR_GROUP,
             BD=key.dim,
             GATHER=gather,
+            ALIGNED=aligned,
             TMA=tiles.tma,
             PERSISTENT=tiles.persistent,
             SPECIALIZED=tiles.specialized,
@@ -195,11 +198,16 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can load them: everything in units of 16 bytes."""
+    """Whether rows begin at multiples of 16 bytes, as wide loads and descriptors need them to."""
     return all(
         x.data_ptr() % 16 == 0 and not any(s * x.element_size() % 16 for s in x.stride()[:3])
         for x in tensors
     )
+
+
+def _strides(x: Tensor, aligned: bool) -> list[int]:
+    """Of batch, head and token, in units of 16 bytes where that is what they are multiples of."""
+    return [s * x.element_size() // 16 if aligned else s for s in x.stride()[:3]]
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:

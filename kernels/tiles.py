@@ -43,7 +43,7 @@ SHIPPED = {
     (80, "int8", 256): ((64, 64, 8, 2), (64, 32, 8, 2)),
     (80, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (80, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
-    (80, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 2)),
+    (80, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 1)),
     (89, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
     (89, "full", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
     (89, "full", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
@@ -55,7 +55,7 @@ SHIPPED = {
     (89, "fp8", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (89, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (89, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
-    (89, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 2)),
+    (89, "fp32", 256): ((32, 16, 8, 1), (32, 16, 8, 1)),
     (90, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
     (90, "full", 128): ((128, 64, 8, 3), (128, 64, 8, 3)),
     (90, "full", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
@@ -67,7 +67,7 @@ SHIPPED = {
     (90, "fp8", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
     (90, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (90, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
-    (90, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 2)),
+    (90, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 1)),
 }
 MAX_FILE_BYTES = 1 << 20
 
@@ -117,7 +117,10 @@ def tiles_key(
     rest: str = "drop",
     arithmetic: str = "full",
 ) -> TilesKey:
-    """The key of a call; sizes as they are, not filled up."""
+    """The key of a call; sizes as they are, not filled up.
+
+    Rows shorter than their tile need masks where they are loaded by pointers, as unaligned ones do.
+    """
     least = 32 if arithmetic == "int8" or arithmetic == "fp8" else 16
     return TilesKey(
         arch,
@@ -125,7 +128,7 @@ def tiles_key(
         max(least, _power(block[1])),
         max(least, _power(dim)),
         element_bytes,
-        access,
+        "unaligned" if access == "plain" and arch < 90 and dim & (dim - 1) else access,
         rest,
         arithmetic,
     )
@@ -162,9 +165,9 @@ def shipped_tiles(key: TilesKey) -> Tiles:
     kind = key.arithmetic if key.element_bytes == 2 else "fp32"
     plain, ordered = SHIPPED[arch, kind, max(64, key.dim)]
     queries, keys, warps, stages = plain if key.access == "plain" else ordered
+    if key.q_block < min(queries, 64):
+        warps = 4
     queries, keys = min(queries, key.q_block), min(keys, key.kv_block)
-    if queries < 64:
-        warps = max(4, warps // 2)
     return Tiles(queries, keys, warps, stages, tma=arch == 90 and key.access == "plain")
 
 

@@ -44,7 +44,7 @@ MEAN = {
 }
 RESTS = {"drop": {}, "mean": MEAN, "taylor": MEAN | {"p_slopes": ELEMENT}}
 ARITHMETIC = {"full": {}, "int8": INT8, "fp8": FP8}
-# strides of whole tokens are multiples of the head dim, those of 8-bit arrays of 16
+# strides of whole tokens are multiples of the head dim
 ALIGNED = {f"s_{x}_{axis}" for x in "qkv" for axis in ("batch", "head", "token")}
 
 
@@ -103,6 +103,7 @@ def build_attention(
         "BT": TAYLOR_GROUP,
         "BD": key.dim,
         "GATHER": gather,
+        "ALIGNED": dim * size % 16 == 0,
         "TMA": chosen.tma,
         "PERSISTENT": chosen.persistent,
         "SPECIALIZED": chosen.specialized,
@@ -113,10 +114,8 @@ def build_attention(
     pointers |= {"p_lengths": "*i32"} if lengths else {}
     pointers |= {"p_order": "*i64"} if ordered else {}
     pointers = {x: kind.replace("element", dtype) for x, kind in pointers.items()}
-    rows = [x for x in "qkv" if dim % 16 == 0 or (x != "q" and arithmetic != "full")]
-    aligned = {x for x in ALIGNED if x[2] in rows}
     options = {"num_warps": chosen.warps, "num_stages": chosen.stages, "enable_fp_fusion": True}
-    return chosen, compiled(attention_kernel, pointers, constants, aligned, arch, **options)
+    return chosen, compiled(attention_kernel, pointers, constants, set(), arch, **options)
 
 
 def compiled(kernel, pointers: dict, constants: dict, aligned: set, arch: int, **options):

@@ -192,7 +192,7 @@ def any_call(data, tiles: Tiles | None, monkeypatch) -> None:
 HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
-@settings(max_examples=8, derandomize=True, suppress_health_check=HEALTH)
+@settings(max_examples=5, derandomize=True, suppress_health_check=HEALTH)
 @given(data=st.data(), name=st.sampled_from(list(WAYS)))
 def test_any_call(data, name, monkeypatch):
     any_call(data, WAYS[name], monkeypatch)
