@@ -91,15 +91,20 @@ struct Workspace {
     // `top` where it is higher, and then `factor` takes what was summed before to it.
     template <bool KEEP_WEIGHTS>
     void weigh(int64_t rows, float* part) {
+        static_assert(A::PACK == 1 || !KEEP_WEIGHTS, "integers are weighed by weigh_integers");
         for (int64_t i = 0; i < lanes; i += W) {
             const vec by = load(q_scale.at(i)), old = load(pivot.at(i));
             const vec now = larger(load(top.at(i)) * by, old);
             vec sum{};
             for (int64_t n = 0; n < rows; n++) {
                 const vec logit = load(scores.at(n * lanes + i)) * by - now;
-                const vec x = A::PACK == 1 ? exp2(logit) : exp2_coarse(logit);
-                if (KEEP_WEIGHTS) store(scores.at(n * lanes + i), x);
-                sum += x;
+                if constexpr (A::PACK > 1) {
+                    sum = exp2_coarse(logit, sum);
+                } else {
+                    const vec x = exp2(logit);
+                    if (KEEP_WEIGHTS) store(scores.at(n * lanes + i), x);
+                    sum += x;
+                }
             }
             rebase(i, old, now, sum);
             if (part) store(part + i, sum);
@@ -417,18 +422,14 @@ class Mass {
             if (space.ids[i] < valid && (p.known_lse || space.total[i] > 0))
                 space.factor[i] = p.known_lse ? 1 : 1 / space.total[i];
         }
-        if (p.query_weight) {
-            const int64_t head = b * p.bias_heads + h * p.bias_heads / p.heads;
-            const float* weight = p.query_weight + head * p.q_tokens;
-            for (size_t i = 0; i < space.ids.size(); i++) space.factor[i] *= weight[space.ids[i]];
-        }
         for (int64_t part = 0; part < keys.blocks * split; part++) {
             vec sum{};
             for (int64_t i = 0; i < lanes; i += W) {
-                vec one = load(sums.at(part * lanes + i)) * load(space.factor.at(i));
+                const vec by = load(space.factor.at(i));
+                vec one = load(sums.at(part * lanes + i)) * by;
                 if (!p.known_lse)
                     one *= exp2(load(pivots.at(part * lanes + i)) - load(space.pivot.at(i)));
-                sum += one;
+                sum += by > 0 ? one : vec{};  // padding may hold NaN
             }
             for (int c = 0; c < W; c++) mass[part / split] += sum[c];
         }

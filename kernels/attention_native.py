@@ -22,11 +22,11 @@ ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDED = ("q", "k", "v", "out")
 POINTERS = (
     *("counts", "indices", "lengths", "order", "rests"),
-    *("key_bias", "query_weight", "known_lse", "lse", "mass"),
+    *("key_bias", "known_lse", "lse", "mass"),
 )
 SIZES = (
     *("element", "batch", "heads", "kv_heads", "q_tokens", "kv_tokens", "dim", "q_block"),
-    *("kv_block", "mask_batch", "width", "orders", "bias_heads", "half", "threads"),
+    *("kv_block", "mask_batch", "width", "orders", "half", "threads"),
 )
 
 
@@ -73,15 +73,8 @@ def block_mass(
     lse: Float[Tensor, "batch heads tokens"] | None,
     lengths: Int[Tensor, " batch"] | None,
     order: Int[Tensor, "orders tokens"] | None,
-    key_bias: Float[Tensor, "batch bias_heads kv_tokens"] | None = None,
-    query_weight: Float[Tensor, "batch bias_heads tokens"] | None = None,
-    precision: str = "full",
 ) -> tuple[Float[Tensor, "batch heads q_blocks kv_blocks"], Float[Tensor, "batch heads tokens"]]:
-    """``block_mass`` with arguments already checked.
-
-    key_bias: added to the logits of a key, in base 2; query_weight: factor on the mass of a query.
-    Both are for natural orders.
-    """
+    """``block_mass`` with arguments already checked."""
     tensors = {"q": q, "k": k}
     blocks = (-(-q.shape[2] // block[0]), -(-k.shape[2] // block[1]))
     mass = tensors["mass"] = torch.zeros(*q.shape[:2], *blocks)
@@ -89,11 +82,7 @@ def block_mass(
         lse = tensors["lse"] = torch.empty(q.shape[:3])
     else:
         lse = tensors["known_lse"] = lse.float()
-    sizes = {"half": precision != "full"}
-    for name, x in (("key_bias", key_bias), ("query_weight", query_weight)):
-        if x is not None:
-            tensors[name], sizes["bias_heads"] = x, x.shape[1]
-    _call("accel_block_mass", tensors, sizes, block, scale, lengths, order)
+    _call("accel_block_mass", tensors, {}, block, scale, lengths, order)
     return mass, lse
 
 
@@ -124,7 +113,7 @@ def column_sums(
     sums = torch.empty(*q.shape[:2], k.shape[2])
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     tensors = {"q": keys, "k": q, "lse": sums, "key_bias": bias}
-    _call("accel_row_sums", tensors, {"bias_heads": q.shape[1]}, (64, 64), scale, None, None)
+    _call("accel_row_sums", tensors, {}, (64, 64), scale, None, None)
     if lengths is not None:
         padding = torch.arange(k.shape[2]) >= lengths[:, None, None]
         sums.masked_fill_(padding, 0.0)

@@ -16,13 +16,12 @@ struct Problem {
     const int32_t* lengths;           // [batch] valid keys, or null: all
     const int64_t* order;             // [orders, tokens], or null: natural
     const uint8_t* rests;             // [heads] 0 drop, 1 mean, 2 taylor
-    const float* key_bias;            // [batch, bias_heads, kv_tokens], base 2, of natural keys
-    const float* query_weight;        // of block mass: [batch, bias_heads, q_tokens]
+    const float* key_bias;            // of row sums: [batch, heads, kv_tokens], base 2
     const float* known_lse;           // of block mass: [batch, heads, q_tokens]
     float *lse, *mass;
     int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, token
     int64_t element, batch, heads, kv_heads, q_tokens, kv_tokens, dim, q_block, kv_block;
-    int64_t mask_batch, width, orders, bias_heads, half, threads;
+    int64_t mask_batch, width, orders, half, threads;
     double scale;
 };
 }
@@ -178,7 +177,7 @@ class Keys {
             }
         }
         if (p.key_bias)
-            r.bias = p.key_bias + (b * p.bias_heads + h * p.bias_heads / heads) * p.kv_tokens + first;
+            r.bias = p.key_bias + row * p.kv_tokens + first;
         return r;
     }
 

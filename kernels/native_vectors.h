@@ -76,9 +76,9 @@ inline vec exp2(vec x) {
     return p * power;
 }
 
-// The same times FACTOR plus `offset`, to a relative error of 7.5e-5 of the power.
+// `offset` + 2^(x + FACTOR_LOG2), to a relative error of 7.5e-5 of the power.
 template <int FACTOR_LOG2 = 0>
-inline vec exp2_coarse(vec x, float offset = 0) {
+inline vec exp2_coarse(vec x, vec offset) {
     const vec MAGIC = splat(12582912.0f + 127.0f + FACTOR_LOG2);
     x = larger(splat(-100.0f), x);
     vec shifted = x + MAGIC;
@@ -94,7 +94,7 @@ inline vec exp2_coarse(vec x, float offset = 0) {
 // 2^(x + BITS) for x <= 0 as an integer in the low 16 bits; above them stands INTEGER_HIGH.
 constexpr int BITS = 13;
 constexpr int32_t INTEGER_HIGH = 0x4b400000;  // the bits of 1.5 * 2^23
-inline ivec exp2_to_integer(vec x) { return (ivec)exp2_coarse<BITS>(x, 12582912.0f); }
+inline ivec exp2_to_integer(vec x) { return (ivec)exp2_coarse<BITS>(x, splat(12582912.0f)); }
 
 // x[i][j] and x[j][i] change places: at distance S in both, then at the next.
 template <int S, int... J>
