@@ -128,8 +128,10 @@ def _stand_ins(
     UPCAST: tl.constexpr,
 ):
     """The blocks that are not kept, each as one key; pointers stand at this head's or row's."""
-    # products that no tensor core computes are unrolled
-    BC: tl.constexpr = min(BD, 16 if p_q.dtype.element_ty.primitive_bitwidth == 32 else 64)
+    # wide tiles leave few registers; products that no tensor core computes are unrolled
+    FEW: tl.constexpr = BD > 128 or p_q.dtype.element_ty.primitive_bitwidth == 32
+    MOST: tl.constexpr = 16 if FEW else 64
+    BC: tl.constexpr = MOST if BD > MOST else BD
     for start in range(0, kv_blocks, BT):
         o_j = start + tl.arange(0, BT)
         m_j = o_j < kv_blocks

@@ -146,7 +146,8 @@ def forward(
             KV_BLOCK=block[1],
             BM=tiles.queries,
             BN=tiles.keys,
-            BT=TAYLOR_GROUP,
+            # a tile of stand-ins is what shares a slope
+            BT=TAYLOR_GROUP if stand_ins.slopes is not None else min(TAYLOR_GROUP, tiles.keys),
             BD=key.dim,
             GATHER=gather,
             ALIGNED=aligned,

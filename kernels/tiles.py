@@ -36,16 +36,16 @@ SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # (architecture, kind, head dim): queries, keys, warps, stages for plain rows, and for others
 SHIPPED = {
     (80, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
-    (80, "full", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
+    (80, "full", 128): ((128, 64, 8, 3), (64, 64, 8, 3)),
     (80, "full", 256): ((64, 64, 8, 2), (64, 32, 8, 2)),
-    (80, "int8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (80, "int8", 64): ((128, 64, 8, 2), (128, 64, 8, 2)),
     (80, "int8", 128): ((64, 64, 8, 2), (64, 64, 8, 2)),
-    (80, "int8", 256): ((64, 64, 8, 2), (64, 32, 8, 2)),
+    (80, "int8", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (80, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (80, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
-    (80, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 1)),
+    (80, "fp32", 256): ((32, 16, 8, 1), (32, 16, 8, 1)),
     (89, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
-    (89, "full", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
+    (89, "full", 128): ((128, 64, 8, 3), (64, 64, 8, 3)),
     (89, "full", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (89, "int8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
     (89, "int8", 128): ((64, 64, 8, 2), (64, 64, 8, 2)),
@@ -64,10 +64,10 @@ SHIPPED = {
     (90, "int8", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
     (90, "fp8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
     (90, "fp8", 128): ((128, 32, 8, 3), (128, 32, 8, 3)),
-    (90, "fp8", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (90, "fp8", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (90, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (90, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
-    (90, "fp32", 256): ((32, 16, 8, 2), (32, 16, 8, 1)),
+    (90, "fp32", 256): ((32, 16, 8, 1), (32, 16, 8, 1)),
 }
 MAX_FILE_BYTES = 1 << 20
 
@@ -165,10 +165,13 @@ def shipped_tiles(key: TilesKey) -> Tiles:
     kind = key.arithmetic if key.element_bytes == 2 else "fp32"
     plain, ordered = SHIPPED[arch, kind, max(64, key.dim)]
     queries, keys, warps, stages = plain if key.access == "plain" else ordered
+    tma = arch == 90 and key.access == "plain" and kind != "fp32"
+    if key.rest == "taylor" and key.dim > 128:
+        queries, keys, tma = min(queries, 32), min(keys, 32), False
     if key.q_block < min(queries, 64):
         warps = 4
     queries, keys = min(queries, key.q_block), min(keys, key.kv_block)
-    return Tiles(queries, keys, warps, stages, tma=arch == 90 and key.access == "plain")
+    return Tiles(queries, keys, warps, stages, tma=tma)
 
 
 def shared_bytes(tiles: Tiles, key: TilesKey) -> int:

@@ -100,7 +100,7 @@ def build_attention(
         "KV_BLOCK": block[1],
         "BM": chosen.queries,
         "BN": chosen.keys,
-        "BT": TAYLOR_GROUP,
+        "BT": TAYLOR_GROUP if rest == "taylor" else min(TAYLOR_GROUP, chosen.keys),
         "BD": key.dim,
         "GATHER": gather,
         "ALIGNED": dim * size % 16 == 0,
