@@ -168,7 +168,7 @@ def shipped_tiles(key: TilesKey) -> Tiles:
     tma = arch == 90 and key.access == "plain" and kind != "fp32"
     if key.rest == "taylor" and key.dim > 128:
         queries, keys, tma = min(queries, 32), min(keys, 32), False
-    if key.q_block < min(queries, 64):
+    if key.q_block < queries:
         warps = 4
     queries, keys = min(queries, key.q_block), min(keys, key.kv_block)
     return Tiles(queries, keys, warps, stages, tma=tma)
