@@ -99,7 +99,7 @@ struct Workspace {
             for (int64_t n = 0; n < rows; n++) {
                 const vec logit = load(scores.at(n * lanes + i)) * by - now;
                 if constexpr (A::PACK > 1) {
-                    sum = exp2_coarse(logit, sum);
+                    sum = exp2_coarse(logit, 0, sum);
                 } else {
                     const vec x = exp2(logit);
                     if (KEEP_WEIGHTS) store(scores.at(n * lanes + i), x);

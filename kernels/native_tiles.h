@@ -161,7 +161,7 @@ struct Sums {
                     s = __builtin_convertvector(acc[r][c], vec) * (splat(run.k_scale[row + r]) * by) -
                         base;
                 if (run.bias) s += splat(run.bias[row + r]);
-                sum = A::PACK == 1 ? sum + exp2(s) : exp2_coarse(s, sum);
+                sum = A::PACK == 1 ? sum + exp2(s) : exp2_coarse(s, 0, sum);
             }
             store(sums + lane + c * W, sum);
         }

@@ -59,14 +59,21 @@ inline ivec rounded(vec x) {
     return (ivec)(x + MAGIC) - (ivec)MAGIC;
 }
 
+// x = whole + fraction, |fraction| <= 1/2: 2^(whole + plus) to power. For x above `least`, which
+// stands for all below, and NaN for NaN.
+inline vec split_power(vec x, float least, float plus, vec& power) {
+    // adding MAGIC rounds to an integer and leaves it, biased like an exponent, in the low bits
+    const vec MAGIC = splat(12582912.0f + 127.0f + plus);
+    x = larger(splat(least), x);
+    const vec shifted = x + MAGIC;
+    power = (vec)((ivec)shifted << 23);
+    return x - (shifted - MAGIC);
+}
+
 // 2^x for x <= 127, relative error 1e-7; 0 from x = -126.5 on, -inf included; NaN for NaN.
 inline vec exp2(vec x) {
-    // adding MAGIC rounds to an integer and leaves it, biased like an exponent, in the low bits
-    const vec MAGIC = splat(12582912.0f + 127.0f);
-    x = larger(splat(-127.0f), x);
-    vec shifted = x + MAGIC;
-    vec f = x - (shifted - MAGIC);
-    vec power = (vec)((ivec)shifted << 23);
+    vec power;
+    const vec f = split_power(x, -127, 0, power);
     vec p = splat(0.0013277939287945628f);
     p = p * f + 0.009675757959485054f;
     p = p * f + 0.05550709739327431f;
@@ -76,14 +83,10 @@ inline vec exp2(vec x) {
     return p * power;
 }
 
-// `offset` + 2^(x + FACTOR_LOG2), to a relative error of 7.5e-5 of the power.
-template <int FACTOR_LOG2 = 0>
-inline vec exp2_coarse(vec x, vec offset) {
-    const vec MAGIC = splat(12582912.0f + 127.0f + FACTOR_LOG2);
-    x = larger(splat(-100.0f), x);
-    vec shifted = x + MAGIC;
-    vec f = x - (shifted - MAGIC);
-    vec power = (vec)((ivec)shifted << 23);
+// offset + 2^(x + plus), to a relative error of 7.5e-5 of the power.
+inline vec exp2_coarse(vec x, float plus, vec offset) {
+    vec power;
+    const vec f = split_power(x, -100, plus, power);
     vec p = splat(0.05517167f);
     p = p * f + 0.24261113f;
     p = p * f + 0.69326099f;
@@ -94,7 +97,7 @@ inline vec exp2_coarse(vec x, vec offset) {
 // 2^(x + BITS) for x <= 0 as an integer in the low 16 bits; above them stands INTEGER_HIGH.
 constexpr int BITS = 13;
 constexpr int32_t INTEGER_HIGH = 0x4b400000;  // the bits of 1.5 * 2^23
-inline ivec exp2_to_integer(vec x) { return (ivec)exp2_coarse<BITS>(x, splat(12582912.0f)); }
+inline ivec exp2_to_integer(vec x) { return (ivec)exp2_coarse(x, BITS, splat(12582912.0f)); }
 
 // x[i][j] and x[j][i] change places: at distance S in both, then at the next.
 template <int S, int... J>
