@@ -123,9 +123,10 @@ def _attend(
     if chosen == "triton":
         from accel.kernels import attention_triton
 
-        return attention_triton.forward(
-            q, k, v, counts, indices, longest_first=longest_first, **options
-        )
+        with torch.cuda.device_of(q):  # where kernels are launched
+            return attention_triton.forward(
+                q, k, v, counts, indices, longest_first=longest_first, **options
+            )
     # what the paths that are not Triton make on the way lies beside q, whatever torch's default is
     with q.device:
         if chosen == "reference":

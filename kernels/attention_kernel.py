@@ -196,7 +196,6 @@ def attention_kernel(
     s_order_head,
     works,
     rows,
-    batch,
     tokens,
     kv_tokens,
     heads,

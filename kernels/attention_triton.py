@@ -130,7 +130,6 @@ def forward(
             0 if order is None or order.shape[0] == 1 else tokens,
             works,
             rows,
-            batch,
             tokens,
             k.shape[2],
             heads,
@@ -164,8 +163,7 @@ def forward(
 
     # descriptors made on the device need memory from an allocator, which is a context variable:
     # in a copy of the context it is nobody else's
-    with torch.cuda.device_of(q):
-        copy_context().run(launch)
+    copy_context().run(launch)
     return out, lse
 
 

@@ -38,7 +38,7 @@ def pool_blocks(
     k_mean, v_mean = (
         torch.empty(batch, heads, blocks, dim, dtype=k.dtype, device=k.device) for _ in "kv"
     )
-    log_count = torch.empty(batch, heads, blocks, device=k.device)
+    log_count = torch.empty(batch, heads, blocks, dtype=torch.float32, device=k.device)
     means_kernel[batch * heads * blocks,](
         k,
         v,

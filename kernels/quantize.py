@@ -57,7 +57,8 @@ def quantize_keys(
     values = torch.empty(
         batch, heads, tokens, ceil(dim / 16) * 16, dtype=torch.int8, device=k.device
     )[..., :dim]
-    scale = torch.empty(batch, heads, ceil(tokens / block), device=k.device)
+    blocks = ceil(tokens / block)
+    scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=k.device)
     head = torch.arange(heads, device=k.device) * kv_heads // heads
     shift = shift[:, head].contiguous()
     keys_kernel[scale.numel(),](
