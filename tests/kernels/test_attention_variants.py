@@ -180,7 +180,9 @@ def any_call(data, tiles: Tiles | None, monkeypatch) -> None:
         padded=data.draw(st.booleans(), label="padded"),
     )
     rest = data.draw(st.lists(st.sampled_from(RESTS), min_size=heads, max_size=heads))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    # the interpreter cuts bf16 off where it should round
+    dtypes = [torch.float32, torch.float16, *[torch.bfloat16] * (BACKEND.device == "cuda")]
+    dtype = data.draw(st.sampled_from(dtypes), label="dtype")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
     q, k, v = case.tensors(generator, dtype)
     mask = case.mask(case.dense_keep(generator))
