@@ -52,7 +52,7 @@ class CostTable:
     """Prices of one shape.
 
     dense_ms: the host's fastest dense call; sparse: "rest/ordered" -> price at each of KEEPS;
-    select: name of an estimator -> price of one selection; dense: price of a dense call by accel's
+    select: work of an estimator -> price of one selection; dense: price of a dense call by accel's
     own kernel in the precisions of dense recipes, whatever that of the shape is.
     """
 
@@ -138,7 +138,7 @@ def measure(
             raise ValueError("estimators are timed on a layout; pass layout=")
         blocking = Blocking(layout, "thw", shape.block)
         seen = selectable(shape.precision, q, k, v)
-        jobs["select", estimator.kind] = partial(estimator.select, *seen, blocking=blocking)
+        jobs["select", estimator.work] = partial(estimator.select, *seen, blocking=blocking)
     dense_s: list[float] = []
     prices: dict[tuple[str, Any], float] = {}
     for key, job in progress(iter(jobs.items())):
@@ -257,7 +257,9 @@ def _head_price(choice: Choice, keep: float, table: CostTable) -> float:
 
 
 def select_price(choice: Choice, table: CostTable) -> float:
-    return table.select.get(choice.select.kind, 0.0) if choice.online else 0.0
+    if not isinstance(choice.select, Estimator):
+        return 0.0
+    return table.select.get(choice.select.work, 0.0)
 
 
 def _random_mask(shape: Shape, keep: float, generator: torch.Generator) -> BlockMask:

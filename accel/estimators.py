@@ -21,6 +21,7 @@ from accel.kernels.antidiagonal import antidiagonal_scores
 from accel.kernels.arguments import check_tensors, valid_lengths
 from accel.kernels.block_mass import block_mass
 from accel.kernels.pooled_scores import pooled_scores
+from accel.kernels.pooling import in_order
 from accel.pattern import Kind, from_kind, register
 from accel.ranking import (
     best_blocks,
@@ -71,6 +72,7 @@ class _Call:
     lengths: Tensor  # valid tokens: [batch]
     order: Tensor | None  # int64 [tokens]
     valid: Tensor  # which tokens are, in order: bool [batch, tokens]
+    padded: bool  # whether some may not be
 
     @property
     def columns(self) -> Tensor:
@@ -118,13 +120,20 @@ class Estimator(Kind):
         lengths = lengths.clamp(max=layout.valid_length)
         order = blocking.indices(q.device)
         places = torch.arange(layout.length, device=q.device) if order is None else order
+        padded = kv_length is not None or layout.valid_length < layout.length
         valid = places < lengths[:, None]
         scale = q.shape[3] ** -0.5 if scale is None else scale
         with torch.no_grad():  # a choice of blocks has none
-            return self._select(_Call(q, k, v, blocking, scale, lse, lengths, order, valid))
+            call = _Call(q, k, v, blocking, scale, lse, lengths, order, valid, padded)
+            return self._select(call)
 
     def check_block(self, block: tuple[int, int]) -> None:
         """Refuse, with a ValueError, blocks that this estimator cannot select."""
+
+    @property
+    def work(self) -> str:
+        """Names what a selection takes: estimators that share it cost the same."""
+        return self.kind
 
     def _select(self, call: _Call) -> Selection:
         raise NotImplementedError(f"{type(self).__name__} selects nothing")
@@ -149,8 +158,18 @@ def _check_switch(estimator: Estimator, name: str) -> None:
         raise ValueError(f"{name} is true or false, got {getattr(estimator, name)!r}")
 
 
-def _mass(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Block mass, the same with invalid columns at -inf (to rank), and the LSE of the rows."""
+def _mass(call: _Call, every: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Block mass, the same with invalid columns at -inf (to rank), and the LSE of the rows.
+
+    every: of so many query rows one is looked at, and there is no LSE; all where there is padding.
+    """
+    if every is not None and not call.padded:
+        q, k = (
+            in_order(x, None if call.order is None else call.order[None]) for x in (call.q, call.k)
+        )
+        rows, columns = call.blocking.block
+        mass, _ = block_mass(q[:, :, ::every], k, block=(rows // every, columns), scale=call.scale)
+        return mass, mass, None
     mass, lse = block_mass(
         call.q,
         call.k,
@@ -170,18 +189,34 @@ class BlockMassTopK(Estimator):
 
     SparseD (arXiv 2509.24014), with the mass from two streamed passes instead of whole rows, and
     exact shares at ragged ends. `by_grid` ranks the columns of each grid apart, each with the
-    same share: SparseD's isolated selection of prompt and answer, when both are grids.
+    same share: SparseD's isolated selection of prompt and answer, when both are grids. `every`: of
+    so many neighbouring query rows one is looked at, which takes that part of the time; neighbours
+    attend alike.
     """
 
     keep: int | float
     by_grid: bool = False
+    every: int | None = None
 
     def __post_init__(self) -> None:
         _check_fraction(self, "keep")
         _check_switch(self, "by_grid")
+        if self.every is not None and (type(self.every) is not int or self.every < 2):
+            raise ValueError(f"every is a number of rows, at least 2, or None, got {self.every!r}")
+
+    @property
+    def work(self) -> str:
+        return self.kind if self.every is None else f"{self.kind}/{self.every}"
+
+    def check_block(self, block: tuple[int, int]) -> None:
+        if self.every is not None and block[0] % self.every:
+            raise ValueError(
+                f"block {tuple(block)} has query rows that every={self.every} does not divide"
+            )
 
     def _select(self, call: _Call) -> Selection:
-        mass, scores, lse = _mass(call)
+        self.check_block(call.blocking.block)
+        mass, scores, lse = _mass(call, self.every)
         if self.by_grid:
             keep = torch.zeros_like(scores, dtype=torch.bool)
             owner = call.blocking.grid_blocks(scores.device)

@@ -93,11 +93,11 @@ def load_or_measure_costs(
         block=block,
         precision=precision,
     )
-    wanted = {c.select.kind: c.select for c in choices if isinstance(c.select, Estimator)}
+    wanted = {c.select.work: c.select for c in choices if isinstance(c.select, Estimator)}
     known = CostTable.load(path) if path.is_file() else None
     if known is not None and known.shape != shape:
         known = None
-    missing = [e for kind, e in wanted.items() if known is None or kind not in known.select]
+    missing = [e for work, e in wanted.items() if known is None or work not in known.select]
     if known is not None and not missing:
         return known
 

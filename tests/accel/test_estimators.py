@@ -26,6 +26,7 @@ VISUAL_ONLY = Blocking(Layout.of((5, 7, 3)), "hwt", (16, 8))
 ALL = [
     BlockMassTopK(0.3),
     BlockMassTopK(0.3, by_grid=True),
+    BlockMassTopK(0.3, every=4),
     AdaptiveBlockMass(0.3, recall_target=0.5),
     Antidiagonal(0.6, stride=4),
     Pooled(0.3),
@@ -159,6 +160,8 @@ def test_json_round_trip(estimator):
         ({"kind": "block_mass", "keep": 1.5}, "(0, 1]"),
         ({"kind": "block_mass", "keep": "0.5"}, "keep"),
         ({"kind": "block_mass", "keep": 0.5, "by_grid": 1}, "by_grid"),
+        ({"kind": "block_mass", "keep": 0.5, "every": 1}, "every is a number of rows"),
+        ({"kind": "block_mass", "keep": 0.5, "every": 2.0}, "every"),
         ({"kind": "adaptive_block_mass", "keep": 0.5, "recall_target": 0}, "recall_target"),
         ({"kind": "antidiagonal", "tau": 0}, "tau"),
         ({"kind": "antidiagonal", "tau": 0.9, "stride": 0}, "stride"),
@@ -195,6 +198,40 @@ def test_block_mass_equals_brute_force(keep, blocking):
     assert torch.equal(found.keep, expected)
     share = (mass * expected).sum((2, 3)) / mass.sum((2, 3))
     torch.testing.assert_close(found.recall.double(), share, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["thw", "wth"])
+def test_block_mass_of_some_rows(order):
+    """One of four rows of each block, from its first on, wherever the order puts it."""
+    blocking = Blocking(VISUAL_ONLY.layout, order, VISUAL_ONLY.block)
+    q, k, v = tensors(blocking.layout)
+    ids = blocking.indices()
+    rows = torch.arange(q.shape[2]) if ids is None else ids
+    logits = q[:, :, rows] @ k.repeat_interleave(2, 1)[:, :, rows].mT * q.shape[3] ** -0.5
+    weights = torch.nn.functional.pad(
+        logits.softmax(-1)[:, :, ::4],
+        (0, -q.shape[2] % blocking.block[1], 0, -len(rows[::4]) % (blocking.block[0] // 4)),
+    )
+    weights = weights.unflatten(3, (-1, blocking.block[1])).sum(4)
+    mass = weights.unflatten(2, (-1, blocking.block[0] // 4)).sum(3)
+    found = BlockMassTopK(0.3, every=4).select(q, k, v, blocking=blocking)
+    assert torch.equal(found.keep, top_blocks(mass, 0.3, blocking))
+    assert found.lse is None
+
+
+def test_block_mass_looks_at_all_rows_where_there_is_padding():
+    q, k, v = tensors()
+    some, all_rows = (
+        BlockMassTopK(0.3, every=every).select(q, k, v, blocking=BLOCKING) for every in (4, None)
+    )
+    assert torch.equal(some.keep, all_rows.keep)
+    assert torch.equal(some.lse, all_rows.lse)
+
+
+def test_rows_that_do_not_divide_the_block_are_refused():
+    q, k, v = tensors(VISUAL_ONLY.layout)
+    with pytest.raises(ValueError, match="every=3 does not divide"):
+        BlockMassTopK(0.3, every=3).select(q, k, v, blocking=VISUAL_ONLY)
 
 
 def test_block_mass_recalls_more_than_chance():

@@ -54,7 +54,7 @@ def prices():
     def measure(shape, *, estimators, **_):
         by_keep = tuple(0.05 + 0.8 * keep for keep in KEEPS)
         names = ("drop/natural", "drop/ordered", "mean/natural", "mean/ordered")
-        select = {e.kind: 0.1 for e in estimators}
+        select = {e.work: 0.1 for e in estimators}
         own = {"full": 0.9, "half": 0.85}
         return CostTable(shape, 1.0, dict.fromkeys(names, by_keep), select, own)
 
@@ -104,7 +104,7 @@ def test_a_plan_that_leaves_everything_dense_is_written_too(model, tmp_path, mon
 
     def expensive(shape, *, estimators, **_):
         names = ("drop/natural", "drop/ordered", "mean/natural", "mean/ordered")
-        select, own = {e.kind: 1.0 for e in estimators}, {"full": 1.5, "half": 1.5}
+        select, own = {e.work: 1.0 for e in estimators}, {"full": 1.5, "half": 1.5}
         return CostTable(shape, 1.0, dict.fromkeys(names, (1.5,) * len(KEEPS)), select, own)
 
     monkeypatch.setattr(pricing, "measure", expensive)
