@@ -14,7 +14,7 @@ _HOMES = {
     "PlanError": "accel.errors",
     "Layout": "accel.layout",
     "Plan": "accel.plan",
-    "Choice": "accel.plan",
+    "Choice": "accel.choice",
     "Schedule": "accel.schedule",
     "recipe": "accel.recipes",
     "recipes": "accel.recipes",
@@ -29,6 +29,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from accel import recipes as recipes
+    from accel.choice import Choice as Choice
     from accel.context import step as step
     from accel.errors import AccelError as AccelError
     from accel.errors import PlanError as PlanError
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from accel.pipelines.enable import enable as enable
     from accel.pipelines.enable import enabled as enabled
     from accel.pipelines.enable import summary as summary
-    from accel.plan import Choice as Choice
     from accel.plan import Plan as Plan
     from accel.recipes import recipe as recipe
     from accel.schedule import Schedule as Schedule

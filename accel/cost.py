@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from accel.blocking import Blocking
+from accel.choice import Choice
 from accel.dense import usual_dense
 from accel.estimators import Estimator
 from accel.files import write_atomically
@@ -28,7 +29,7 @@ from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.masks import selectable, static_keep
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.timing import in_turns
 
 KEEPS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)

@@ -11,6 +11,7 @@ The common contract, whatever the estimator:
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,6 +74,16 @@ class _Call:
     order: Tensor | None  # int64 [tokens]
     valid: Tensor  # which tokens are, in order: bool [batch, tokens]
     padded: bool  # whether some may not be
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every estimator kernel asks for beside its tensors."""
+        return {
+            "block": self.blocking.block,
+            "scale": self.scale,
+            "kv_length": self.lengths,
+            "order": self.order,
+        }
 
     @property
     def columns(self) -> Tensor:
@@ -170,15 +181,7 @@ def _mass(call: _Call, every: int | None = None) -> tuple[Tensor, Tensor, Tensor
         rows, columns = call.blocking.block
         mass, _ = block_mass(q[:, :, ::every], k, block=(rows // every, columns), scale=call.scale)
         return mass, mass, None
-    mass, lse = block_mass(
-        call.q,
-        call.k,
-        block=call.blocking.block,
-        scale=call.scale,
-        lse=call.lse,
-        kv_length=call.lengths,
-        order=call.order,
-    )
+    mass, lse = block_mass(call.q, call.k, lse=call.lse, **call.settings)
     return mass, mass.masked_fill(~call.columns, -inf), lse
 
 
@@ -290,15 +293,7 @@ class Antidiagonal(Estimator):
 
     def _select(self, call: _Call) -> Selection:
         self.check_block(call.blocking.block)
-        mass = antidiagonal_scores(
-            call.q,
-            call.k,
-            block=call.blocking.block,
-            stride=self.stride,
-            scale=call.scale,
-            kv_length=call.lengths,
-            order=call.order,
-        )
+        mass = antidiagonal_scores(call.q, call.k, stride=self.stride, **call.settings)
         mass = mass.masked_fill(~call.columns, -inf)
         return Selection(top_mass(mass, self.tau, call.blocking))
 
@@ -321,14 +316,5 @@ class Pooled(Estimator):
         _check_switch(self, "value_bias")
 
     def _select(self, call: _Call) -> Selection:
-        scores = pooled_scores(
-            call.q,
-            call.k,
-            call.v,
-            block=call.blocking.block,
-            scale=call.scale,
-            value_bias=self.value_bias,
-            kv_length=call.lengths,
-            order=call.order,
-        )
+        scores = pooled_scores(call.q, call.k, call.v, value_bias=self.value_bias, **call.settings)
         return Selection(top_blocks(scores, self.keep, call.blocking))

@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from accel.blocking import Blocking
+from accel.choice import Choice
 from accel.estimators import Estimator
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.order import inverse
-from accel.plan import Choice
 
 RECALL_ROWS = 64
 

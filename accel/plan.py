@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accel.choice import Choice, guard
 from accel.errors import PlanError, nearest
-from accel.estimators import ESTIMATORS, Estimator, estimator_from_dict
+from accel.estimators import Estimator
 from accel.files import write_atomically
 from accel.geometry import Geometry
-from accel.kernels.arguments import PRECISIONS, RESTS
+from accel.kernels.arguments import PRECISIONS
 from accel.layout import Grid, as_grid
-from accel.order import parse_order
-from accel.pattern import PATTERNS, Full, Pattern, pattern_from_dict
 from accel.schedule import Schedule
 from accel.untrusted import bounded_int, finite, refuse_constant, table, typed
 
@@ -29,65 +28,6 @@ MAX_SITES = 4096
 MAX_HEADS = 4096
 MAX_BLOCK = 1024
 DENSE_BY = ("host", "kernel")
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What one head does in one band: how its blocks are selected, in which order, and the rest.
-
-    select: a pattern (known before the run) or an estimator (looks at q and k at refresh points).
-    order: name of the token order the selection lives in; rest: what stands in for the blocks
-    that are not kept.
-    """
-
-    select: Pattern | Estimator
-    order: str = "thw"
-    rest: str = "drop"
-
-    def __post_init__(self) -> None:
-        parse_order(self.order)
-        if self.rest not in RESTS:
-            raise PlanError(f"rest {self.rest!r} is unknown; {nearest(str(self.rest), RESTS)}")
-
-    @property
-    def dense(self) -> bool:
-        return isinstance(self.select, Full)
-
-    @property
-    def online(self) -> bool:
-        """Whether the selection looks at q and k."""
-        return isinstance(self.select, Estimator)
-
-    @property
-    def name(self) -> str:
-        parts = [self.select.name]
-        if self.order != "thw":
-            parts.append(self.order)
-        if self.rest != "drop":
-            parts.append(self.rest)
-        return " ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"select": self.select.to_dict(), "order": self.order, "rest": self.rest}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> "Choice":
-        data = table("a choice", data, {"select", "order", "rest"}, {"select"})
-        select = table("select", data["select"], None, {"kind"})
-        kind = typed("select kind", select["kind"], str)
-        if kind in PATTERNS:
-            chosen: Pattern | Estimator = _guard(pattern_from_dict, select)
-        elif kind in ESTIMATORS:
-            chosen = _guard(estimator_from_dict, select)
-        else:
-            known = [*PATTERNS, *ESTIMATORS]
-            raise PlanError(f"select kind {kind!r} is unknown; {nearest(str(kind), known)}")
-        order = typed("choice.order", data.get("order", "thw"), str)
-        rest = typed("choice.rest", data.get("rest", "drop"), str)
-        return cls(chosen, _guard(lambda o: parse_order(o) and o, order), rest)
-
-
-DENSE = Choice(Full())
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +76,7 @@ class Plan:
             if word not in PRECISIONS:
                 raise PlanError(f"precision {word!r} is unknown; {nearest(str(word), PRECISIONS)}")
         if self.grid is not None:
-            object.__setattr__(self, "grid", _guard(as_grid, self.grid))
+            object.__setattr__(self, "grid", guard(as_grid, self.grid))
         for site, bands in self.sites.items():
             if len(bands) != self.schedule.n_bands:
                 raise PlanError(
@@ -147,7 +87,7 @@ class Plan:
                 raise PlanError(f"site {site!r} does not have the same heads in every band")
         for choice in {c for bands in self.sites.values() for heads in bands for c in heads}:
             if isinstance(choice.select, Estimator):
-                _guard(choice.select.check_block, self.block)
+                guard(choice.select.check_block, self.block)
         ratios = typed("expected.dense_ratio", self.expected.get("dense_ratio", {}), dict)
         numbers = {f"dense_ratio[{word!r}]": value for word, value in ratios.items()}
         for name in ("speedup", "measured_speedup"):
@@ -233,7 +173,7 @@ class Plan:
         Patterns are kept in grid units and estimators look at the call, so nothing is lost; what
         was measured at the old grid is dropped.
         """
-        return replace(self, grid=_guard(as_grid, grid), expected={})
+        return replace(self, grid=guard(as_grid, grid), expected={})
 
     def check(self, target: Any) -> "Plan":
         """Refuse, naming the field, when this plan does not fit `target`; else return the plan.
@@ -335,7 +275,7 @@ class Plan:
             block=check_block(typed("block", data["block"], list)),
             dense=typed("dense", data.get("dense", "host"), str),
             precision=_precision(data.get("precision", "full")),
-            grid=None if grid is None else _guard(as_grid, typed("grid", grid, list)),
+            grid=None if grid is None else guard(as_grid, typed("grid", grid, list)),
             expected=typed("expected", data.get("expected", {}), dict),
             provenance=typed("provenance", data.get("provenance", {}), dict),
         )
@@ -433,13 +373,3 @@ def _pick(site: str, choices: list[Choice], number: Any) -> Choice:
             f"sites[{site!r}] names choice {number!r}; the plan has choices 0 to {len(choices) - 1}"
         )
     return choices[number]
-
-
-def _guard(read: Any, value: Any) -> Any:
-    """Bad parameters of a pattern, estimator or order are errors of the plan that has them."""
-    try:
-        return read(value)
-    except PlanError:
-        raise
-    except (TypeError, ValueError, KeyError) as error:
-        raise PlanError(f"{error!s:.500}") from error

@@ -8,11 +8,12 @@ recipe says otherwise (AdaSpa's paper has 64 tokens). What else departs is said 
 from collections.abc import Callable
 from typing import Any
 
+from accel.choice import DENSE, Choice
 from accel.errors import PlanError, nearest
 from accel.estimators import AdaptiveBlockMass, BlockMassTopK, Pooled
 from accel.geometry import Geometry
 from accel.pattern import FirstFrames, Radial, Union, Window
-from accel.plan import DENSE, Choice, Plan
+from accel.plan import Plan
 from accel.schedule import Schedule
 
 Recipe = Callable[..., Plan]

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from accel.choice import Choice
 from accel.context import Where
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
@@ -23,7 +24,7 @@ from accel.kernels.attention import resolve_backend, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.masks import SiteMask, sampled_recall, site_mask
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.records import Record, Stopwatch, phase_label
 from accel.schedule import Phase
 

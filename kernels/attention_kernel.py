@@ -8,9 +8,8 @@ every listed key tile with logits :math:`s = \log_2 e \cdot scale \cdot q k^T`,
 and at the end ``out = acc / l``, ``lse = ln 2 · m + ln l``. The scale is no multiplication of its
 own: it rides in the one that subtracts m.
 
-Blocks that are not kept enter the same sums first, under ``mean`` and ``taylor``, as tiles of their
-mean keys with ``log2 n_j`` added to the logits. Under ``taylor`` a tile is one group of blocks, so
-that the query tile, scaled by the group's weight, times the slope goes straight into acc.
+Under ``mean`` and ``taylor`` blocks that are not kept enter the same sums first, in
+``attention_rest``.
 
 With 8-bit keys the query tile is quantised here, row by row; its scales and the key block's make
 one factor per row, which rides where the plain scale did. The keys' mean was taken out of them,
@@ -27,21 +26,10 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from accel.kernels.attention_rest import stand_ins
+from accel.kernels.tiles_triton import load_rows, softmax_step, upcast
+
 __all__ = ["attention_kernel"]
-
-
-@triton.jit
-@no_type_check
-def _rows(p, o_row, s_row, m_row, DIM: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of DIM elements as ``[rows, BD]``, 0 where a mask says no."""
-    o_d = tl.arange(0, BD)
-    p_rows = p + o_row[:, None] * s_row + o_d[None, :]
-    if MASKED:
-        return tl.load(p_rows, m_row[:, None] & (o_d < DIM)[None, :], other=0.0)
-    elif BD != DIM:
-        return tl.load(p_rows, (o_d < DIM)[None, :], other=0.0)
-    else:
-        return tl.load(p_rows)
 
 
 @triton.jit
@@ -63,13 +51,6 @@ def _columns(
 
 @triton.jit
 @no_type_check
-def _upcast(x, UPCAST: tl.constexpr):
-    # the interpreter multiplies the bit patterns of bf16
-    return x.to(tl.float32) if UPCAST else x
-
-
-@triton.jit
-@no_type_check
 def _float(s):
     """Integers of less than 2^22 as fp32: in the mantissa of 1.5 · 2^23, as conversion is slow."""
     return (s + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
@@ -85,81 +66,6 @@ def _whole_blocks(p_list, count, blocks):
         below = tl.load(p_list + middle) < blocks
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
     return low
-
-
-@triton.jit
-@no_type_check
-def _weights(b_s, b_scale, b_acc, b_l, b_m, PER_ROW: tl.constexpr, LIFT: tl.constexpr):
-    """Weights of the logits ``b_scale b_s`` ``[BM, BN]``, and the sums brought to their pivot.
-
-    b_scale is positive, a number or ``[BM]``.
-    """
-    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * b_scale - LIFT)  # [BM]
-    b_factor = b_scale[:, None] if PER_ROW else b_scale
-    b_p = tl.exp2(b_s * b_factor - b_m_new[:, None])  # [BM, BN]
-    b_alpha = tl.exp2(b_m - b_m_new)  # [BM]
-    return b_p, b_acc * b_alpha[:, None], b_l * b_alpha + tl.sum(b_p, 1), b_m_new
-
-
-@triton.jit
-@no_type_check
-def _stand_ins(
-    b_q,
-    b_acc,
-    b_l,
-    b_m,
-    p_q,
-    o_token,
-    s_q_token,
-    m_m,
-    p_k_mean,
-    p_v_mean,
-    p_log_count,
-    p_kept,
-    p_slopes,
-    kv_blocks,
-    scale_log2,
-    DIM: tl.constexpr,
-    BD: tl.constexpr,
-    BT: tl.constexpr,
-    KV_BLOCK: tl.constexpr,
-    LIFT: tl.constexpr,
-    SLOPES: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The blocks that are not kept, each as one key; pointers stand at this head's or row's."""
-    # wide tiles leave few registers; products that no tensor core computes are unrolled
-    FEW: tl.constexpr = BD > 128 or p_q.dtype.element_ty.primitive_bitwidth == 32
-    MOST: tl.constexpr = 16 if FEW else 64
-    BC: tl.constexpr = MOST if BD > MOST else BD
-    for start in range(0, kv_blocks, BT):
-        o_j = start + tl.arange(0, BT)
-        m_j = o_j < kv_blocks
-        b_k = _upcast(_rows(p_k_mean, o_j, DIM, m_j, DIM, BD, True), UPCAST)  # [BT, BD]
-        b_v = _upcast(_rows(p_v_mean, o_j, DIM, m_j, DIM, BD, True), UPCAST)
-        b_bias = tl.load(p_log_count + o_j, m_j, other=float("-inf")) * 1.4426950408889634
-        m_out = tl.load(p_kept + o_j, m_j, other=1) == 0
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BM, BT]
-        b_s += tl.where(m_out, b_bias, float("-inf"))[None, :]
-        b_p, b_acc, b_l, b_m = _weights(b_s, 1.0, b_acc, b_l, b_m, False, LIFT)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-        if SLOPES:
-            # slopes are divided by the block size: weights of n_j tokens become those of a block
-            m_in = m_out & (b_bias > float("-inf"))
-            b_share = tl.where(m_in, KV_BLOCK * tl.exp2(-b_bias), 0.0)  # [BT]
-            b_r = tl.sum(b_p * b_share[None, :], 1) * (scale_log2 * 0.6931471805599453)  # [BM]
-            # q a second time, a few channels at once, as the whole slope is large
-            for c in tl.range(0, DIM, BC, num_stages=1):
-                o_c, o_d = c + tl.arange(0, BC), tl.arange(0, BD)
-                m_q = m_m[:, None] & (o_c < DIM)[None, :]
-                p_part = p_q + o_token[:, None] * s_q_token + o_c[None, :]
-                b_part = tl.load(p_part, m_q, other=0.0).to(tl.float32) * b_r[:, None]  # [BM, BC]
-                m_slope = (o_c < DIM)[:, None] & (o_d < DIM)[None, :]
-                b_slope = tl.load(p_slopes + o_c[:, None] * DIM + o_d[None, :], m_slope, other=0.0)
-                b_slope = _upcast(b_slope, UPCAST)  # [BC, BD]
-                b_acc = tl.dot(b_part.to(b_slope.dtype), b_slope, b_acc, input_precision="ieee")
-            p_slopes += DIM * DIM
-    return b_acc, b_l, b_m
 
 
 @triton.jit
@@ -274,6 +180,7 @@ def attention_kernel(
             length = tl.load(p_lengths + i_batch)
 
         # positions in the ordered sequence [BM], and the natural tokens there
+        o_d = tl.arange(0, BD)
         o_in = (i_work % Q_TILES) * BM + tl.arange(0, BM)
         o_token = (i_block * Q_BLOCK + o_in).to(tl.int64)
         m_m = (o_in < Q_BLOCK) & (o_token < tokens)
@@ -285,13 +192,12 @@ def attention_kernel(
                 p_q_head, [tokens, DIM], [s_q_token.to(tl.int64), 1], [BM, BD]
             )
             b_q = d_q.load([i_block * Q_BLOCK + (i_work % Q_TILES) * BM, 0])  # [BM, BD]
+            b_q = upcast(b_q, UPCAST)
         else:
-            b_q = _rows(p_q_head, o_token, s_q_token, m_m, DIM, BD, True)
-        b_q = _upcast(b_q, UPCAST)
+            b_q = load_rows(p_q_head, o_token, s_q_token, m_m, o_d, DIM, UPCAST)
 
         b_keyed, b_scale, b_shift = b_q, scale_log2, tl.zeros([BM], tl.float32)
         if INT8:
-            o_d = tl.arange(0, BD)
             b_mean = tl.load(p_k_shift + (b64 * kv_heads + i_kv_head) * DIM + o_d, o_d < DIM, 0.0)
             b_exact = b_q.to(tl.float32)
             b_shift = tl.sum(b_exact * b_mean[None, :], 1) * scale_log2
@@ -311,7 +217,7 @@ def attention_kernel(
             for SLOPES in tl.static_range(0, 2):
                 if SLOPES == 0 or p_slopes is not None:  # noqa: SIM102 (compiled, then run)
                     if rest == 1 + SLOPES:
-                        b_acc, b_l, b_m = _stand_ins(
+                        b_acc, b_l, b_m = stand_ins(
                             b_q,
                             b_acc,
                             b_l,
@@ -378,22 +284,23 @@ def attention_kernel(
                     if GATHER:
                         o_row, first_row = o_key, first_row * 0
                     p_k_tile, p_v_tile = p_k_head + first_row * s_k_token, p_v_head
-                    b_k = _rows(p_k_tile, o_row, s_k_token, m_n, DIM, BD, MASKED)
+                    b_k = load_rows(p_k_tile, o_row, s_k_token, m_n, o_d, DIM, False, MASKED)
                     if FP8:
                         b_v = _columns(p_v_head + start, s_v_token, m_n, DIM, BN, BD, MASKED)
                     else:
                         p_v_tile += first_row * s_v_token
-                        b_v = _rows(p_v_tile, o_row, s_v_token, m_n, DIM, BD, MASKED)
+                        b_v = load_rows(p_v_tile, o_row, s_v_token, m_n, o_d, DIM, False, MASKED)
                 if INT8:
                     i_scale = (b64 * kv_heads + i_kv_head) * kv_blocks + i_kv
                     b_tile_scale = b_scale * tl.load(p_k_scale + i_scale)
                     b_s = _float(tl.dot(b_keyed, tl.trans(b_k)))  # [BM, BN]
                 else:
                     b_tile_scale = b_scale
-                    b_s = tl.dot(b_keyed, tl.trans(_upcast(b_k, UPCAST)), input_precision="ieee")
+                    b_s = tl.dot(b_keyed, tl.trans(upcast(b_k, UPCAST)), input_precision="ieee")
                 if MASKED:
                     b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-                b_p, b_acc, b_l, b_m = _weights(b_s, b_tile_scale, b_acc, b_l, b_m, INT8, LIFT)
+                b_p, b_alpha, b_l, b_m = softmax_step(b_s, b_tile_scale, b_l, b_m, INT8, LIFT)
+                b_acc = b_acc * b_alpha[:, None]
                 if INT8:
                     # always itself; what a loop carries is brought to the layout of the logits once
                     b_scale = tl.where(b_m > -3e38, b_scale, 0.0)
@@ -401,14 +308,13 @@ def attention_kernel(
                     # sums of 8-bit products have 14 bits: a tile is summed so, tiles in fp32
                     b_acc = tl.dot(b_p.to(tl.float8e4nv), b_v, b_acc, max_num_imprecise_acc=BN)
                 else:
-                    b_v = _upcast(b_v, UPCAST)
+                    b_v = upcast(b_v, UPCAST)
                     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
         m_any = b_l > 0.0
         b_l = tl.where(m_any, b_l, 1.0)
         b_lse = (b_m + b_shift) * 0.6931471805599453 + tl.log(b_l)
         b_out = b_acc / b_l[:, None]
-        o_d = tl.arange(0, BD)
         if FP8:
             p_v_unit = p_v_scale + (b64 * kv_heads + i_kv_head) * DIM
             b_out = b_out * tl.load(p_v_unit + o_d, o_d < DIM, other=0.0)[None, :]

@@ -16,6 +16,7 @@ from accel.kernels.pooling import TAYLOR_GROUP, in_order
 from accel.kernels.pooling_triton import block_slopes, pool_blocks
 from accel.kernels.quantize import Keys8, Values8, quantize_keys, quantize_values
 from accel.kernels.tiles import choose_tiles, tiles_key
+from accel.kernels.tiles_triton import order_stride
 
 __all__ = ["arithmetic", "forward"]
 
@@ -127,7 +128,7 @@ def forward(
             *_strides(q, aligned),
             *_strides(keys, aligned),
             *_strides(values, aligned),
-            0 if order is None or order.shape[0] == 1 else tokens,
+            order_stride(order),
             works,
             rows,
             tokens,

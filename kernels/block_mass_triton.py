@@ -20,13 +20,17 @@ from torch import Tensor
 
 from accel.kernels.row_lse_triton import row_lse
 from accel.kernels.tiles_triton import (
+    BlockTiles,
+    batch_and_head,
     block_places,
-    blocks_per_tile,
     choose_logit_tiles,
     is_interpreted,
     load_rows,
     natural_tokens,
+    order_stride,
     rows_of,
+    store_block_sums,
+    valid_length,
 )
 
 __all__ = ["block_mass_kernel", "forward"]
@@ -67,16 +71,11 @@ def block_mass_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    Q_SIDE: tl.constexpr = BM // Q_ROWS  # query blocks side by side in a tile
-    KV_SIDE: tl.constexpr = BN // KV_ROWS
     i_tile = tl.program_id(0)
-    i_batch = (tl.program_id(1) // heads).to(tl.int64)
-    i_head = (tl.program_id(1) % heads).to(tl.int64)
+    i_batch, i_head = batch_and_head(heads)
     p_q += i_batch * s_q_batch + i_head * s_q_head
     p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
-    length = kv_tokens
-    if p_lengths is not None:
-        length = tl.load(p_lengths + i_batch)
+    length = valid_length(p_lengths, i_batch, kv_tokens)
 
     o_m, m_m = block_places(i_tile, q_blocks, tokens, Q_BLOCK, Q_TILES, Q_ROWS, BM)
     o_token = natural_tokens(p_order, i_head * s_order_head, o_m, m_m)
@@ -91,27 +90,19 @@ def block_mass_kernel(
     # rows without a key have logits of -inf alone; an LSE of inf takes a row out
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse * 1.4426950408889634)
 
-    o_i = (i_tile // Q_TILES) * Q_SIDE + tl.arange(0, Q_SIDE)
-    o_row = ((i_batch * heads + i_head) * q_blocks + o_i) * Q_TILES + i_tile % Q_TILES
-    b_sum = tl.zeros([BM, KV_SIDE], tl.float32)
-    for i_kv in range(tl.cdiv(kv_blocks, KV_SIDE) * KV_TILES):
+    p_mass += (i_batch * heads + i_head) * q_blocks * Q_TILES * kv_blocks
+    b_sum = tl.zeros([BM, BN // KV_ROWS], tl.float32)
+    for i_kv in range(tl.cdiv(kv_blocks, BN // KV_ROWS) * KV_TILES):
         o_n, m_n = block_places(i_kv, kv_blocks, kv_tokens, KV_BLOCK, KV_TILES, KV_ROWS, BN)
         o_key = natural_tokens(p_order, i_head * s_order_head, o_n, m_n)
         m_n = m_n & (o_key < length)
         b_k = load_rows(p_k, o_key, s_k_token, m_n, o_d, DIM, UPCAST)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BM, BN]
         b_p = tl.exp2(tl.where(m_n[None, :], b_s, float("-inf")) - b_lse[:, None])
-        if KV_SIDE == 1:
-            b_part = tl.sum(b_p, 1)[:, None]
-        else:
-            b_part = tl.sum(tl.reshape(b_p, [BM, KV_SIDE, KV_ROWS]), 2)
-        # a block in one tile has nothing to carry on
-        b_sum = b_part if KV_TILES == 1 else tl.where(i_kv % KV_TILES == 0, 0.0, b_sum) + b_part
-        b_mass = tl.sum(tl.reshape(b_sum, [Q_SIDE, Q_ROWS, KV_SIDE]), 1)  # [Q_SIDE, KV_SIDE]
-        o_j = (i_kv // KV_TILES) * KV_SIDE + tl.arange(0, KV_SIDE)
-        m_out = (o_i < q_blocks)[:, None] & (o_j < kv_blocks)[None, :]
-        m_out = m_out & (i_kv % KV_TILES == KV_TILES - 1)
-        tl.store(p_mass + o_row[:, None] * kv_blocks + o_j[None, :], b_mass, m_out)
+        b_sum = store_block_sums(
+            p_mass, b_p, b_sum, i_tile, i_kv, q_blocks, kv_blocks,
+            Q_TILES, Q_ROWS, KV_TILES, KV_ROWS, BM, BN,
+        )  # fmt: skip
 
 
 def forward(
@@ -132,12 +123,12 @@ def forward(
     if lse is None:
         lse = row_lse(q, k, scale=scale, lengths=lengths)
     tiles = choose_logit_tiles(dim, q.element_size())
-    side, cuts, q_rows = blocks_per_tile(block[0], tiles.rows)
-    _, kv_cuts, kv_rows = blocks_per_tile(block[1], tiles.columns)
+    across = BlockTiles.of(block[0], tiles.rows)
+    along = BlockTiles.of(block[1], tiles.columns)
     mass = torch.empty(
-        batch, heads, q_blocks, cuts, kv_blocks, dtype=torch.float32, device=q.device
+        batch, heads, q_blocks, across.cuts, kv_blocks, dtype=torch.float32, device=q.device
     )
-    block_mass_kernel[(ceil(q_blocks / side) * cuts, batch * heads)](
+    block_mass_kernel[(ceil(q_blocks / across.side) * across.cuts, batch * heads)](
         q,
         k,
         lse.float().contiguous(),
@@ -146,7 +137,7 @@ def forward(
         None if order is None else order.contiguous(),
         *q.stride()[:3],
         *k.stride()[:3],
-        0 if order is None or order.shape[0] == 1 else tokens,
+        order_stride(order),
         tokens,
         kv_tokens,
         heads,
@@ -156,16 +147,12 @@ def forward(
         scale / log(2),
         DIM=dim,
         Q_BLOCK=block[0],
-        Q_TILES=cuts,
-        Q_ROWS=q_rows,
+        Q_TILES=across.cuts,
+        Q_ROWS=across.rows,
         KV_BLOCK=block[1],
-        KV_TILES=kv_cuts,
-        KV_ROWS=kv_rows,
-        BM=tiles.rows,
-        BN=tiles.columns,
-        BD=tiles.dim,
+        KV_TILES=along.cuts,
+        KV_ROWS=along.rows,
         UPCAST=interpreted,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.options,
     )
-    return mass[:, :, :, 0] if cuts == 1 else mass.sum(3), lse
+    return mass[:, :, :, 0] if across.cuts == 1 else mass.sum(3), lse

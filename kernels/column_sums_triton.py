@@ -17,7 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from accel.kernels.row_lse_triton import row_lse
-from accel.kernels.tiles_triton import choose_logit_tiles, is_interpreted, load_rows, rows_of
+from accel.kernels.tiles_triton import (
+    batch_and_head,
+    choose_logit_tiles,
+    is_interpreted,
+    load_rows,
+    rows_of,
+    valid_length,
+)
 
 __all__ = ["column_sums_kernel", "forward"]
 
@@ -48,13 +55,10 @@ def column_sums_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    i_batch = (tl.program_id(1) // heads).to(tl.int64)
-    i_head = (tl.program_id(1) % heads).to(tl.int64)
+    i_batch, i_head = batch_and_head(heads)
     p_q += i_batch * s_q_batch + i_head * s_q_head
     p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
-    length = kv_tokens
-    if p_lengths is not None:
-        length = tl.load(p_lengths + i_batch)
+    length = valid_length(p_lengths, i_batch, kv_tokens)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     b_k = load_rows(p_k, o_m.to(tl.int64), s_k_token, o_m < length, o_d, DIM, UPCAST)  # [BM, BD]
@@ -109,11 +113,7 @@ def forward(
         kv_heads,
         scale / log(2),
         DIM=dim,
-        BM=tiles.rows,
-        BN=tiles.columns,
-        BD=tiles.dim,
         UPCAST=interpreted,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.options,
     )
     return sums

@@ -9,7 +9,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from accel.kernels.tiles_triton import is_interpreted, load_rows, rows_of
+from accel.kernels.tiles_triton import batch_and_head, is_interpreted, load_rows, rows_of
 
 __all__ = ["forward", "merge_kernel"]
 
@@ -34,8 +34,7 @@ def merge_kernel(
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    i_batch = (tl.program_id(1) // heads).to(tl.int64)
-    i_head = (tl.program_id(1) % heads).to(tl.int64)
+    i_batch, i_head = batch_and_head(heads)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < tokens
     o_row = (i_batch * heads + i_head) * tokens + o_m

@@ -9,7 +9,7 @@ import triton.language as tl
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from accel.kernels.tiles_triton import is_interpreted, rows_of
+from accel.kernels.tiles_triton import is_interpreted, order_stride, rows_of
 
 __all__ = ["forward", "permute_kernel"]
 
@@ -115,7 +115,7 @@ def forward(
         *(tuple(x.stride(axis) for x in ins) for axis in range(3)),
         tuple(x.shape[1] for x in ins),
         programs,
-        0 if len(order) == 1 else tokens,
+        order_stride(order),
         tokens,
         WIDTHS=widths,
         BTS=rows,

@@ -14,7 +14,16 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from accel.kernels.tiles_triton import is_interpreted, load_rows, natural_tokens, rows_of
+from accel.kernels.tiles_triton import (
+    batch_and_head,
+    block_sum,
+    is_interpreted,
+    load_rows,
+    order_stride,
+    rows_of,
+    rows_of_block,
+    valid_length,
+)
 
 __all__ = ["block_moments_kernel", "moments"]
 
@@ -48,25 +57,16 @@ def block_moments_kernel(
     BV: tl.constexpr,
 ):
     i_block = tl.program_id(0)
-    i_batch = (tl.program_id(1) // heads).to(tl.int64)
-    i_head = (tl.program_id(1) % heads).to(tl.int64)
+    i_batch, i_head = batch_and_head(heads)
     i_source = i_head * source_heads // heads
     p_x += i_batch * s_x_batch + i_source * s_x_head
-    length = tokens
-    if p_lengths is not None:
-        length = tl.load(p_lengths + i_batch)
+    length = valid_length(p_lengths, i_batch, tokens)
     o_d = tl.arange(0, BD)
 
-    b_sum = tl.zeros([BD], tl.float32)
-    b_count = tl.zeros([BT], tl.float32)
-    for start in range(0, BLOCK, BT):
-        o_in = start + tl.arange(0, BT)
-        m_t = (o_in < BLOCK) & (i_block * BLOCK + o_in < tokens)
-        o_t = natural_tokens(p_order, i_head * s_order_head, i_block * BLOCK + o_in, m_t)
-        m_t = m_t & (o_t < length)
-        b_sum += tl.sum(load_rows(p_x, o_t, s_x_token, m_t, o_d, DIM, True), 0)
-        b_count += tl.where(m_t, 1.0, 0.0)
-    count = tl.sum(b_count, 0)
+    o_head = i_head * s_order_head
+    b_sum, count = block_sum(
+        p_x, s_x_token, p_order, o_head, i_block, tokens, length, DIM, BLOCK, BT, BD
+    )
     b_mean = b_sum / tl.maximum(count, 1.0)  # [BD]
     o_out = (i_batch * heads + i_head) * tl.num_programs(0) + i_block
     tl.store(p_mean + o_out * DIM + o_d, b_mean, o_d < DIM)
@@ -80,9 +80,7 @@ def block_moments_kernel(
             b_slope = tl.zeros([BD, BV], tl.float32)
             for start in range(0, BLOCK, BT):
                 o_in = start + tl.arange(0, BT)
-                m_t = (o_in < BLOCK) & (i_block * BLOCK + o_in < tokens)
-                o_t = natural_tokens(p_order, i_head * s_order_head, i_block * BLOCK + o_in, m_t)
-                m_t = m_t & (o_t < length)
+                o_t, _, m_t = rows_of_block(p_order, o_head, i_block, o_in, tokens, length, BLOCK)
                 b_x = load_rows(p_x, o_t, s_x_token, m_t, o_d, DIM, True)
                 b_x = tl.where(m_t[:, None], b_x - b_mean[None, :], 0.0)  # [BT, BD]
                 b_v = load_rows(p_v, o_t, s_v_token, m_t, o_v, DIM, True)  # [BT, BV]
@@ -122,7 +120,7 @@ def moments(
         None if order is None else order.contiguous(),
         *x.stride()[:3],
         *(0, 0, 0) if v is None else v.stride()[:3],
-        0 if order is None or order.shape[0] == 1 else tokens,
+        order_stride(order),
         tokens,
         heads,
         source_heads,

@@ -13,6 +13,14 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from accel.kernels.pooling import TAYLOR_GROUP
+from accel.kernels.tiles_triton import (
+    batch_and_head,
+    block_sum,
+    load_rows,
+    order_stride,
+    rows_of_block,
+    valid_length,
+)
 
 __all__ = ["block_slopes", "pool_blocks"]
 
@@ -39,7 +47,7 @@ def pool_blocks(
         torch.empty(batch, heads, blocks, dim, dtype=k.dtype, device=k.device) for _ in "kv"
     )
     log_count = torch.empty(batch, heads, blocks, dtype=torch.float32, device=k.device)
-    means_kernel[batch * heads * blocks,](
+    means_kernel[(blocks, batch * heads)](
         k,
         v,
         k_mean,
@@ -51,11 +59,10 @@ def pool_blocks(
         order,
         *k.stride()[:3],
         *v.stride()[:3],
-        0 if order is None or order.shape[0] == 1 else tokens,
+        order_stride(order),
         tokens,
         heads,
         kv_heads,
-        blocks,
         **_sizes(dim, block),
         num_warps=4,
     )
@@ -79,7 +86,7 @@ def block_slopes(
     slopes = torch.empty(batch, heads, groups, dim, dim, dtype=k.dtype, device=k.device)
     sizes = _sizes(dim, block)
     columns = min(sizes["BD"], 64)
-    slopes_kernel[batch * heads * groups, ceil(dim / columns)](
+    slopes_kernel[(groups, batch * heads, ceil(dim / columns))](
         k,
         v,
         stands_in.contiguous(),
@@ -89,14 +96,13 @@ def block_slopes(
         order,
         *k.stride()[:3],
         *v.stride()[:3],
-        0 if order is None or order.shape[0] == 1 else tokens,
+        order_stride(order),
         tokens,
         heads,
         kv_heads,
         1 if unit is None else unit.shape[1],
         mask_batch,
         blocks,
-        groups,
         GROUP=TAYLOR_GROUP,
         BC=columns,
         UPCAST=triton.knobs.runtime.interpret,
@@ -113,46 +119,6 @@ def _sizes(dim: int, block: int) -> dict[str, int]:
         "BN": min(64, max(16, triton.next_power_of_2(block))),
         "BD": max(16, triton.next_power_of_2(dim)),
     }
-
-
-@triton.jit
-@no_type_check
-def _valid_rows(p_order, first, o_in, tokens, length, KV_BLOCK: tl.constexpr):
-    """The natural tokens at these places of a block, and which of them are valid."""
-    o_n = first + o_in
-    m_n = (o_in < KV_BLOCK) & (o_n < tokens)
-    o_key = o_n.to(tl.int64)
-    if p_order is not None:
-        o_key = tl.load(p_order + o_n, m_n, other=0).to(tl.int64)
-    return o_key, m_n & (o_key < length)
-
-
-@triton.jit
-@no_type_check
-def _sums(
-    p,
-    s_row,
-    p_order,
-    first,
-    tokens,
-    length,
-    DIM: tl.constexpr,
-    KV_BLOCK: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Sum and number of the valid rows of a block."""
-    o_d = tl.arange(0, BD)
-    b_sum = tl.zeros([BD], tl.float32)
-    b_count = tl.zeros([BN], tl.int32)
-    for start in range(0, KV_BLOCK, BN):
-        o_in = start + tl.arange(0, BN)
-        o_key, m_key = _valid_rows(p_order, first, o_in, tokens, length, KV_BLOCK)
-        p_rows = p + o_key[:, None] * s_row + o_d[None, :]
-        b = tl.load(p_rows, m_key[:, None] & (o_d < DIM)[None, :], other=0.0)
-        b_sum += tl.sum(b.to(tl.float32), 0)
-        b_count += m_key.to(tl.int32)
-    return b_sum, tl.sum(b_count, 0).to(tl.float32)
 
 
 @triton.jit
@@ -177,29 +143,27 @@ def means_kernel(
     tokens,
     heads,
     kv_heads,
-    blocks,
     DIM: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
     """One block of one head."""
-    i_block = tl.program_id(0) % blocks
-    i_head = ((tl.program_id(0) // blocks) % heads).to(tl.int64)
-    i_batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    i_block = tl.program_id(0)
+    i_batch, i_head = batch_and_head(heads)
     i_kv_head = i_head * kv_heads // heads
     p_k += i_batch * s_k_batch + i_kv_head * s_k_head
     p_v += i_batch * s_v_batch + i_kv_head * s_v_head
-    if p_order is not None:
-        p_order += i_head * s_order_head
-    length = tokens
-    if p_lengths is not None:
-        length = tl.load(p_lengths + i_batch)
-    first = i_block * KV_BLOCK
+    length = valid_length(p_lengths, i_batch, tokens)
+    o_order = i_head * s_order_head
     o_d = tl.arange(0, BD)
     m_d = o_d < DIM
-    b_k, count = _sums(p_k, s_k_token, p_order, first, tokens, length, DIM, KV_BLOCK, BN, BD)
-    b_v, _ = _sums(p_v, s_v_token, p_order, first, tokens, length, DIM, KV_BLOCK, BN, BD)
+    b_k, count = block_sum(
+        p_k, s_k_token, p_order, o_order, i_block, tokens, length, DIM, KV_BLOCK, BN, BD
+    )
+    b_v, _ = block_sum(
+        p_v, s_v_token, p_order, o_order, i_block, tokens, length, DIM, KV_BLOCK, BN, BD
+    )
     some = tl.maximum(count, 1.0)
     b_k, b_v = b_k / some, b_v / some
     o_head = (i_batch * heads + i_head) * DIM
@@ -207,7 +171,7 @@ def means_kernel(
         b_k -= tl.load(p_shift + o_head + o_d, m_d, other=0.0)
     if p_unit is not None:
         b_v = b_v / tl.load(p_unit + o_head + o_d, m_d, other=1.0)
-    i_out = tl.program_id(0).to(tl.int64)
+    i_out = (i_batch * heads + i_head) * tl.num_programs(0) + i_block
     tl.store(p_k_mean + i_out * DIM + o_d, b_k.to(p_k_mean.dtype.element_ty), m_d)
     tl.store(p_v_mean + i_out * DIM + o_d, b_v.to(p_v_mean.dtype.element_ty), m_d)
     tl.store(p_log_count + i_out, tl.where(count > 0, tl.log(some), float("-inf")))
@@ -236,7 +200,6 @@ def slopes_kernel(
     unit_heads,
     mask_batch,
     blocks,
-    groups,
     DIM: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -246,48 +209,40 @@ def slopes_kernel(
     UPCAST: tl.constexpr,
 ):
     """Some columns of the slope of one group of one head."""
-    i_group = tl.program_id(0) % groups
-    i_head = ((tl.program_id(0) // groups) % heads).to(tl.int64)
-    i_batch = (tl.program_id(0) // groups // heads).to(tl.int64)
+    i_group = tl.program_id(0)
+    i_batch, i_head = batch_and_head(heads)
     i_kv_head = i_head * kv_heads // heads
     p_k += i_batch * s_k_batch + i_kv_head * s_k_head
     p_v += i_batch * s_v_batch + i_kv_head * s_v_head
     p_stands_in += ((i_batch % mask_batch) * heads + i_head) * blocks
-    if p_order is not None:
-        p_order += i_head * s_order_head
-    length = tokens
-    if p_lengths is not None:
-        length = tl.load(p_lengths + i_batch)
+    length = valid_length(p_lengths, i_batch, tokens)
+    o_order = i_head * s_order_head
     o_d = tl.arange(0, BD)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    o_c = tl.program_id(2) * BC + tl.arange(0, BC)
     b_acc = tl.zeros([BD, BC], tl.float32)
     taken = 0.0
     for i_block in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, blocks)):
         if tl.load(p_stands_in + i_block) != 0:
-            first = i_block * KV_BLOCK
-            b_mean, count = _sums(
-                p_k, s_k_token, p_order, first, tokens, length, DIM, KV_BLOCK, BN, BD
+            b_mean, count = block_sum(
+                p_k, s_k_token, p_order, o_order, i_block, tokens, length, DIM, KV_BLOCK, BN, BD
             )
             b_mean = b_mean / tl.maximum(count, 1.0)
             taken += (count > 0).to(tl.float32)
             for start in range(0, KV_BLOCK, BN):
                 o_in = start + tl.arange(0, BN)
-                o_key, m_key = _valid_rows(p_order, first, o_in, tokens, length, KV_BLOCK)
-                m_k = m_key[:, None] & (o_d < DIM)[None, :]
-                b_k = tl.load(p_k + o_key[:, None] * s_k_token + o_d[None, :], m_k, other=0.0)
-                m_v = m_key[:, None] & (o_c < DIM)[None, :]
-                b_v = tl.load(p_v + o_key[:, None] * s_v_token + o_c[None, :], m_v, other=0.0)
-                b_k = tl.where(m_k, b_k.to(tl.float32) - b_mean[None, :], 0.0)  # [BN, BD]
-                # the interpreter multiplies the bit patterns of bf16
-                b_v = b_v.to(tl.float32) if UPCAST else b_v
+                o_t, _, m_t = rows_of_block(
+                    p_order, o_order, i_block, o_in, tokens, length, KV_BLOCK
+                )
+                b_k = load_rows(p_k, o_t, s_k_token, m_t, o_d, DIM, True)
+                b_k = tl.where(m_t[:, None], b_k - b_mean[None, :], 0.0)  # [BN, BD]
+                b_v = load_rows(p_v, o_t, s_v_token, m_t, o_c, DIM, UPCAST)  # [BN, BC]
                 b_k = tl.trans(b_k.to(b_v.dtype))
                 b_acc = tl.dot(b_k, b_v, b_acc, input_precision="ieee")
     b_acc = b_acc / (tl.maximum(taken, 1.0) * KV_BLOCK)
     if p_unit is not None:
         i_unit = (i_batch * unit_heads + i_head * unit_heads // heads) * DIM
         b_acc = b_acc / tl.load(p_unit + i_unit + o_c, o_c < DIM, other=1.0)[None, :]
-    p_rows = (
-        p_slopes + tl.program_id(0).to(tl.int64) * DIM * DIM + o_d[:, None] * DIM + o_c[None, :]
-    )
+    p_slopes += ((i_batch * heads + i_head) * tl.num_programs(0) + i_group) * DIM * DIM
+    p_rows = p_slopes + o_d[:, None] * DIM + o_c[None, :]
     m_out = (o_d < DIM)[:, None] & (o_c < DIM)[None, :]
     tl.store(p_rows, b_acc.to(p_slopes.dtype.element_ty), m_out)

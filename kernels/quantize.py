@@ -14,6 +14,13 @@ from jaxtyping import Float, Float32, Int, Int8
 from torch import Tensor
 
 from accel.kernels.pooling import in_order, valid_positions
+from accel.kernels.tiles_triton import (
+    batch_and_head,
+    load_rows,
+    order_stride,
+    rows_of_block,
+    valid_length,
+)
 
 __all__ = ["Keys8", "Values8", "quantize_keys", "quantize_values"]
 
@@ -61,7 +68,7 @@ def quantize_keys(
     scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=k.device)
     head = torch.arange(heads, device=k.device) * kv_heads // heads
     shift = shift[:, head].contiguous()
-    keys_kernel[scale.numel(),](
+    keys_kernel[(blocks, batch * heads)](
         k,
         values,
         scale,
@@ -70,11 +77,10 @@ def quantize_keys(
         order,
         *k.stride()[:3],
         *values.stride()[:3],
-        0 if order is None or order.shape[0] == 1 else tokens,
+        order_stride(order),
         tokens,
         heads,
         kv_heads,
-        scale.shape[2],
         DIM=dim,
         KV_BLOCK=block,
         BN=min(64, max(16, triton.next_power_of_2(block))),
@@ -126,44 +132,38 @@ def keys_kernel(
     tokens,
     heads,
     kv_heads,
-    blocks,
     DIM: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
     """One key block of one head: its largest deviation from the shift, then its integers."""
-    i_block = tl.program_id(0) % blocks
-    i_head = ((tl.program_id(0) // blocks) % heads).to(tl.int64)
-    i_batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    i_block = tl.program_id(0)
+    i_batch, i_head = batch_and_head(heads)
     p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
     p_out += i_batch * s_out_batch + i_head * s_out_head
-    length = tokens
-    if p_lengths is not None:
-        length = tl.load(p_lengths + i_batch)
+    length = valid_length(p_lengths, i_batch, tokens)
     o_d = tl.arange(0, BD)
-    m_d = (o_d < DIM)[None, :]
     b_shift = tl.load(p_shift + (i_batch * heads + i_head) * DIM + o_d, o_d < DIM, other=0.0)
     b_top = tl.zeros([BD], tl.float32)
     b_unit = 1.0
     for PASS in tl.static_range(0, 2):
         for start in range(0, KV_BLOCK, BN):
             o_in = start + tl.arange(0, BN)
-            o_n = (i_block * KV_BLOCK + o_in).to(tl.int64)
-            m_n = (o_in < KV_BLOCK) & (o_n < tokens)
-            o_key = o_n
-            if p_order is not None:
-                o_key = tl.load(p_order + i_head * s_order_head + o_n, m_n, other=0)
-            m_key = (m_n & (o_key < length))[:, None] & m_d
-            b_k = tl.load(p_k + o_key[:, None] * s_k_token + o_d[None, :], m_key, other=0.0)
-            b_k = tl.where(m_key, b_k.to(tl.float32) - b_shift[None, :], 0.0)  # [BN, BD]
+            o_t, m_n, m_t = rows_of_block(
+                p_order, i_head * s_order_head, i_block, o_in, tokens, length, KV_BLOCK
+            )
+            b_k = load_rows(p_k, o_t, s_k_token, m_t, o_d, DIM, True)
+            b_k = tl.where(m_t[:, None], b_k - b_shift[None, :], 0.0)  # [BN, BD]
             if PASS == 0:
                 b_top = tl.maximum(b_top, tl.max(tl.abs(b_k), 0))
             else:
                 b_k = b_k / b_unit
                 b_k = (b_k + tl.where(b_k < 0, -0.5, 0.5)).to(tl.int8)
+                o_n = (i_block * KV_BLOCK + o_in).to(tl.int64)
                 p_rows = p_out + o_n[:, None] * s_out_token + o_d[None, :]
-                tl.store(p_rows, b_k, m_n[:, None] & m_d)
+                tl.store(p_rows, b_k, m_n[:, None] & (o_d < DIM)[None, :])
         if PASS == 0:
             b_unit = tl.maximum(tl.max(b_top, 0), 1e-12) / 127
-            tl.store(p_scale + tl.program_id(0), b_unit)
+            i_scale = (i_batch * heads + i_head) * tl.num_programs(0) + i_block
+            tl.store(p_scale + i_scale, b_unit)

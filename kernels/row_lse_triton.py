@@ -16,7 +16,15 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from accel.kernels.tiles_triton import choose_logit_tiles, is_interpreted, load_rows, rows_of
+from accel.kernels.tiles_triton import (
+    batch_and_head,
+    choose_logit_tiles,
+    is_interpreted,
+    load_rows,
+    rows_of,
+    softmax_step,
+    valid_length,
+)
 
 __all__ = ["row_lse", "row_lse_kernel"]
 
@@ -45,13 +53,10 @@ def row_lse_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    i_batch = (tl.program_id(1) // heads).to(tl.int64)
-    i_head = (tl.program_id(1) % heads).to(tl.int64)
+    i_batch, i_head = batch_and_head(heads)
     p_q += i_batch * s_q_batch + i_head * s_q_head
     p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
-    length = kv_tokens
-    if p_lengths is not None:
-        length = tl.load(p_lengths + i_batch)
+    length = valid_length(p_lengths, i_batch, kv_tokens)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < tokens
     o_d = tl.arange(0, BD)
@@ -66,9 +71,7 @@ def row_lse_kernel(
         b_k = load_rows(p_k, o_n.to(tl.int64), s_k_token, m_n, o_d, DIM, UPCAST)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BM, BN]
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-        b_l = b_l * tl.exp2(b_m - b_m_new) + tl.sum(tl.exp2(b_s - b_m_new[:, None]), 1)
-        b_m = b_m_new
+        _, _, b_l, b_m = softmax_step(b_s, 1.0, b_l, b_m, False, 0.0)
 
     m_any = b_l > 0.0
     b_lse = (b_m + tl.log2(tl.where(m_any, b_l, 1.0))) * 0.6931471805599453
@@ -102,11 +105,7 @@ def row_lse(
         k.shape[1],
         scale / log(2),
         DIM=dim,
-        BM=tiles.rows,
-        BN=tiles.columns,
-        BD=tiles.dim,
         UPCAST=interpreted,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.options,
     )
     return lse

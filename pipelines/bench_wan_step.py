@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 import accel
+from accel.choice import Choice
 from accel.dense import SDPA
 from accel.errors import AccelError
 from accel.estimators import Pooled
@@ -29,7 +30,7 @@ from accel.pipelines.bench_wan_model import Step, WanStep, random_step
 from accel.pipelines.enable import enabled, session_of
 from accel.pipelines.host import resolve_device
 from accel.pipelines.pricing import dense_plan
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.recipes import recipe
 from accel.schedule import Schedule
 from accel.timing import in_turns

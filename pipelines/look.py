@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from accel.choice import DENSE
 from accel.files import write_atomically
 from accel.geometry import Site
 from accel.kernels.block_mass import block_mass
@@ -20,7 +21,7 @@ from accel.masks import SiteMask, sampled_recall, site_mask
 from accel.pipelines.adapters import by_denoiser, denoisers_of
 from accel.pipelines.enable import disable, enable, session_of
 from accel.pipelines.host import Host
-from accel.plan import DENSE, Plan
+from accel.plan import Plan
 from accel.router import Run
 from accel.schedule import Phase, Schedule
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from accel.choice import DENSE, Choice
 from accel.cost import CostTable, Shape, fastest_dense, measure, price
 from accel.errors import AccelError
 from accel.estimators import Estimator
@@ -18,7 +19,7 @@ from accel.layout import Layout
 from accel.pipelines.adapters import denoisers_of, geometry_of
 from accel.pipelines.enable import enabled, session_of
 from accel.pipelines.host import Host
-from accel.plan import DENSE, Choice, Plan
+from accel.plan import Plan
 from accel.schedule import Schedule
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accel.plan import DENSE, Choice
+from accel.choice import DENSE, Choice
 from accel.search.profile import Key, Profile
 
 

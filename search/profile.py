@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accel.blocking import Blocking
+from accel.choice import Choice
 from accel.estimators import Estimator
 from accel.geometry import Site
 from accel.kernels.attention import sparse_attention
@@ -32,7 +33,6 @@ from accel.kernels.pooling import TAYLOR_GROUP, block_slopes, pool_blocks
 from accel.layout import Layout
 from accel.masks import selectable
 from accel.order import inverse
-from accel.plan import Choice
 from accel.router import Run
 from accel.schedule import Schedule
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from accel.choice import DENSE, Choice
 from accel.cost import (
     CostTable,
     dense_price,
@@ -39,7 +40,7 @@ from accel.pipelines.pricing import (
     load_or_measure_costs,
     warm_up_steps,
 )
-from accel.plan import DENSE, Choice, Plan, check_block
+from accel.plan import Plan, check_block
 from accel.recipes import recipe
 from accel.schedule import Schedule
 from accel.search.front import Point, Times, front, within

@@ -5,9 +5,10 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import accel
+from accel.choice import Choice
 from accel.geometry import Geometry
 from accel.pipelines.adapters import sites_of
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.schedule import Schedule
 
 GRID = (3, 5, 7)  # no block size divides its 105 tokens

@@ -3,12 +3,13 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from accel.choice import Choice
 from accel.context import Where
 from accel.estimators import BlockMassTopK
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
 from accel.pattern import Window
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.router import Session
 from accel.schedule import Schedule
 

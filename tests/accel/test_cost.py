@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from accel.choice import DENSE, Choice
 from accel.cost import (
     KEEPS,
     CostTable,
@@ -21,7 +22,7 @@ from accel.geometry import Geometry, Site
 from accel.kernels.arguments import RESTS
 from accel.layout import Layout
 from accel.pattern import Full, Skip, Window
-from accel.plan import DENSE, Choice, Plan
+from accel.plan import Plan
 from accel.schedule import Schedule
 
 LAYOUT = Layout.of((4, 8, 8))

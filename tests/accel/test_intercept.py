@@ -11,13 +11,14 @@ from diffusers.models.transformers import transformer_wan
 from torch import nn
 
 from accel import intercept
+from accel.choice import Choice
 from accel.context import Where
 from accel.errors import UnsupportedModelError
 from accel.estimators import BlockMassTopK
 from accel.geometry import Geometry, Site
 from accel.intercept import DISPATCH, How, Interception
 from accel.layout import Layout
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.router import Session
 from accel.schedule import Schedule
 

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_denoiser import BLOCK, GRID, HEADS, SITES, tiny_denoiser, tiny_geometry, tiny_plan
 
+from accel.choice import DENSE, Choice
 from accel.errors import PlanError
 from accel.estimators import AdaptiveBlockMass, Antidiagonal, BlockMassTopK, Pooled
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
 from accel.pattern import FirstFrames, Full, MultiDiagonal, Radial, Skip, Stripe, Union, Window
-from accel.plan import DENSE, DENSE_BY, MAX_FILE_BYTES, Choice, Plan
+from accel.plan import DENSE_BY, MAX_FILE_BYTES, Plan
 from accel.schedule import Schedule
 
 extents = st.none() | st.integers(0, 9) | st.sampled_from([0.1, 0.25, 0.5, 1.0])

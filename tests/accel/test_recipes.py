@@ -6,6 +6,7 @@ from tiny_denoiser import call, inputs, tiny_denoiser, tiny_geometry
 
 import accel
 from accel.blocking import Blocking
+from accel.choice import Choice
 from accel.cost import keep_of as keep_of_choice
 from accel.geometry import Geometry, Site
 from accel.kernels.attention import resolve_backend
@@ -13,7 +14,7 @@ from accel.kernels.reference import block_mass_reference
 from accel.layout import Layout
 from accel.pattern import Window
 from accel.pipelines.enable import session_of
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.recipes import RECIPES, recipe
 
 GRID = (5, 4, 6)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from accel.choice import Choice
 from accel.context import Where
 from accel.estimators import BlockMassTopK
 from accel.geometry import Geometry, Site
@@ -12,7 +13,7 @@ from accel.kernels.attention import resolve_backend
 from accel.layout import Layout
 from accel.masks import sampled_recall, site_mask
 from accel.pattern import Window
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.records import Record, Stopwatch, phase_label
 from accel.router import Session
 from accel.run_summary import summarise

@@ -10,13 +10,13 @@ from sessions import LAYOUT, ONLINE, PRICED, STATIC, A, B, attend, qkv, run, ses
 from torch.nn.functional import scaled_dot_product_attention
 
 from accel import router
+from accel.choice import Choice
 from accel.context import Where
 from accel.errors import AccelError
 from accel.estimators import AdaptiveBlockMass, BlockMassTopK
 from accel.kernels.attention import resolve_backend, sparse_attention
 from accel.layout import Layout
 from accel.pattern import Full, Window
-from accel.plan import Choice
 
 
 class TestMasks:

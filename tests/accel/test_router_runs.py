@@ -5,10 +5,10 @@ import torch
 from sessions import LAYOUT, ONLINE, STATIC, A, B, attend, place, qkv, run, session
 
 import accel
+from accel.choice import Choice
 from accel.context import Where, locate
 from accel.estimators import AdaptiveBlockMass
 from accel.layout import Layout
-from accel.plan import Choice
 
 
 class TestRuns:

@@ -11,6 +11,7 @@ import pytest
 from tiny_denoiser import tiny_plan
 from tiny_wan import tiny_wan_config
 
+from accel.choice import DENSE as DENSE_CHOICE
 from accel.errors import AccelError, PlanError
 from accel.pipelines import compare_book
 from accel.pipelines.compare_arm import Arm, StepClock, serve
@@ -22,7 +23,6 @@ from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.pricing import warm_up_steps
 from accel.pipelines.video_files import load_frames, save_frames
-from accel.plan import DENSE as DENSE_CHOICE
 from accel.schedule import Schedule
 
 

@@ -13,10 +13,11 @@ from tiny_denoiser import tiny_denoiser as build
 from torch._dynamo import lookup_backend
 
 import accel
+from accel.choice import Choice
 from accel.estimators import BlockMassTopK
 from accel.kernels.attention import resolve_backend
 from accel.pattern import Window
-from accel.plan import Choice, Plan
+from accel.plan import Plan
 from accel.schedule import Schedule
 
 SCHEDULE = Schedule(dense_start=0.2, bands=(0.5,), refresh=(0.7,))

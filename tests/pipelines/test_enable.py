@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import accel
 from accel.blocking import Blocking
+from accel.choice import DENSE, Choice
 from accel.estimators import AdaptiveBlockMass, BlockMassTopK, Pooled
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
@@ -32,7 +33,6 @@ from accel.layout import Layout
 from accel.order import inverse
 from accel.pattern import FirstFrames, Skip, Union, Window
 from accel.pipelines.enable import session_of
-from accel.plan import DENSE, Choice
 from accel.schedule import Schedule
 
 SPARSE = Choice(BlockMassTopK(keep=0.3))

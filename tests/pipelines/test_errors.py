@@ -13,9 +13,9 @@ from tiny_wan import CALL
 from torch import nn
 
 import accel
+from accel.choice import Choice
 from accel.errors import AccelError, MissedSiteError, PlanError, UnsupportedModelError
 from accel.estimators import BlockMassTopK
-from accel.plan import Choice
 
 SPARSE = Choice(BlockMassTopK(keep=0.5))
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from accel.choice import DENSE, Choice
 from accel.estimators import BlockMassTopK
-from accel.plan import DENSE, Choice
 from accel.search.front import Times, front, within
 from accel.search.profile import Profile
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from accel.blocking import Blocking
+from accel.choice import Choice
 from accel.context import Where
 from accel.estimators import BlockMassTopK
 from accel.geometry import Site
@@ -11,7 +12,6 @@ from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.pattern import Full, Window
-from accel.plan import Choice
 from accel.router import Run
 from accel.schedule import Phase, Schedule
 from accel.search.profile import Calibrator, Profile
