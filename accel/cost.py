@@ -198,8 +198,12 @@ def price(
         for step, phase in enumerate(phases):
             by_step[step] += dense if phase.band is None else min(dense, ratios[site][phase.band])
     # sites without a name run dense
-    table = tables[plan.precision_of("")]
-    rest = (table.own_dense if plan.dense == "kernel" else 1.0) * (plan.n_sites - len(ratios))
+    words = [plan.precision_of("")] * (plan.n_sites - len(ratios))
+    if isinstance(plan.precision, Mapping):
+        told = [word for site, word in plan.precision.items() if site not in ratios]
+        words[: len(told)] = told
+    rest = sum(tables[w].own_dense if plan.dense == "kernel" else 1.0 for w in words)
+    table = tables[plan.precisions[0]]
     ratio = mean((priced + rest) / plan.n_sites for priced in by_step)
     expected = {
         **plan.expected,

@@ -36,7 +36,7 @@ def dense_attentions(device: torch.device, dtype: torch.dtype) -> dict[str, Atte
     """
     if device.type != "cuda":
         found: dict[str, Attention] = {"sdpa": F.scaled_dot_product_attention}
-        if dtype == torch.bfloat16 and has_bf16():
+        if dtype == torch.bfloat16 and has_bf16(device):
             found["matmul"] = _by_rows
         return found
     found = {name: partial(_sdpa, name) for name in SDPA}
@@ -52,11 +52,12 @@ def usual_dense(
     k: Float[Tensor, "batch kv_heads kv_tokens dim"],
     v: Float[Tensor, "batch kv_heads kv_tokens dim"],
 ) -> Float[Tensor, "batch heads tokens dim"]:
-    """The dense attention to expect from a host that chose well: cuDNN's before flash on Hopper,
-    else torch's choice.
+    """The dense attention to expect from a host that has torch and no more: cuDNN's before flash on
+    Hopper, else torch's choice.
     """
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
-        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        # the last two take what the first refuse: fp32, and any shape
+        backends = [*SDPA.values(), SDPBackend.MATH]
         with sdpa_kernel(backends, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)

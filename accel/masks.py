@@ -1,7 +1,6 @@
 """From the choices of one site to the block mask, orders and rests of one attention call."""
 
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from jaxtyping import Bool, Float
@@ -63,8 +62,8 @@ def site_mask(
     online = any(c.online for c in choices)
     q_blocks, kv_blocks = (-(-tokens // b) for b in block)
     keep = q.new_zeros((batch if online else 1, heads, q_blocks, kv_blocks), dtype=torch.bool)
-    q, k, v = selectable(precision, q, k, v)
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    if online:
+        q, k, v = selectable(precision, q, k, v)
     orders: list[Tensor | None] = [None] * heads
     for choice in dict.fromkeys(choices):
         group = [h for h, c in enumerate(choices) if c == choice]
@@ -72,7 +71,7 @@ def site_mask(
         if isinstance(choice.select, Estimator):
             known = torch.cat([lse[h] for h in group], 1) if lse.keys() >= set(group) else None
             found = choice.select.select(
-                q[:, group], k[:, group], v[:, group], blocking=blocking, lse=known
+                *(_of_heads(x, group, heads) for x in (q, k, v)), blocking=blocking, lse=known
             )
             if found.lse is not None:
                 lse.update(zip(group, found.lse.split(1, dim=1), strict=True))
@@ -105,6 +104,12 @@ def selectable(precision: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.bfloat16() if half and x.dtype == torch.float32 else x for x in tensors)
 
 
+def _of_heads(x: Tensor, group: list[int], heads: int) -> Tensor:
+    """What query heads of a group read of x: x itself where they are all of its heads."""
+    source = [h * x.shape[1] // heads for h in group]
+    return x if len(group) == heads or source == list(range(x.shape[1])) else x[:, source]
+
+
 def _stack(orders: list[Tensor | None], tokens: int, device: torch.device) -> Tensor | None:
     if all(o is None for o in orders):
         return None
@@ -123,16 +128,16 @@ def sampled_recall(
     """
     _, heads, tokens, dim = q.shape
     valid = tokens if chosen.kv_length is None else chosen.kv_length
-    k = k.repeat_interleave(heads // k.shape[1], dim=1)
     rows = torch.linspace(0, valid - 1, min(RECALL_ROWS, valid), device=q.device).long()
-    scores = (q[:, :, rows].float() * dim**-0.5) @ k.float().transpose(-1, -2)
-    scores[..., valid:] = -inf
-    place = torch.arange(tokens, device=q.device).expand(heads, tokens)
-    if chosen.order is not None:
-        place = torch.stack([inverse(o) for o in chosen.order])
+    place = torch.arange(tokens, device=q.device)
     keep, block = chosen.mask.to_dense(), chosen.mask.block
-    head = torch.arange(heads, device=q.device)[:, None]
-    by_row = keep[:, head, place[:, rows] // block[0]]
-    columns = (place // block[1])[None, :, None].expand(*by_row.shape[:3], tokens)
-    kept = by_row.gather(-1, columns)
-    return (scores.softmax(-1) * kept).sum(-1).mean((0, 2))
+    recall = []
+    for h in range(heads):  # one at a time: the scores of all would be larger than the keys
+        if chosen.order is not None:
+            place = inverse(chosen.order[h])
+        by_row = keep[:, h, place[rows] // block[0]]
+        kept = by_row[..., place[:valid] // block[1]]
+        keys = k[:, h * k.shape[1] // heads, :valid].float()
+        shares = (q[:, h, rows].float() * dim**-0.5 @ keys.mT).softmax(-1)
+        recall.append((shares * kept).sum(-1).mean())
+    return torch.stack(recall)

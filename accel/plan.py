@@ -156,9 +156,12 @@ class Plan:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The words of `precision`, each once."""
+        """What some site may use, each word once."""
         words = self.precision
-        return (words,) if isinstance(words, str) else tuple(dict.fromkeys(words.values()))
+        if isinstance(words, str):
+            return (words,)
+        unnamed = ("full",) if len(words) < self.n_sites else ()
+        return tuple(dict.fromkeys((*words.values(), *unnamed)))
 
     @property
     def wants_sparse(self) -> bool:

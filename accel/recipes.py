@@ -72,6 +72,16 @@ def _own_dense(precision: str, geometry: Geometry, block: tuple[int, int]) -> Pl
     )
 
 
+def _behind(dense_sites: int, geometry: Geometry, choice: Choice) -> dict[str, Any]:
+    """The choice for every head of all sites but the first so many, in one band."""
+    if not 0 <= dense_sites < len(geometry.sites):
+        raise PlanError(
+            f"dense_sites is {dense_sites}; the model has {len(geometry.sites)} sites, and one at"
+            " least has to be sparse"
+        )
+    return {s.name: ((choice,) * s.heads,) for s in geometry.sites[dense_sites:]}
+
+
 @_published
 def sparsed(
     geometry: Geometry,
@@ -135,9 +145,7 @@ def radial(
     """
     choice = Choice(Radial(decay=decay, first_frame_sink=True))
     schedule = Schedule(dense_start=dense_start)
-    if not 0 <= dense_sites < len(geometry.sites):
-        raise PlanError(f"dense_sites is {dense_sites}; the model has {len(geometry.sites)} sites")
-    sites = {s.name: ((choice,) * s.heads,) for s in geometry.sites[dense_sites:]}
+    sites = _behind(dense_sites, geometry, choice)
     return Plan.of(
         "radial",
         geometry,
@@ -202,9 +210,7 @@ def pisa(
     point, four of them.
     """
     choice = Choice(Pooled(keep=keep), order=order, rest=rest)
-    if not 0 <= dense_sites < len(geometry.sites):
-        raise PlanError(f"dense_sites is {dense_sites}; the model has {len(geometry.sites)} sites")
-    sites = {s.name: ((choice,) * s.heads,) for s in geometry.sites[dense_sites:]}
+    sites = _behind(dense_sites, geometry, choice)
     return Plan.of(
         "pisa",
         geometry,

@@ -48,15 +48,16 @@ class Stopwatch:
     Events on a CUDA device, the wall clock elsewhere.
     """
 
-    __slots__ = ("_record", "_seconds", "_start")
+    __slots__ = ("_device", "_record", "_seconds", "_start")
 
     def __init__(self, record: Record, device: torch.device, *, mask: bool = False) -> None:
+        self._device = device
         self._record = record
         self._seconds = record.mask_seconds if mask else record.seconds
         self._start: float | torch.cuda.Event
         if device.type == "cuda":
             self._start = torch.cuda.Event(enable_timing=True)
-            self._start.record()
+            self._start.record(torch.cuda.current_stream(device))
         else:
             self._start = time.perf_counter()
 
@@ -65,5 +66,5 @@ class Stopwatch:
             self._seconds.append(time.perf_counter() - self._start)
         else:
             end = torch.cuda.Event(enable_timing=True)
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._record._events.append((self._seconds, self._start, end))

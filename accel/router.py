@@ -20,7 +20,8 @@ from accel.choice import Choice
 from accel.context import Where
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
-from accel.kernels.attention import resolve_backend, sparse_attention
+from accel.kernels.arguments import DTYPES, MAX_DIM
+from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.masks import SiteMask, sampled_recall, site_mask
@@ -179,13 +180,14 @@ class Session:
             self.probe[site.name] += 1
             return dense()
         run = self.run
+        obstacle = _refusal(q, k, v) or obstacle
         choices = None
         if not run.phase.dense and run.phase.band is not None:
             choices = self._sparse_choices(site, run, q, k, obstacle)
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
         if choices is None:
-            own = self._dense_by_kernel(run, q, obstacle)
+            own = self.plan.dense == "kernel" and run.where is not None and obstacle is None
             watch = Stopwatch(record, q.device)
             if own:
                 mask = self._full_mask(run, q, k)
@@ -230,10 +232,7 @@ class Session:
         choices = self.plan.choices(site.name, run.phase.band)
         if choices is None or all(c.dense for c in choices):
             return None
-        reason = run.reason
-        if reason is None and _needs_gradients(q):
-            reason = "the call needs gradients, which the sparse kernels do not give"
-        reason = reason or obstacle
+        reason = run.reason or obstacle
         if reason is None and q.shape[2] != k.shape[2]:
             reason = f"{site.name} has {q.shape[2]} queries and {k.shape[2]} keys"
         if reason is None and run.layout is not None and run.layout.length != q.shape[2]:
@@ -257,14 +256,10 @@ class Session:
         dtype = str(q.dtype).removeprefix("torch.")
         return self.plan.ratio(site.name, run.phase.band, q.shape[2], q.device.type, dtype)
 
-    def _dense_by_kernel(self, run: Run, q: Heads, obstacle: str | None) -> bool:
-        """Whether a dense call of this run goes to accel's own kernel, as the plan may ask."""
-        known = run.where is not None and obstacle is None
-        return self.plan.dense == "kernel" and known and not _needs_gradients(q)
-
     def _kernel(self, site: Site, q: Heads) -> str:
         """What the summary calls accel's kernel here; a precision below the model's is told."""
-        backend, precision = resolve_backend("auto", q.device), self.plan.precision_of(site.name)
+        backend, allowed = resolve_backend("auto", q.device), self.plan.precision_of(site.name)
+        precision = resolve_precision(allowed, backend, q.dtype, q.device)
         return backend if precision == "full" else f"{backend} {precision}"
 
     def _full_mask(self, run: Run, q: Heads, k: KeyHeads) -> BlockMask:
@@ -341,5 +336,12 @@ def _stands_still(turns: Counter[str], branch: str) -> bool:
     return turns[branch] > (1 if branch else UNNAMED_CALLS)
 
 
-def _needs_gradients(q: Tensor) -> bool:
-    return torch.is_grad_enabled() and q.requires_grad
+def _refusal(*tensors: Tensor) -> str | None:
+    """What about the tensors of a call no sparse kernel can do."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "the call needs gradients, which the sparse kernels do not give"
+    if tensors[0].dtype not in DTYPES:
+        return f"the model computes in {tensors[0].dtype}, which the sparse kernels do not"
+    if tensors[0].shape[-1] > MAX_DIM:
+        return f"the head dim is {tensors[0].shape[-1]}; the sparse kernels take up to {MAX_DIM}"
+    return None

@@ -63,9 +63,10 @@ def _sample(job: Job, repeats: int, device: torch.device) -> float:
     # what waits in the queue is no part of the sample
     torch.cuda.synchronize(device)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
+    stream = torch.cuda.current_stream(device)
+    first.record(stream)
     for _ in range(repeats):
         job()
-    last.record()
+    last.record(stream)
     last.synchronize()
     return first.elapsed_time(last) / 1000 / repeats

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accel.kernels import dispatch
-from accel.kernels.arguments import check_tensors, head_orders, valid_lengths
+from accel.kernels.arguments import check_block, check_tensors, head_orders, valid_lengths
 from accel.kernels.dispatch import refuse_gradients
 from accel.kernels.pooling import valid_positions
 
@@ -45,7 +45,8 @@ def antidiagonal_scores(
     """
     check_tensors(q, k)
     refuse_gradients(q, k)
-    if stride < 1 or len(block) != 2 or min(block) < 1 or any(size % stride for size in block):
+    check_block(block)
+    if stride < 1 or any(size % stride for size in block):
         raise ValueError(
             f"block {tuple(block)} is not a multiple of the stride {stride}; take a stride that "
             "divides both sizes"
@@ -75,7 +76,7 @@ def _antidiagonal_scores(
         from accel.kernels.antidiagonal_triton import forward
     else:
         forward = _forward
-    with q.device:  # whatever torch's default is
+    with dispatch.beside(q):
         of_queries = lengths if q.shape[2] == k.shape[2] else None
         return forward(
             q,

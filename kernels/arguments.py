@@ -6,7 +6,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["PRECISIONS", "RESTS", "check_tensors", "head_orders", "rest_codes", "valid_lengths"]
+__all__ = [
+    "DTYPES",
+    "MAX_DIM",
+    "PRECISIONS",
+    "RESTS",
+    "check_block",
+    "check_tensors",
+    "head_orders",
+    "rest_codes",
+    "valid_lengths",
+]
+
+# what the kernels compute
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_DIM = 256
+
 
 # what stands in for the blocks that are not kept; kernels know each by its place here
 RESTS = ("drop", "mean", "taylor")
@@ -18,8 +33,10 @@ def check_tensors(q: Tensor, *keys_and_values: Tensor) -> None:
     """q is ``[batch, heads, tokens, dim]``; k and v share its batch, dim, dtype and device."""
     if q.ndim != 4:
         raise ValueError(f"q must be [batch, heads, tokens, dim], got {tuple(q.shape)}")
-    if q.shape[3] > 256:
-        raise ValueError(f"head dim must be at most 256, got {q.shape[3]}")
+    if q.shape[3] > MAX_DIM:
+        raise ValueError(f"head dim must be at most {MAX_DIM}, got {q.shape[3]}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     first = keys_and_values[0]
     for name, x in zip("kv", keys_and_values, strict=False):
         if x.ndim != 4 or (x.shape[0], x.shape[3]) != (q.shape[0], q.shape[3]):
@@ -38,6 +55,12 @@ def check_tensors(q: Tensor, *keys_and_values: Tensor) -> None:
                 f"q and {name} must share dtype and device, got {q.dtype} on {q.device} and "
                 f"{x.dtype} on {x.device}"
             )
+
+
+def check_block(block: tuple[int, int]) -> None:
+    """A block is two sizes, of queries and of keys, from 1 token."""
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block must be two positive sizes (q_block, kv_block), got {block}")
 
 
 def rest_codes(rest: str | Sequence[str], heads: int) -> tuple[int, ...]:

@@ -17,10 +17,12 @@ from accel.kernels.arguments import (
     rest_codes,
     valid_lengths,
 )
+from accel.kernels.attention_cpu import has_bf16
 from accel.kernels.block_mask import BlockMask
+from accel.kernels.dispatch import refuse_gradients
 from accel.kernels.reference import sparse_attention_reference
 
-__all__ = ["resolve_backend", "sparse_attention"]
+__all__ = ["resolve_backend", "resolve_precision", "sparse_attention"]
 
 BACKENDS = ("auto", "triton", "native", "cpu", "reference")
 
@@ -32,6 +34,28 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if device.type == "cuda" and find_spec("triton"):
         return "triton"
     return "native" if device.type == "cpu" and native.available() else "cpu"
+
+
+def resolve_precision(
+    precision: str, backend: str, dtype: torch.dtype, device: torch.device
+) -> str:
+    """What a backend, as ``resolve_backend`` names it, computes in where ``precision`` is allowed.
+
+    ``full`` is the dtype's own arithmetic, as far as the backend has it: half-precision tensors are
+    computed in 16 bits or more.
+    """
+    if precision == "full" or backend == "reference":
+        return "full"
+    if backend == "triton":
+        from accel.kernels.attention_triton import architecture, arithmetic
+
+        found = arithmetic(precision, architecture(device))
+        return "half" if found == "full" and dtype == torch.float32 else found
+    if dtype != torch.float32:
+        return "full"
+    if backend == "native":
+        return "half" if native.has_integers() else "full"
+    return "half" if has_bf16(device) else "full"
 
 
 def sparse_attention(
@@ -64,8 +88,8 @@ def sparse_attention(
     precision: what arithmetic is allowed; a backend takes the fastest it has that is at least as
         exact. ``full``: operands in the dtype of q. ``half``: 16-bit operands. ``int8``: the logits
         from 8-bit integers, the keys' mean taken out first, the rest in 16 bits. ``fp8``: that, and
-        weights and values in 8-bit floats where the device has them. Only triton goes below 16
-        bits; torch computes in fp32 whatever is allowed.
+        weights and values in 8-bit floats where the device has them. ``resolve_precision`` tells
+        what is taken: only triton goes below 16 bits.
     return_lse: also return ``ln Σ exp`` over all that is attended, fp32 ``[batch, heads, tokens]``.
     backend: ``auto`` is triton on CUDA where triton is installed; on the CPU native, compiled at
         first use, where there is a C++ compiler; else cpu, which needs nothing but torch.
@@ -81,8 +105,7 @@ def sparse_attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise NotImplementedError("the sparse kernels give no gradients: use torch.no_grad()")
+    refuse_gradients(q, k, v)
     out, lse = _attend(
         q,
         k,
@@ -178,5 +201,3 @@ def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
         )
     if mask.device != q.device:
         raise ValueError(f"the mask is on {mask.device} but q on {q.device}; use mask.to(q.device)")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")

@@ -1,7 +1,9 @@
 """Block-sparse attention on the CPU: gathered key blocks and batched matrix products.
 
-In fp32; half-precision tensors on processors with instructions for bf16 have their products in
-bf16 and all else in fp32. (fp16 is computed by elements on a CPU, and never used.)
+In fp32; half-precision tensors, and fp32 ones where the caller allows ``half`` or less, have their
+products in bf16 on processors with instructions for it, logits rounded to bf16 among them, and all
+else in fp32. (fp16 is computed by elements on a CPU, and never used.) It needs nothing of a device
+but torch, and serves others than CPUs where there is no Triton.
 
 Query blocks with like counts are computed together, few enough that logits stay in the cache.
 The logits carry ``scale · log2 e`` (``exp2`` needs no more), and a column more: queries end in 1,
@@ -50,11 +52,11 @@ def forward(
 ):
     """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
     half = q.dtype != torch.float32 or precision != "full"
-    products = torch.bfloat16 if half and has_bf16() else torch.float32
+    products = torch.bfloat16 if half and has_bf16(q.device) else torch.float32
     batch, _, tokens, dim = q.shape
     counts, indices = counts.expand(batch, -1, -1), indices.expand(batch, -1, -1, -1)
     code = torch.tensor(rests)[:, None].expand_as(counts)
-    dense = (counts == -(-k.shape[2] // block[1])).all(2)
+    dense = (counts == -(-k.shape[2] // block[1])).all(2) & (q.device.type == "cpu")
     sparse = ((counts > 0) | (code != DROP)) & ~dense[..., None]
     # by position in the order, ragged query blocks filled up
     out = torch.zeros(*counts.shape, block[0], dim)
@@ -82,17 +84,17 @@ def forward(
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
-def has_bf16() -> bool:
-    """Whether the processor multiplies bf16 faster than fp32, by instructions of its own."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether this is a processor that multiplies bf16 by instructions of its own."""
     # older torch cannot tell
-    if not hasattr(torch.cpu, "get_capabilities"):
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
     told = torch.cpu.get_capabilities()
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
 def _dense_heads(q, k, v, dense, scale, lengths, out, lse) -> None:
-    """Heads that keep every block: torch's own attention, whatever the order."""
+    """Heads that keep every block: torch's own attention on a CPU, whatever the order."""
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         heads = dense[b].nonzero()[:, 0]

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from accel.kernels.attention_rest import stand_ins
-from accel.kernels.tiles_triton import load_rows, softmax_step, upcast
+from accel.kernels.tiles_triton import load_rows, softmax_step, to_e4m3, upcast
 
 __all__ = ["attention_kernel"]
 
@@ -306,7 +306,7 @@ def attention_kernel(
                     b_scale = tl.where(b_m > -3e38, b_scale, 0.0)
                 if FP8:
                     # sums of 8-bit products have 14 bits: a tile is summed so, tiles in fp32
-                    b_acc = tl.dot(b_p.to(tl.float8e4nv), b_v, b_acc, max_num_imprecise_acc=BN)
+                    b_acc = tl.dot(to_e4m3(b_p, UPCAST), b_v, b_acc, max_num_imprecise_acc=BN)
                 else:
                     b_v = upcast(b_v, UPCAST)
                     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")

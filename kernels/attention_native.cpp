@@ -117,7 +117,10 @@ struct Workspace {
         int32_t* pairs = reinterpret_cast<int32_t*>(scores.at(0));
         for (int64_t i = 0; i < lanes; i += W) {
             const vec by = load(q_scale.at(i)), old = load(pivot.at(i));
-            const vec local = load(top.at(i)) * by;
+            // by a step of its own above the largest, which a fused product may exceed by half one:
+            // a weight over 2^BITS would leave int32 in the sums
+            vec local = load(top.at(i)) * by;
+            local += larger(local, -local) * 1.2e-7f;
             const vec now = larger(local, old);
             uvec sum{};
             for (int64_t n = 0; n < rows; n += 2) {
@@ -279,7 +282,9 @@ class RunList {
         if (A::PACK == 1 && !runs.empty()) {
             Run<A>& last = runs.back();
             const int64_t more = std::min(STEP_KEYS - last.rows, run.rows);
-            if (last.k + last.rows * last.k_stride == run.k) {
+            // expanded keys have many rows in one place, their values need not
+            if (last.k + last.rows * last.k_stride == run.k &&
+                last.v + last.rows * last.v_stride == run.v) {
                 last.rows += more;
                 advance(run, more);
             }
@@ -384,7 +389,7 @@ void finish(const Problem& p, Workspace<A>& space, int64_t b, int64_t h) {
     }
 }
 
-// The mass of one row of blocks. Each part (a block, or STEP_KEYS keys of one) keeps its sums and
+// The mass of one row of blocks, or the LSE alone where no mass is asked for. Each part (a block, or STEP_KEYS keys of one) keeps its sums and
 // the pivot they were taken with, so that one pass is enough.
 template <class A>
 class Mass {
@@ -422,6 +427,7 @@ class Mass {
             if (space.ids[i] < valid && (p.known_lse || space.total[i] > 0))
                 space.factor[i] = p.known_lse ? 1 : 1 / space.total[i];
         }
+        if (!mass) return;
         for (int64_t part = 0; part < keys.blocks * split; part++) {
             vec sum{};
             for (int64_t i = 0; i < lanes; i += W) {
@@ -535,7 +541,7 @@ void block_mass(const Problem& p) {
             const int64_t end = std::min((i + 1) * p.q_block, p.q_tokens);
             for (int64_t first = i * p.q_block; first < end; first += lanes) {
                 own.space.begin(b, h, first, std::min(first + lanes, end));
-                own.mass.add(own.space, b, h, p.mass + row * keys.blocks);
+                own.mass.add(own.space, b, h, p.mass ? p.mass + row * keys.blocks : nullptr);
             }
         }));
 }

@@ -103,15 +103,16 @@ def column_sums(
     q, weights = q[:, :, rows], weights[:, rows]
     q = torch.where((weights > 0)[:, None, :, None], q, 0.0)
     if lse is None:
-        lse = block_mass(q, k, block=(64, 64), scale=scale, lse=None, lengths=lengths, order=None)[
-            1
-        ]
+        lse = torch.empty(q.shape[:3])
+        tensors = {"q": q, "k": k, "lse": lse}
+        _call("accel_block_mass", tensors, {}, (64, 64), scale, lengths, None)
     else:
         lse = lse[:, :, rows].float()
-    bias = weights.log2()[:, None] - lse / log(2)
-    bias = torch.where(lse == -torch.inf, -torch.inf, bias)  # such a row attends to nothing
+    # a row without a key attends to nothing; one that counts nothing may hold NaN
+    counts = (weights > 0)[:, None] & (lse != -torch.inf)
+    bias = torch.where(counts, weights.log2()[:, None] - lse / log(2), -torch.inf)
     sums = torch.empty(*q.shape[:2], k.shape[2])
-    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    keys = k[:, :, None].expand(-1, -1, q.shape[1] // k.shape[1], -1, -1).flatten(1, 2)
     tensors = {"q": keys, "k": q, "lse": sums, "key_bias": bias}
     _call("accel_row_sums", tensors, {}, (64, 64), scale, None, None)
     if lengths is not None:
@@ -130,6 +131,12 @@ def _call(name, tensors, sizes, block, scale, lengths, order) -> None:
     )
     if lengths is not None:
         tensors["lengths"] = lengths.contiguous()
+    for which, x in tensors.items():
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"the compiled kernels are for CPUs, but {which} is on {x.device}; move it, or take"
+                " backend='auto'"
+            )
     if order is not None:
         low, high = (int(x) for x in torch.aminmax(order))
         if low < 0 or high >= q_tokens:
@@ -155,4 +162,6 @@ def _call(name, tensors, sizes, block, scale, lengths, order) -> None:
     if compiled is None:
         raise RuntimeError("the compiled kernels are not available here; use backend='auto'")
     if getattr(compiled, name)(ctypes.byref(problem)):
-        raise MemoryError(f"{name} found no memory for {batch} x {heads} x {kv_tokens} keys")
+        raise MemoryError(
+            f"{name} found no memory for {batch} x {heads} x {kv_tokens} keys; take a smaller batch"
+        )

@@ -16,9 +16,9 @@ from accel.kernels.pooling import TAYLOR_GROUP, in_order
 from accel.kernels.pooling_triton import block_slopes, pool_blocks
 from accel.kernels.quantize import Keys8, Values8, quantize_keys, quantize_values
 from accel.kernels.tiles import choose_tiles, tiles_key
-from accel.kernels.tiles_triton import order_stride
+from accel.kernels.tiles_triton import is_interpreted, order_stride
 
-__all__ = ["arithmetic", "forward"]
+__all__ = ["architecture", "arithmetic", "forward"]
 
 # rows further apart than this make offsets inside a tile that 32 bits may not hold
 MAX_ROW_STRIDE = 1 << 22
@@ -58,13 +58,8 @@ def forward(
     longest_first: Int32[Tensor, " rows"],
 ):
     """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
-    interpreted = triton.knobs.runtime.interpret
-    if not q.is_cuda and not interpreted:
-        raise ValueError(
-            f"the triton backend needs CUDA tensors, got {q.device}; move them, take backend='cpu' "
-            "or set TRITON_INTERPRET=1 before triton is imported"
-        )
-    arch = _arch(q.device)
+    interpreted = is_interpreted(q)
+    arch = architecture(q.device)
     way = arithmetic(precision, arch)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -216,7 +211,7 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _arch(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
     """80 for sm_80 and so on; the interpreter passes for sm_90."""
     if device.type != "cuda":
         return 90

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
+from accel.kernels.arguments import check_block
+
 __all__ = ["BlockMask", "dense_rows"]
 
 
@@ -54,7 +56,9 @@ class BlockMask:
                 f"counts are on {self.counts.device} but indices on {self.indices.device}; "
                 "move them to one device"
             )
-        if self.counts.device.type == "cpu" and self.counts.numel():
+        # a compiler that traces the call has no values to look at
+        on_cpu = self.counts.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and self.counts.numel():
             self._check_values()
         rows = self.counts.flatten().sort(stable=True, descending=True).indices
         object.__setattr__(self, "longest_first", rows.to(torch.int32))
@@ -228,8 +232,7 @@ def dense_rows(
 
 
 def _check_geometry(block: tuple[int, int], q_length: int, kv_length: int) -> None:
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block must be two positive sizes (q_block, kv_block), got {block}")
+    check_block(block)
     if q_length < 1 or kv_length < 1:
         raise ValueError(
             f"q_length and kv_length must be at least 1 token, got {q_length} and {kv_length}"

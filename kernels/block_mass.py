@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accel.kernels import dispatch, native
-from accel.kernels.arguments import check_tensors, head_orders, valid_lengths
+from accel.kernels.arguments import check_block, check_tensors, head_orders, valid_lengths
 from accel.kernels.dispatch import refuse_gradients
 
 __all__ = ["block_mass"]
@@ -48,8 +48,7 @@ def block_mass(
     """
     check_tensors(q, k)
     refuse_gradients(q, k)
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block must be two positive sizes (q_block, kv_block), got {block}")
+    check_block(block)
     if lse is not None and lse.shape != q.shape[:3]:
         raise ValueError(f"lse must be {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
     mass, found = _block_mass(
@@ -81,7 +80,7 @@ def _block_mass(
         from accel.kernels.attention_native import block_mass as forward
     else:
         forward = _forward
-    with q.device:  # whatever torch's default is
+    with dispatch.beside(q):
         mass, found = forward(
             q,
             k,

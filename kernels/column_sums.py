@@ -72,7 +72,7 @@ def _column_sums(
     weights: Tensor | None,
     lengths: Tensor | None,
 ) -> Tensor:
-    with q.device:  # whatever torch's default is
+    with dispatch.beside(q):
         weights = _row_weights(q, k, weights, lengths)
         if dispatch.runs_triton(q):
             from accel.kernels.column_sums_triton import forward

@@ -52,7 +52,8 @@ def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     if dispatch.runs_triton(outs[0]):
         from accel.kernels.merge_triton import forward
 
-        return forward(outs, lses)
+        with dispatch.beside(outs[0]):
+            return forward(outs, lses)
     lse = torch.stack(lses).float().logsumexp(0)
     # an empty row has weights exp(-inf - 0) = 0
     pivot = lse.nan_to_num(neginf=0.0)

@@ -7,11 +7,10 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -21,7 +20,9 @@ except ImportError:  # Windows has none; two processes may then build the same f
 
 import torch  # noqa: F401  (its OpenMP runtime has to be the one the library finds loaded)
 
-__all__ = ["available", "build", "library"]
+from accel.kernels.cache_folder import cache_folder
+
+__all__ = ["available", "build", "has_integers", "library"]
 
 log = logging.getLogger("accel")
 
@@ -38,6 +39,12 @@ _loaded: list[ctypes.CDLL | None] = []
 def available() -> bool:
     """Whether the compiled kernels can be used; the first call may build them (seconds)."""
     return library() is not None
+
+
+def has_integers() -> bool:
+    """Whether the compiled kernels compute half precision in 16-bit integers on this processor."""
+    compiled = library()
+    return compiled is not None and bool(compiled.accel_has_integers())
 
 
 def library() -> ctypes.CDLL | None:
@@ -84,16 +91,15 @@ def _open(path: Path) -> ctypes.CDLL | None:
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """One process at a time builds; a lock ends with its process, however that ends."""
-    if fcntl is None:
+    """One process at a time builds; a lock ends with its process, however that ends.
+
+    Where a file system has no locks, two may build the same: the file appears whole or not at all.
+    """
+    with (folder / ".lock").open("w") as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _compiler() -> str | None:
@@ -123,16 +129,9 @@ def _processor() -> str:
 
 @contextmanager
 def _cache_folder() -> Iterator[Path]:
-    """A folder that is ours and can be written to; one for this process if need be."""
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "accel-suite"
+    """Accel's folder in the user's cache; one for this process if need be."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _ours(folder):
-            raise PermissionError(f"{folder} can be written to by others")
+        folder = cache_folder()
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError:
@@ -141,12 +140,6 @@ def _cache_folder() -> Iterator[Path]:
             yield Path(temporary)
     else:
         yield folder
-
-
-def _ours(folder: Path) -> bool:
-    """Whether nobody else can put a library there; always where files have no owners."""
-    told = folder.stat()
-    return not hasattr(os, "getuid") or (told.st_uid == os.getuid() and not told.st_mode & 0o022)
 
 
 def build(compiler: str, path: Path, *flags: str) -> None:

@@ -32,6 +32,8 @@ def permute(
     if not tensors:
         return ()
     for x in tensors:
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"a tensor of {tuple(x.shape)} has no axis {dim}; say which by dim=")
         heads = x.shape[dim % x.ndim - 1] if x.ndim > 1 and dim % x.ndim else None
         if order.shape not in ((x.shape[dim],), (1, x.shape[dim]), (heads, x.shape[dim])):
             raise ValueError(
@@ -68,7 +70,8 @@ def _permute(order: Tensor, tensors: list[Tensor], dim: int) -> list[Tensor]:
     if dispatch.runs_triton(order):
         from accel.kernels.permute_triton import forward
 
-        return forward(order, tensors, dim=dim)
+        with dispatch.beside(order):
+            return forward(order, tensors, dim=dim)
     if len(order) == 1:
         return [x.index_select(dim, order[0]) for x in tensors]
     head = torch.arange(len(order), device=order.device)[:, None]

@@ -7,7 +7,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import pad
 
 from accel.kernels import dispatch
-from accel.kernels.arguments import check_tensors, head_orders, valid_lengths
+from accel.kernels.arguments import check_block, check_tensors, head_orders, valid_lengths
 from accel.kernels.dispatch import refuse_gradients
 from accel.kernels.pooling import valid_positions
 
@@ -44,8 +44,7 @@ def pooled_scores(
     """
     check_tensors(q, k, v)
     refuse_gradients(q, k, v)
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block must be two positive sizes (q_block, kv_block), got {block}")
+    check_block(block)
     return _pooled_scores(
         q,
         k,
@@ -71,7 +70,7 @@ def _pooled_scores(
         from accel.kernels.pooled_scores_triton import moments
     else:
         moments = _moments
-    with q.device:  # whatever torch's default is
+    with dispatch.beside(q):
         of_queries = lengths if q.shape[2] == k.shape[2] else None
         q_mean, _ = moments(q, None, block=block[0], lengths=of_queries, order=order)
         k_mean, bias = moments(k, v, block=block[1], lengths=lengths, order=order)

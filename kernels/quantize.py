@@ -13,12 +13,13 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int, Int8
 from torch import Tensor
 
-from accel.kernels.pooling import in_order, valid_positions
+from accel.kernels.pooling import valid_positions
 from accel.kernels.tiles_triton import (
     batch_and_head,
     load_rows,
     order_stride,
     rows_of_block,
+    to_e4m3,
     valid_length,
 )
 
@@ -26,6 +27,8 @@ __all__ = ["Keys8", "Values8", "quantize_keys", "quantize_values"]
 
 # the largest number of e4m3
 E4M3_MAX = 448.0
+# tokens of one program for values
+TILE_TOKENS = 64
 # scales of nothing but zeros: never 0, so that -inf times a scale stays -inf
 TINY = 1e-12
 
@@ -97,20 +100,36 @@ def quantize_values(
     order: Int[Tensor, "orders tokens"] | None = None,
 ) -> Values8:
     """``v / scale`` as e4m3, turned; ``scale = max |v_n| / 448`` of each channel, valid n."""
-    valid = valid_positions(v, lengths, None)
-    some = v if lengths is None else torch.where(valid[..., None], v, 0.0)
-    top = torch.maximum(some.amax(2), -some.amin(2)).float()
-    scale = (top / E4M3_MAX).clamp(min=TINY)
-    batch, heads, tokens, dim = v.shape
-    if order is not None:
-        some = in_order(some, order)
-        head = torch.arange(some.shape[1], device=v.device) * heads // some.shape[1]
-        heads, scale = some.shape[1], scale[:, head]
+    batch, kv_heads, tokens, dim = v.shape
+    heads = kv_heads if order is None else max(kv_heads, order.shape[0])
+    tiles = ceil(tokens / TILE_TOKENS)
+    sizes = {"DIM": dim, "BN": TILE_TOKENS, "BD": max(16, triton.next_power_of_2(dim))}
+    tops = torch.empty(batch, kv_heads, tiles, dim, dtype=torch.float32, device=v.device)
+    tops_kernel[(tiles, batch * kv_heads)](
+        v, tops, lengths, *v.stride()[:3], tokens, kv_heads, **sizes, num_warps=4
+    )
+    head = torch.arange(heads, device=v.device) * kv_heads // heads
+    scale = (tops.amax(2) / E4M3_MAX).clamp(min=TINY)[:, head].contiguous()
     values = torch.empty(
         batch, heads, dim, ceil(tokens / 16) * 16, dtype=torch.float8_e4m3fn, device=v.device
     )[..., :tokens]
-    values.copy_((some.float() / scale[:, :, None]).mT)
-    return Values8(values, scale.contiguous())
+    values_kernel[(tiles, batch * heads)](
+        v,
+        values,
+        scale,
+        lengths,
+        order,
+        *v.stride()[:3],
+        *values.stride()[:3],
+        order_stride(order),
+        tokens,
+        heads,
+        kv_heads,
+        **sizes,
+        UPCAST=triton.knobs.runtime.interpret,
+        num_warps=4,
+    )
+    return Values8(values, scale)
 
 
 @triton.jit
@@ -167,3 +186,67 @@ def keys_kernel(
             b_unit = tl.maximum(tl.max(b_top, 0), 1e-12) / 127
             i_scale = (i_batch * heads + i_head) * tl.num_programs(0) + i_block
             tl.store(p_scale + i_scale, b_unit)
+
+
+@triton.jit
+@no_type_check
+def tops_kernel(
+    p_v,
+    p_tops,  # [batch, heads, tiles, DIM]
+    p_lengths,
+    s_v_batch,
+    s_v_head,
+    s_v_token,
+    tokens,
+    heads,
+    DIM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The largest value of every channel in one tile of tokens of one head, whatever its sign."""
+    i_batch, i_head = batch_and_head(heads)
+    p_v += i_batch * s_v_batch + i_head * s_v_head
+    length = valid_length(p_lengths, i_batch, tokens)
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    b_v = load_rows(p_v, o_n.to(tl.int64), s_v_token, o_n < length, o_d, DIM, True)
+    i_out = (i_batch * heads + i_head) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(p_tops + i_out * DIM + o_d, tl.max(tl.abs(b_v), 0), o_d < DIM)
+
+
+@triton.jit
+@no_type_check
+def values_kernel(
+    p_v,
+    p_out,
+    p_scale,  # [batch, heads, DIM]
+    p_lengths,
+    p_order,
+    s_v_batch,
+    s_v_head,
+    s_v_token,
+    s_out_batch,
+    s_out_head,
+    s_out_channel,
+    s_order_head,
+    tokens,
+    heads,
+    kv_heads,
+    DIM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of positions of one ordered head: gathered, scaled, turned."""
+    i_tile = tl.program_id(0)
+    i_batch, i_head = batch_and_head(heads)
+    p_v += i_batch * s_v_batch + (i_head * kv_heads // heads) * s_v_head
+    p_out += i_batch * s_out_batch + i_head * s_out_head
+    length = valid_length(p_lengths, i_batch, tokens)
+    o_in, o_d = tl.arange(0, BN), tl.arange(0, BD)
+    o_t, m_n, m_t = rows_of_block(p_order, i_head * s_order_head, i_tile, o_in, tokens, length, BN)
+    b_v = load_rows(p_v, o_t, s_v_token, m_t, o_d, DIM, True)  # [BN, BD]
+    b_v = b_v / tl.load(p_scale + (i_batch * heads + i_head) * DIM + o_d, o_d < DIM, other=1.0)
+    p_columns = p_out + o_d[:, None] * s_out_channel + (i_tile * BN + o_in)[None, :]
+    m_out = (o_d < DIM)[:, None] & m_n[None, :]
+    tl.store(p_columns, tl.trans(to_e4m3(b_v, UPCAST)), m_out)

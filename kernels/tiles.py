@@ -6,7 +6,9 @@ keeps what won, in a file of the user's cache folder that later processes read.
 
 import json
 import logging
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import NamedTuple
 
 from accel.files import write_atomically
 from accel.kernels.arguments import RESTS
+from accel.kernels.cache_folder import cache_folder, cache_path
 
 __all__ = [
     "Tiles",
@@ -24,6 +27,7 @@ __all__ = [
     "shared_bytes",
     "shipped_tiles",
     "tiles_key",
+    "trying",
     "user_table_path",
 ]
 
@@ -70,6 +74,8 @@ SHIPPED = {
     (90, "fp32", 256): ((32, 16, 8, 1), (32, 16, 8, 1)),
 }
 MAX_FILE_BYTES = 1 << 20
+# what `trying` puts before the tables, for whoever opened it alone
+_tried: ContextVar["tuple[TilesKey, Tiles] | None"] = ContextVar("tried", default=None)
 
 
 class Tiles(NamedTuple):
@@ -135,12 +141,28 @@ def tiles_key(
 
 
 def choose_tiles(key: TilesKey, *, padded: bool = False) -> Tiles:
-    """The user's tiles for this key, or those shipped; nothing is measured.
+    """The tiles tried at the moment, the user's for this key, or those shipped; nothing is
+    measured.
 
     padded: the call has valid lengths, which specialized warps cannot mask.
     """
-    tiles = _user_table(user_table_path()).get(key)
+    tried = _tried.get()
+    if tried is not None and tried[0] == key:
+        tiles: Tiles | None = tried[1]
+    else:
+        tiles = _user_table(user_table_path()).get(key)
     return shipped_tiles(key) if tiles is None or (tiles.specialized and padded) else tiles
+
+
+@contextmanager
+def trying(key: TilesKey, tiles: Tiles) -> Iterator[None]:
+    """Calls with this key take these tiles, in this thread and for the length of a `with` block."""
+    _check_fit(key, tiles)
+    token = _tried.set((key, tiles))
+    try:
+        yield
+    finally:
+        _tried.reset(token)
 
 
 def candidates(key: TilesKey) -> list[Tiles]:
@@ -196,18 +218,21 @@ def _fits(tiles: Tiles, key: TilesKey) -> bool:
     )
 
 
-def user_table_path() -> Path:
-    """Where `save_tiles` keeps what was measured on this machine."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "accel-suite" / "tiles.json"
+def user_table_path() -> Path | None:
+    """Where `save_tiles` keeps what was measured here; None for a user without a home."""
+    folder = cache_path()
+    return None if folder is None else folder / "tiles.json"
 
 
 def save_tiles(table: dict[TilesKey, Tiles]) -> Path:
-    """Add measured tiles to the user's table; they hold from the next call on."""
+    """Add measured tiles to the user's table; they hold from the next call on.
+
+    OSError where there is no folder for it (see `cache_folder`).
+    """
     for key, tiles in table.items():
-        if not _fits(tiles, key):
-            raise ValueError(f"{tiles} do not fit {key}; take some of candidates(key)")
-    path = user_table_path()
+        _check_fit(key, tiles)
+    path = cache_folder() / "tiles.json"
+    _user_table.cache_clear()  # another process may have added to the file
     merged = _user_table(path) | table
     content = {_name(key): tiles._asdict() for key, tiles in sorted(merged.items())}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
@@ -215,9 +240,16 @@ def save_tiles(table: dict[TilesKey, Tiles]) -> Path:
     return path
 
 
+def _check_fit(key: TilesKey, tiles: Tiles) -> None:
+    if not _fits(tiles, key):
+        raise ValueError(f"{tiles} do not fit {key}; take some of candidates(key)")
+
+
 @cache
-def _user_table(path: Path) -> dict[TilesKey, Tiles]:
+def _user_table(path: Path | None) -> dict[TilesKey, Tiles]:
     """The table of a file; what is not understood is left out, with one warning."""
+    if path is None:
+        return {}
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)

@@ -25,6 +25,7 @@ __all__ = [
     "rows_of_block",
     "softmax_step",
     "store_block_sums",
+    "to_e4m3",
     "upcast",
     "valid_length",
 ]
@@ -84,8 +85,8 @@ def is_interpreted(x: Tensor) -> bool:
     interpreted = triton.knobs.runtime.interpret
     if not x.is_cuda and not interpreted:
         raise ValueError(
-            f"Triton kernels need CUDA tensors, got {x.device}; move them, or set "
-            "TRITON_INTERPRET=1 before triton is imported"
+            f"Triton kernels need CUDA tensors, got {x.device}; move them, take backend='auto' "
+            "where there is one, or set TRITON_INTERPRET=1 before triton is imported"
         )
     return interpreted
 
@@ -132,6 +133,19 @@ def natural_tokens(p_order, o_head, o_position, m_position):
 def upcast(x, UPCAST: tl.constexpr):
     # the interpreter multiplies the bit patterns of bf16
     return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+@no_type_check
+def to_e4m3(x, UPCAST: tl.constexpr):
+    """fp32 of at most 448 to the nearest number of e4m3."""
+    if UPCAST:
+        # the interpreter loses the carry of a mantissa that rounds up: it gets none to round
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        small = (x + 24576.0) - 24576.0  # below 2^-6 all steps are of 2^-9
+        x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+    return x.to(tl.float8e4nv)
 
 
 @triton.jit

@@ -26,10 +26,11 @@ from accel.cost import dense_speedup
 from accel.errors import AccelError
 from accel.pipelines.adapters import by_denoiser, denoisers_of
 from accel.pipelines.enable import disable, enable, session_of, summary
-from accel.pipelines.host import Host, device_name
+from accel.pipelines.host import Host
 from accel.pipelines.look import look
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.pricing import load_or_measure_baseline, priced, warm_up_steps
+from accel.pipelines.provenance import device_name
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
 from accel.schedule import Schedule

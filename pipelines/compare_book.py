@@ -13,19 +13,20 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import accel
 from accel.errors import PlanError
 from accel.files import write_atomically
 from accel.pipelines.enable import HUB_FILE
-from accel.pipelines.host import ModelConfig, device_name, find_path, versions
+from accel.pipelines.host import ModelConfig, find_path
+from accel.pipelines.provenance import code_digest, device_name, versions
 from accel.plan import Plan
 
 # beside a model's files, but nothing that its outputs depend on
 UNREAD = {".md", ".png", ".jpg", ".gif", ".mp4"}
+# what runs an arm, besides the code that every measurement depends on
+CODE = tuple(Path(__file__).parent / f"{name}.py" for name in ("compare_arm", "host", "pricing"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class Book:
         self._classifier_key = hashlib.sha256(judge.encode()).hexdigest()[:16]
         self._model: dict[str, Any] = {
             "versions": versions(),
-            "code": code_digest(),
+            "code": code_digest(*CODE),
             "pipeline": model.pipeline,
             "files": files_of(find_path(model.path)),
             "call": dict(model.call),
@@ -167,15 +168,3 @@ def files_of(path: str) -> list[tuple[str, int, int]] | str:
         return path
     found = sorted(p for p in Path(path).rglob("*") if p.is_file() and p.suffix not in UNREAD)
     return [(str(p.relative_to(path)), p.stat().st_size, int(p.stat().st_mtime)) for p in found]
-
-
-@cache
-def code_digest(*more: Path) -> str:
-    """Names the code that computes: plans, kernels and interception, and the files `more`."""
-    root = Path(accel.__file__).parent
-    files = [*more, *root.glob("*.py"), *(root / "kernels").glob("*")]
-    files += [root / "pipelines" / f"{name}.py" for name in ("adapters", "enable", "video_dit")]
-    digest = hashlib.sha256()
-    for file in sorted(f for f in files if f.suffix in (".py", ".cpp", ".h")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """From measurements to results: paired speed-ups, quality against dense, and the table of both."""
 
 from collections.abc import Sequence
+from math import exp, log
 from statistics import mean, median
 from typing import Any
 
@@ -98,8 +99,9 @@ def results_of(
 def _paired(book: Book, jobs: Sequence[Job], arm: ArmSpec, baseline: ArmSpec) -> dict[str, Any]:
     """The speed-up of `arm` over `baseline`: median of the ratios of generations of the same job.
 
-    Pairs of one sitting are used where there are any; else pairs whose two sides were measured at
-    different times, and the result says so.
+    Of an even number the geometric mean of the middle two, so that an arm is as much faster than
+    another as that is slower. Pairs of one sitting are used where there are any; else pairs whose
+    two sides were measured at different times, and the result says so.
     """
     pairs = []
     for job in jobs:
@@ -112,7 +114,7 @@ def _paired(book: Book, jobs: Sequence[Job], arm: ArmSpec, baseline: ArmSpec) ->
     together = [ratio for same, ratio in pairs if same]
     used = together or [ratio for _, ratio in pairs]
     return {
-        "speedup": middle(used),
+        "speedup": exp(median(map(log, used))) if used else None,
         "pairs": len(used),
         "paired_in_one_sitting": bool(together),
     }

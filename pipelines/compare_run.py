@@ -17,7 +17,8 @@ from accel.pipelines.compare_book import ArmSpec, Book, Job
 from accel.pipelines.compare_results import fastest_of, measure_quality, results_of
 from accel.pipelines.compare_settings import DENSE, CompareSettings
 from accel.pipelines.compare_worker import ArmFailed, Worker
-from accel.pipelines.host import ModelConfig, find_path, versions
+from accel.pipelines.host import ModelConfig, find_path
+from accel.pipelines.provenance import versions
 
 SCHEMA = 1
 PROBE_STEPS = 4

@@ -72,9 +72,14 @@ class Worker:
             raise ArmFailed(answer["error"])
         return answer["ok"]
 
+    @property
+    def returncode(self) -> int | None:
+        """How the process ended; None while it runs, negative where a signal ended it."""
+        return self._process.returncode
+
     def _last_words(self) -> str:
         self.close()
-        code = self._process.returncode
+        code = self.returncode
         why = " (killed; was there enough memory?)" if code == -9 else ""
         lines = self._log_path.read_text(errors="replace").strip().splitlines()
         said = f": {lines[-1]}" if lines else ""

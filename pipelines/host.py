@@ -1,10 +1,8 @@
 """The user's own pipeline, loaded and called as a model's configuration says."""
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from accel.untrusted import check_whole
 
 Video = NDArray[np.float32]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LIBRARIES = ("accel-suite", "torch", "triton", "diffusers", "transformers", "opencv-python")
 
 
 @dataclass(frozen=True)
@@ -128,26 +125,3 @@ class Host:
     @property
     def steps(self) -> int:
         return int(self.config.call["num_inference_steps"])
-
-
-def device_name(device: torch.device) -> str:
-    """The graphics card, or the processor with the number of threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = "CPU"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """What is installed, by distribution."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

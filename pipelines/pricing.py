@@ -124,7 +124,7 @@ def priced(host: Host, plan: Plan, baseline: Baseline, folder: Path, rounds: int
     """
     choices = {c for bands in plan.sites.values() for heads in bands for c in heads}
     tables = {}
-    for word in {*plan.precisions, plan.precision_of("")}:
+    for word in plan.precisions:
         path = folder / f"costs-{plan.block[0]}x{plan.block[1]}-{word}.json"
         tables[word] = load_or_measure_costs(
             host, baseline.layout, plan.block, choices, path, rounds, word

@@ -26,7 +26,7 @@ from wan_digits_model import build_scheduler
 
 from accel.context import step
 from accel.metrics import Classifier
-from accel.pipelines.host import device_name
+from accel.pipelines.provenance import device_name
 from accel.pipelines.video_files import load_frames, save_frames
 
 HERE = Path(__file__).parent

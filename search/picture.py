@@ -1,11 +1,13 @@
 """The trade-off as a picture: predicted time against predicted PSNR, the plan marked."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from accel.files import write_atomically
 from accel.plan import Plan
 from accel.search.front import Point
 from accel.search.sensitivity import predicted_psnr
@@ -33,6 +35,6 @@ def draw_front(points: Sequence[Point], plan: Plan, path: Path) -> Path:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return write_atomically(path, picture.getvalue())

@@ -30,9 +30,8 @@ from accel.kernels.arguments import PRECISIONS
 from accel.layout import Layout
 from accel.metrics import capped, psnr
 from accel.pipelines.adapters import adapter_of, denoisers_of, geometry_of, sites_of
-from accel.pipelines.compare_book import code_digest
 from accel.pipelines.enable import enabled, session_of
-from accel.pipelines.host import Host, ModelConfig, Video, device_name, versions
+from accel.pipelines.host import Host, ModelConfig, Video
 from accel.pipelines.pricing import (
     Baseline,
     dense_plan,
@@ -40,6 +39,7 @@ from accel.pipelines.pricing import (
     load_or_measure_costs,
     warm_up_steps,
 )
+from accel.pipelines.provenance import code_digest, device_name, versions
 from accel.plan import Plan, check_block
 from accel.recipes import recipe
 from accel.schedule import Schedule
@@ -50,6 +50,11 @@ from accel.search.sensitivity import measure_sensitivities, predicted_psnr
 from accel.untrusted import check_whole, finite
 
 HERE = Path(__file__).parent
+# what finds prices and harms, besides the code that every measurement depends on
+CODE = (
+    *(HERE / f"{name}.py" for name in ("profile", "sensitivity")),
+    *(HERE.parent / "pipelines" / f"{name}.py" for name in ("host", "pricing")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class SearchSettings:
         parts = {
             "device": device_name(model.resolved_device()),
             "versions": versions(),
-            "code": code_digest(*(HERE / f"{name}.py" for name in ("profile", "sensitivity"))),
+            "code": code_digest(*CODE),
             "cost_rounds": self.cost_rounds,
             "space": self.space,
             "schedule": self.schedule.to_dict(),

@@ -124,6 +124,22 @@ class TestPrice:
         assert dense_speedup(expected, "half") == pytest.approx(1 / (1 - 0.5 * 0.475))
         assert dense_speedup(expected, "int8") is None
 
+    def test_sites_without_a_precision_are_priced_in_full(self):
+        cheap = {name: tuple(p / 2 for p in prices) for name, prices in TABLE.sparse.items()}
+        tables = {"full": TABLE, "half": replace(TABLE, sparse=cheap)}
+        some = plan(Choice(Pooled(keep=0.35)), sites=("a",), dense_start=0.5)
+        # a in half, b, which runs dense, in full: that is no faster by the kernel here
+        mixed = replace(some, precision={"a": "half"})
+        assert mixed.precisions == ("half", "full")
+        assert fastest_dense(mixed, tables).dense == "host"
+        kernel = replace(mixed, dense="kernel")
+        expected = price(kernel, tables, layout=LAYOUT, steps=10, share=0.5).expected
+        a, b = (0.525 + 0.2) / 2, 1.05
+        assert expected["speedup"] == pytest.approx(1 / (1 - 0.5 * (1 - (a + b) / 2)))
+        everywhere = replace(kernel, precision={"a": "half", "b": "half"})
+        assert everywhere.precisions == ("half",)
+        price(everywhere, {"half": tables["half"]}, layout=LAYOUT, steps=10, share=0.5)
+
     def test_skipped_heads_are_free(self):
         assert priced(plan(Choice(Skip())))["attention_ratio"]["a"] == [0.0]
         assert priced(plan(Choice(Skip(), rest="mean")))["attention_ratio"]["a"] == pytest.approx(

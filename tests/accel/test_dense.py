@@ -27,7 +27,7 @@ def test_all_agree(device, dtype, monkeypatch):
         for _ in range(3)
     )
     truth = attention(q, k, v)
-    monkeypatch.setattr(dense, "has_bf16", lambda: True)
+    monkeypatch.setattr(dense, "has_bf16", lambda _: True)
     found = dense_attentions(torch.device(device), dtype)
     ran = 0
     for attend in (usual_dense, *found.values()):
@@ -46,7 +46,7 @@ def test_all_agree(device, dtype, monkeypatch):
 @pytest.mark.parametrize("able", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain_products_take_part_where_a_processor_multiplies_bf16(able, dtype, monkeypatch):
-    monkeypatch.setattr(dense, "has_bf16", lambda: able)
+    monkeypatch.setattr(dense, "has_bf16", lambda _: able)
     found = dense_attentions(torch.device("cpu"), dtype)
     assert ("matmul" in found) == (able and dtype == torch.bfloat16)
 

@@ -229,6 +229,21 @@ REASONS = {
         {},
         "the call needs gradients",
     ),
+    "gradients of keys alone": (
+        {"tensors": (qkv()[0], qkv()[1].requires_grad_(), qkv()[2])},
+        {},
+        "the call needs gradients",
+    ),
+    "double": (
+        {"tensors": tuple(x.double() for x in qkv())},
+        {},
+        "the model computes in torch.float64, which the sparse kernels do not",
+    ),
+    "wide heads": (
+        {"tensors": tuple(x.repeat(1, 1, 1, 33) for x in qkv())},
+        {},
+        "the head dim is 264; the sparse kernels take up to 256",
+    ),
     "predicted": (
         {},
         {"expected": {"attention_ratio": {"a": [1.2]}, **PRICED}},

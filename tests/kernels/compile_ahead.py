@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from accel.kernels.attention_kernel import attention_kernel
 from accel.kernels.pooling import TAYLOR_GROUP
 from accel.kernels.pooling_triton import means_kernel, slopes_kernel
-from accel.kernels.quantize import keys_kernel
+from accel.kernels.quantize import keys_kernel, tops_kernel, values_kernel
 from accel.kernels.tiles import Tiles, choose_tiles, tiles_key
 
 OPCODES = r"\b(HGMMA|HMMA|IGMMA|IMMA|QGMMA|QMMA|UTMALDG|USETMAXREG|LDGSTS)\b"
@@ -52,6 +52,8 @@ AROUND = {
     "means": (means_kernel, {"p_k_mean": ELEMENT, "p_v_mean": ELEMENT, "p_log_count": "*fp32"}, 4),
     "slopes": (slopes_kernel, {"p_stands_in": "*i1", "p_slopes": ELEMENT}, 8),
     "keys": (keys_kernel, {"p_out": "*i8", "p_scale": "*fp32", "p_shift": "*fp32"}, 4),
+    "tops": (tops_kernel, {"p_tops": "*fp32"}, 4),
+    "values": (values_kernel, {"p_out": "*fp8e4nv", "p_scale": "*fp32"}, 4),
 }
 
 
@@ -62,7 +64,8 @@ def build(kernel: str = "attention", **variant):
 def build_around(name: str, arch: int, block: int, dtype: str, dim: int):
     """What prepares the stand-ins and the 8-bit keys, with an order and valid lengths."""
     kernel, pointers, warps = AROUND[name]
-    pointers = {"p_k": ELEMENT, "p_v": ELEMENT, "p_lengths": "*i32", "p_order": "*i64"} | pointers
+    known = {"p_k": ELEMENT, "p_v": ELEMENT, "p_lengths": "*i32", "p_order": "*i64"} | pointers
+    pointers = {x: kind for x, kind in known.items() if x in kernel.arg_names}
     power = max(16, triton.next_power_of_2(dim))
     constants = {"DIM": dim, "KV_BLOCK": block, "BN": min(64, block), "BD": power}
     constants |= {"GROUP": TAYLOR_GROUP, "BC": min(64, power), "UPCAST": False}

@@ -1,5 +1,7 @@
 """One contract, four executions: torch and C++ on the CPU, Triton interpreted, and on a GPU."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,10 @@ from attention_cases import Backend, Case, check, compiler_missing, interpreter_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accel.kernels import attention_cpu
-from accel.kernels.attention import resolve_backend, sparse_attention
+from accel.kernels import attention_cpu, native
+from accel.kernels.arguments import PRECISIONS
+from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
+from accel.kernels.attention_cpu import has_bf16
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
 
@@ -277,7 +281,7 @@ def test_an_order_needs_square_attention(generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_torch_with_products_in_bf16(dtype, rest, generator, monkeypatch):
     """As on processors with instructions for it; here they are emulated, and slow."""
-    monkeypatch.setattr(attention_cpu, "has_bf16", lambda: True)
+    monkeypatch.setattr(attention_cpu, "has_bf16", lambda _: True)
     case = Case(2, 4, 2, 111, 111, 40, (64, 32), orders=4, padded=True)
     q, k, v = case.tensors(generator, dtype)
     mask, options = case.mask(case.dense_keep(generator)), case.options(generator)
@@ -288,3 +292,34 @@ def test_torch_with_products_in_bf16(dtype, rest, generator, monkeypatch):
     exact = q.float(), k.float(), v.float()
     found, _ = run(Backend("cpu", "cpu"), *exact, mask, rest=rest, **options)
     assert (found.double() - truth).norm() / truth.norm() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "expected"),
+    [
+        ("reference", torch.float32, "full"),
+        ("native", torch.float32, "half" if native.has_integers() else "full"),
+        ("native", torch.bfloat16, "full"),
+        ("cpu", torch.float32, "half" if has_bf16(torch.device("cpu")) else "full"),
+        ("cpu", torch.float16, "full"),
+    ],
+)
+def test_what_is_computed_is_told_and_not_what_is_allowed(backend, dtype, expected):
+    told = {resolve_precision(p, backend, dtype, torch.device("cpu")) for p in PRECISIONS[1:]}
+    assert told == {expected}
+    assert resolve_precision("full", backend, dtype, torch.device("cpu")) == "full"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("arch", "told"), [(80, ["half", "int8", "int8"]), (90, ["half", "int8", "fp8"])]
+)
+def test_what_a_gpu_computes_depends_on_what_it_has(arch, told, monkeypatch):
+    from accel.kernels import attention_triton
+
+    monkeypatch.setattr(attention_triton, "architecture", lambda device: arch)
+    found = [
+        resolve_precision(p, "triton", torch.float32, torch.device("cuda")) for p in PRECISIONS[1:]
+    ]
+    assert found == told
+    assert resolve_precision("half", "triton", torch.float16, torch.device("cuda")) == "full"

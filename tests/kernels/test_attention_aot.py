@@ -100,6 +100,9 @@ def test_what_goes_before_compiles_without_spills():
         for kernel, arch, dim in (
             ("means", 80, 72),
             ("keys", 90, 128),
+            ("tops", 80, 128),
+            ("values", 89, 72),
+            ("values", 90, 128),
             ("slopes", 80, 128),
             ("slopes", 90, 256),
         )

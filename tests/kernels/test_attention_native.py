@@ -12,7 +12,7 @@ import pytest
 import torch
 from attention_cases import Backend, Case, check, compiler_missing, run
 
-from accel.kernels import native
+from accel.kernels import attention_native, native
 from accel.kernels.attention import resolve_backend, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.block_mass import block_mass
@@ -41,7 +41,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "SOURCE", source)
     monkeypatch.setattr(native, "_loaded", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     return tmp_path / "cache" / "accel-suite"
 
 
@@ -63,11 +63,11 @@ def warnings(caplog) -> list[str]:
 
 def test_a_build_is_found_again(fresh, monkeypatch, caplog):
     assert native.available()
-    (first,) = fresh.iterdir()
+    (first,) = fresh.glob("*.so")
     monkeypatch.setattr(native, "_loaded", [])
     assert native.available()
     assert builds(caplog) == 1
-    assert list(fresh.iterdir()) == [first]
+    assert list(fresh.glob("*.so")) == [first]
     assert not warnings(caplog)
 
 
@@ -82,7 +82,7 @@ def test_another_source_flag_or_processor_is_another_build(fresh, what, monkeypa
     else:
         monkeypatch.setattr(native, "_processor", lambda: "another")
     assert native.available()
-    assert len(list(fresh.iterdir())) == 2
+    assert len(list(fresh.glob("*.so"))) == 2
 
 
 def test_a_failed_build_warns_once_and_torch_does_the_work(fresh, caplog, generator):
@@ -94,7 +94,7 @@ def test_a_failed_build_warns_once_and_torch_does_the_work(fresh, caplog, genera
     (message,) = warnings(caplog)
     assert "torch is used instead" in message
     assert "this" in message
-    assert not list(fresh.iterdir())
+    assert not list(fresh.glob("*.so"))
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/g++"])
@@ -136,6 +136,26 @@ def test_a_cache_that_others_can_write_to_is_not_used(fresh):
         assert folder == fresh
 
 
+def test_a_user_without_a_home_builds_too(fresh, monkeypatch, caplog):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", nowhere)
+    assert native.available()
+    assert not fresh.exists()
+    assert not warnings(caplog)
+
+
+def test_a_file_system_without_locks_is_built_on(fresh, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(native.fcntl, "flock", refuse)
+    assert native.available()
+    assert not warnings(caplog)
+
+
 def test_a_broken_file_in_the_cache_is_built_again(fresh, caplog):
     fresh.mkdir(parents=True)
     (fresh / f"{native._key(native._compiler())}.so").write_text("cut short")
@@ -151,11 +171,11 @@ def test_processes_may_build_at_the_same_time(fresh):
     )
     root = Path(__file__).parents[2]
     jobs = [
-        subprocess.Popen([native.sys.executable, "-c", program, str(native.SOURCE)], cwd=root)
+        subprocess.Popen([sys.executable, "-c", program, str(native.SOURCE)], cwd=root)
         for _ in range(2)
     ]
     assert [job.wait(timeout=200) for job in jobs] == [0, 0]
-    assert len(list(fresh.iterdir())) == 1
+    assert len(list(fresh.glob("*.so"))) == 1
 
 
 @pytest.mark.usefixtures("compiled")
@@ -199,6 +219,22 @@ class TestCompiled:
             q, k, v = case.tensors(generator)
             check(NATIVE, q, k, v, case.mask(case.dense_keep(generator)), rest="mean")
 
+    def test_keys_in_one_place_have_values_of_their_own(self, generator):
+        q = torch.randn(1, 1, 32, 64, generator=generator)
+        k = torch.randn(1, 1, 1, 64, generator=generator).expand(1, 1, 256, 64)
+        v = torch.randn(1, 1, 256, 64, generator=generator)
+        keep = torch.zeros(1, 1, 8, dtype=torch.bool)
+        keep[..., [0, 5]] = True
+        mask = BlockMask.from_dense(keep, block=(32, 32), q_length=32, kv_length=256)
+        check(NATIVE, q, k, v, mask)
+
+    def test_tensors_elsewhere_are_refused(self):
+        q = torch.randn(1, 1, 32, 64, device="meta")
+        with pytest.raises(ValueError, match="q is on meta; move it, or take backend='auto'"):
+            attention_native.block_mass(
+                q, q, block=(32, 32), scale=1.0, lse=None, lengths=None, order=None
+            )
+
     def test_an_order_outside_the_sequence_is_refused(self, generator):
         q, k, v, mask, _ = problem(generator)
         with pytest.raises(IndexError, match=r"0\.\.199, got 1\.\.200"):
@@ -218,7 +254,7 @@ class TestIntegers:
 
     @pytest.fixture(autouse=True)
     def _here(self, compiled):
-        if not native.library().accel_has_integers():
+        if not native.has_integers():
             pytest.skip("this processor has no quick products of 16-bit integers")
 
     @staticmethod
@@ -289,6 +325,16 @@ class TestIntegers:
         truth = sparse_attention_reference(q, k, v, mask, scale=scale)
         out = sparse_attention(q, k, v, mask, scale=scale, precision="half", backend="native")
         assert self.error(out, truth) < 5e-4
+
+    @pytest.mark.parametrize("size", [30.0, 31.7, 100.0])
+    def test_large_logits_do_not_overflow(self, size):
+        """Where a float has no places left behind the point, weights still end at 1."""
+        q, k = torch.full((1, 1, 16, 64), size), torch.full((1, 1, 64, 64), size)
+        v = torch.ones(1, 1, 64, 64)
+        mask = BlockMask.full(1, block=(16, 64), q_length=16, kv_length=64)
+        for scale in torch.linspace(0.3, 0.6, 40).tolist():
+            out = sparse_attention(q, k, v, mask, scale=scale, precision="half", backend="native")
+            assert self.error(out, torch.ones_like(out).double()) < 1e-3
 
     def test_what_is_not_finite_stays_where_it_is(self, generator):
         case = Case(1, 2, 2, 64, 64, 32, (16, 16))

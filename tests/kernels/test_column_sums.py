@@ -53,6 +53,18 @@ def test_matches_reference(column_sums, case, weighted, generator):
     torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=2e-5)
 
 
+def test_padding_of_one_batch_element_is_nothing_to_another(column_sums, generator):
+    q, k = (torch.randn(2, 1, 8, 16, generator=generator) for _ in range(2))
+    lse = torch.randn(2, 1, 8, generator=generator)
+    lengths = torch.tensor([4, 8])
+    q[0, :, 4:] = k[0, :, 4:] = torch.nan
+    lse[0, :, 4:] = torch.nan  # as attention gives it where padding holds NaN
+    truth = column_sums_reference(q, k, lse=lse, kv_length=lengths)
+    found = column_sums(q, k, lse=lse, kv_length=lengths)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("case", CASES[2:4], ids=lambda case: case.id)
 def test_a_known_lse_is_read(column_sums, case, generator):
     q, k, _ = case.tensors(generator)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -15,6 +16,7 @@ from accel.kernels.tiles import (
     save_tiles,
     shared_bytes,
     tiles_key,
+    trying,
     user_table_path,
 )
 
@@ -102,6 +104,22 @@ def test_saved_tiles_hold_from_then_on(table):
     module._user_table.cache_clear()  # as another process
     assert (choose_tiles(KEY), choose_tiles(OTHER)) == (ours, theirs)
     assert choose_tiles(KEY._replace(dim=64)) != ours
+
+
+def test_tiles_that_are_tried_hold_for_a_block_and_are_not_kept(table):
+    rule, tried = choose_tiles(KEY), Tiles(64, 32, 8, 2, tma=True)
+    with trying(KEY, tried):
+        assert choose_tiles(KEY) == tried
+        assert choose_tiles(KEY._replace(dim=64)) != tried
+        with ThreadPoolExecutor() as other:
+            assert other.submit(choose_tiles, KEY).result() == rule
+        assert not table.exists()
+    assert choose_tiles(KEY) == rule
+    with pytest.raises(KeyboardInterrupt), trying(KEY, tried):
+        raise KeyboardInterrupt
+    assert choose_tiles(KEY) == rule
+    with pytest.raises(ValueError, match="do not fit"), trying(KEY, Tiles(256, 64, 4, 2)):
+        pass
 
 
 def test_specialized_tiles_are_not_for_padded_calls():

@@ -4,19 +4,24 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from accel.pipelines.bench_results import Row
-from accel.pipelines.bench_settings import BenchSettings, Case, bench_settings
+from accel.pipelines.bench.case import BenchSettings, Case
+from accel.pipelines.bench.results import Row
+from accel.pipelines.bench.settings import bench_settings
 
 CASE = Case(shape="mine", batch=2, heads=3, tokens=301, dim=40, dtype="float32")
+
+
+def delivered(*overrides) -> dict:
+    """What `accel-bench` gets where nothing but `overrides` is typed."""
+    with initialize_config_module("accel.configs", version_base="1.3"):
+        return OmegaConf.to_container(compose("bench", overrides=[*overrides]), resolve=True)
 
 
 def config(*overrides, shapes=None) -> dict:
     """What `accel-bench` gets, quick and on the CPU; `shapes` in place of those of the group."""
     quick = ["device=cpu", "rounds=2", "warm_up_ms=0", "sample_ms=0", "backends=[native,cpu]"]
     quick += ["blocks=[[64,32]]", "keeps=[1.0,0.25]", "checked_rows=16"]
-    with initialize_config_module("accel.configs", version_base="1.3"):
-        values = compose("bench", overrides=[*quick, *overrides])
-    values = OmegaConf.to_container(values, resolve=True)
+    values = delivered(*quick, *overrides)
     shape = {"batch": 2, "heads": 3, "tokens": 301, "dim": 40, "dtypes": ["float32"]}
     return values | {"shapes": shapes or {"mine": shape}}
 
@@ -32,7 +37,7 @@ def row(**changes) -> Row:
         "heads": 3, "tokens": 301, "dim": 40, "dtype": "float32", "keep": 0.25, "kept": 0.26,
         "block": (64, 32), "ms": {"median": 2.5, "p20": 2.0, "p80": 3.0}, "tflops": 0.5,
         "price": 0.5, "efficiency": 0.52, "own_efficiency": 0.75, "baseline": "sdpa",
-        "error": 1e-7, "limit": 1e-5,
+        "error": 1e-7, "limit": 1e-5, "rounds": 7, "date": "2026-01-02",
     }  # fmt: skip
     return Row(**{**fields, **changes})
 

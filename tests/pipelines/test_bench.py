@@ -1,7 +1,7 @@
 """`accel-bench` from settings to files: what is measured, kept, taken over, and shown."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +10,17 @@ from bench_cases import CASE, config, row, settings
 
 from accel.errors import AccelError
 from accel.kernels import native
-from accel.pipelines import bench_kernels, bench_results
 from accel.pipelines.bench import bench, run
-from accel.pipelines.bench_contest import Outcome
-from accel.pipelines.bench_kernels import Bench, fastest
-from accel.pipelines.bench_page import page
-from accel.pipelines.bench_plot import time_against_keep, write_plots
-from accel.pipelines.bench_results import Results, measured
-from accel.pipelines.bench_settings import bench_settings
-from accel.pipelines.bench_table import as_text
+from accel.pipelines.bench import kernels as bench_kernels
+from accel.pipelines.bench import results as bench_results
+from accel.pipelines.bench.case import Part
+from accel.pipelines.bench.contest import Outcome
+from accel.pipelines.bench.kernels import KERNELS, Bench, fastest
+from accel.pipelines.bench.page import page
+from accel.pipelines.bench.plot import time_against_keep, write_plots
+from accel.pipelines.bench.results import Results, measured
+from accel.pipelines.bench.settings import bench_settings
+from accel.pipelines.bench.table import as_text
 
 CPU = torch.device("cpu")
 DENSE = row(kernel="dense", backend="sdpa", keep=1.0, kept=1.0, block=None)
@@ -28,7 +30,8 @@ DENSE = row(kernel="dense", backend="sdpa", keep=1.0, kept=1.0, block=None)
 def measured_once(tmp_path_factory):
     """A whole run of every kernel: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("bench")
-    values = config("kernel=all", f"out={folder}", f"page={folder}/page/README.md")
+    (folder / "page").mkdir()
+    values = config("kernel=all", f"out={folder}", f"page={folder}/page/cpu.md")
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr("builtins.print", lambda *words: said.append(" ".join(map(str, words))))
@@ -62,7 +65,8 @@ class TestRun:
         assert found["versions"]["torch"] == torch.__version__.split("+")[0]
         assert "threads" in found["device"]
         assert found["settings"]["keeps"] == [1.0, 0.25]
-        assert len(found["date"]) == 10
+        assert all(len(r["date"]) == 10 for r in found["rows"])
+        assert all(r["rounds"] == 2 for r in found["rows"] if r["ms"])
 
     def test_terminal_page_and_plot(self, measured_once):
         folder, said = measured_once
@@ -70,8 +74,10 @@ class TestRun:
         assert "efficiency" in said
         assert b"<svg" in (folder / "mine-float32.svg").read_bytes()
         beside = sorted(p.name for p in (folder / "page").iterdir())
-        assert beside == ["README.md", "bench.json", "mine-float32.svg"]
-        text = (folder / "page" / "README.md").read_text()
+        assert beside == ["cpu-mine-float32.svg", "cpu.json", "cpu.md"]
+        text = (folder / "page" / "cpu.md").read_text()
+        assert "[cpu.json](cpu.json)" in text
+        assert "![time against keep](cpu-mine-float32.svg)" in text
         assert "`accel-bench kernel=all`" in text
         assert "| cpu | full | 64 x 32 | uneven | - |" in text
 
@@ -90,18 +96,75 @@ class TestRun:
     def test_a_run_that_was_killed_keeps_what_it_has(self, tmp_path, monkeypatch):
         asked = settings("kernel=[block_mass,antidiagonal]")
 
-        def killed(self, baseline):
+        def killed(bench, part):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(Bench, "antidiagonal", killed)
+            kernel = replace(KERNELS["antidiagonal"], setup=killed)
+            patch.setitem(KERNELS, "antidiagonal", kernel)
             with pytest.raises(KeyboardInterrupt):
                 run(asked, Results(tmp_path / "b.json", CPU, asked.conditions))
         again = Results(tmp_path / "b.json", CPU, asked.conditions)
         assert {r.kernel for r in again.rows} == {"dense", "block_mass"}
+        before = list(again.rows)
         rows = run(asked, again)
         assert [r.kernel for r in rows] == ["dense"] + ["block_mass"] * 2 + ["antidiagonal"]
-        assert rows[:3] == again.rows[:3]
+        assert rows[:3] == before
+
+    def test_every_mask_is_kept_as_soon_as_it_is_measured(self, tmp_path, monkeypatch):
+        asked = settings("backends=[cpu]", "keeps=[1.0,0.5,0.25]")
+        setup = KERNELS["attention"].setup
+
+        def killed(bench, part):
+            if part.keep == 0.25:
+                raise KeyboardInterrupt
+            return setup(bench, part)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(KERNELS, "attention", replace(KERNELS["attention"], setup=killed))
+            with pytest.raises(KeyboardInterrupt):
+                run(asked, Results(tmp_path / "b.json", CPU, asked.conditions))
+        again = Results(tmp_path / "b.json", CPU, asked.conditions)
+        parts = [(r.keep, r.rows) for r in again.rows if r.kernel == "attention"]
+        assert parts == [(1.0, "uniform"), (0.5, "uniform"), (0.5, "uneven")]
+        before = list(again.rows)
+        rows = run(asked, again)
+        assert rows[: len(before)] == before
+        # the dense mode of the first sitting counts in the second
+        assert all(r.own_efficiency for r in rows if r.kernel == "attention")
+
+    def test_what_failed_is_tried_again_and_nothing_else(self, tmp_path, monkeypatch):
+        asked = settings("backends=[native,cpu]", "keeps=[0.5]", "rows=[uniform]")
+
+        def refused():
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("accel.pipelines.bench.rivals._own", lambda backend, *_: refused())
+            rows = run(asked, Results(tmp_path / "b.json", CPU, asked.conditions))
+        assert [r.note for r in rows[1:]] == ["RuntimeError: out of memory"] * 2
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "available", lambda: False)
+            first = run(asked, Results(tmp_path / "b.json", CPU, asked.conditions))
+        assert [bool(r.ms) for r in first] == [True, False, True]
+        rows = run(asked, Results(tmp_path / "b.json", CPU, asked.conditions))
+        assert (rows[0], rows[2]) == (first[0], first[2])
+        assert len(rows) == 3
+        assert bool(rows[1].ms) == native.available()
+
+    def test_an_order_and_a_rest_are_measured_and_named(self, tmp_path):
+        asked = settings("order=per_head", "rest=mean", "keeps=[0.25]", "backends=[cpu,flex]")
+        results = Results(tmp_path / "b.json", CPU, asked.conditions)
+        dense, *rows = run(asked, results)
+        assert dense.backend == "sdpa"
+        assert {r.backend for r in rows} == {"cpu per_head mean", "flex per_head mean"}
+        for found in rows:
+            if found.backend.startswith("cpu"):
+                assert found.ms
+                assert found.error <= found.limit
+                continue
+            assert found.note == "NotImplementedError: it has no order=per_head and no rest=mean"
+            assert not found.failed
 
     def test_without_a_baseline_nothing_else_is_measured(self, tmp_path, monkeypatch):
         def refused(q, k, v):
@@ -165,8 +228,10 @@ class TestRows:
         # blocks that fit, so that a quarter of the blocks is a quarter of the pairs
         shapes = {"mine": {"heads": 1, "tokens": 256, "dim": 16, "dtypes": ["float32"]}}
         asked = settings("backends=[cpu]", shapes=shapes)
-        found = [r for some in Bench(asked.cases[0], asked).attention("sdpa") for r in some]
-        full, even, uneven = found
+        bench, rows = Bench(asked.cases[0], asked), [replace(DENSE, **asdict(asked.cases[0]))]
+        for part in KERNELS["attention"].parts(asked):
+            rows += bench.rows("attention", part, rows)
+        full, even, uneven = rows[1:]
         assert (full.efficiency, full.own_efficiency) == pytest.approx((1.25, 1.0))
         assert (even.efficiency, even.own_efficiency) == pytest.approx((0.5, 0.4))
         assert even.tflops == pytest.approx(4 * 256 * 256 * 16 / 4 / 1e12)
@@ -199,16 +264,38 @@ class TestResults:
 
     def test_rows_belong_to_a_kernel_and_a_case(self, tmp_path):
         results = Results(tmp_path / "b.json", CPU, {})
-        results.add([row(batch=2), row(batch=2, dtype="bfloat16"), row(batch=2, kernel="dense")])
-        assert results.of("attention", CASE) == [row(batch=2)]
+        rows = [row(batch=2), row(batch=2, kernel="dense"), row(batch=2, dtype="bfloat16")]
+        results.add(rows)
+        assert results.of(replace(CASE, dim=40)) == rows[:2]
+        part = Part((64, 32), 0.25, "uniform")
+        assert [r for r in rows if r.of("attention", CASE, part)] == rows[:1]
+        assert not rows[0].of("attention", CASE, part._replace(rows="uneven"))
+
+    def test_a_row_takes_the_place_of_the_same_rival(self, tmp_path):
+        results = Results(tmp_path / "b.json", CPU, {})
+        results.add([row(ms=None), row(backend="cpu")])
+        results.add([row()])
+        assert results.rows == [row(), row(backend="cpu")]
+
+    def test_other_settings_lose_nothing(self, tmp_path, capsys):
+        path = tmp_path / "bench.json"
+        Results(path, CPU, {"rounds": 1}).add([row()])
+        Results(path, CPU, {"rounds": 2}).add([row(keep=0.5), row(keep=0.1)])
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 1
+        assert said[0].startswith("results of other settings, code or device are kept: ")
+        assert Path(said[0].rsplit(" ", 1)[1]).is_file()
+        assert Results(path, CPU, {"rounds": 1}).rows == [row()]
+        assert len(Results(path, CPU, {"rounds": 2}).rows) == 2
+        assert len(list(tmp_path.iterdir())) == 2
 
     def test_the_code_of_every_part_of_the_measurement_is_known(self):
         folder = Path(bench_results.__file__).parent
-        parts = {p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py")}
+        parts = {p.stem for p in folder.glob("[!_]*.py")}
         assert set(bench_results.CODE) == parts - {"page", "plot", "settings", "table", "tune"}
 
 
-ABOUT = {"device": "AMD EPYC, 2 threads", "date": "2026-01-02", "versions": {"torch": "2.15"}}
+ABOUT = {"device": "AMD EPYC, 2 threads", "versions": {"torch": "2.15"}}
 
 
 class TestPictures:
@@ -233,27 +320,32 @@ class TestPictures:
         assert picture.count(b"<!-- native full, 64 x 32 -->") == 1
         assert b"<!-- ideal -->" in picture
 
-    def test_a_page_of_nothing_says_so(self):
-        text = page(ABOUT, [], "accel-bench page=README.md")
-        assert (
-            "Not yet measured. This measures it, and writes this page:\n\n    accel-bench" in text
+    def test_a_page_says_when_its_rows_were_measured(self):
+        rows = [DENSE, row(date="2026-02-03"), row(keep=0.5, ms=None, date="2027-01-01")]
+        assert "AMD EPYC, 2 threads; 2026-01-02 to 2026-02-03; torch 2.15." in page(
+            ABOUT, rows, "accel-bench", "cpu"
         )
-        assert "Not yet measured. On a machine with a GPU" in text
-        assert "bench.json" not in text
+        assert "threads; 2026-01-02; torch" in page(ABOUT, [DENSE], "accel-bench", "cpu")
+
+    def test_the_page_of_a_step(self):
+        step = {"kernel": "wan_step", "block": None, "efficiency": None}
+        rows = [row(**step, backend="sdpa", keep=1.0, price=1.0, share=0.8, error=None),
+                row(**step, backend="accel", share=0.5)]  # fmt: skip
+        text = page(ABOUT, rows, "accel-bench kernel=wan_step", "wan-step")
+        assert "| accel | 0.25 uniform | 2.5 [2, 3] | 0.500 | 50% | 1.0e-07 |" in text
+        assert "| sdpa | 1.00 uniform | 2.5 [2, 3] | 1.000 | 80% | - |" in text
+        assert "Each cell" not in text
+        assert ".svg" not in text
 
     def test_a_page_has_a_line_for_every_backend(self):
         rows = [DENSE, row(), row(keep=1.0, efficiency=1.25), row(rows="uneven", ms=None)]
         rows.append(row(kernel="block_mass", mode="known lse"))
-        text = page(ABOUT, rows, "accel-bench")
+        text = page(ABOUT, rows, "accel-bench", "cpu")
         assert "| backend | precision | block | rows | keep 1 | keep 0.25 |" in text
         assert "| native | full | 64 x 32 | uniform | 2.5 (1.25) | 2.5 (0.52) |" in text
         assert "| native | full | 64 x 32 | uneven | - | - |" in text
         assert "block_mass, known lse, blocks of 64 x 32: 2.5 ms, 0.50 of a dense call." in text
-        assert "![time against keep](mine-float32.svg)" in text
-
-    def test_the_page_of_a_gpu_asks_for_no_gpu(self):
-        text = page({**ABOUT, "device": "NVIDIA H200"}, [DENSE, row()], "accel-bench")
-        assert "Not yet measured" not in text
+        assert "![time against keep](cpu-mine-float32.svg)" in text
 
 
 class TestSettings:
@@ -283,6 +375,12 @@ class TestSettings:
             shapes = OmegaConf.to_container(compose("bench").shapes)
         assert {case.shape for case in settings(shapes=shapes).cases} == set(shapes["cpu"])
         assert {"wan-14b-720p", "hunyuan-720p", "flux-2048", "llada-8b-64k"} < set(shapes["cuda"])
+
+    @pytest.mark.parametrize("option", ["order=per_head", "rest=mean"])
+    def test_what_only_attention_reads_is_for_attention(self, option):
+        assert settings(option, "kernel=all").kernels
+        with pytest.raises(AccelError, match="which only kernel=attention reads"):
+            settings(option, "kernel=[block_mass,antidiagonal]")
 
     def test_a_stride_divides_the_blocks(self):
         assert settings("stride=24").stride == 24

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from bench_cases import qkv, settings
 
-from accel.pipelines import bench_contest
-from accel.pipelines.bench_contest import Rival, contest
-from accel.pipelines.bench_gate import attention_gate
+from accel.pipelines.bench import contest as bench_contest
+from accel.pipelines.bench.contest import Rival, contest
+from accel.pipelines.bench.gate import attention_gate
 
 INPUTS = [qkv(), tuple(x.flip(2) for x in qkv())]
 
@@ -89,6 +89,22 @@ def test_calls_take_the_inputs_in_turn():
     assert seen == [first, second, first, second, first]
     assert len(found["spy"].seconds) == 3
     assert found["spy"].price is None
+
+
+def test_a_rival_may_have_its_inputs_head_by_head():
+    seen = []
+
+    def spy(q, k, v):
+        seen.extend((q, k, v))
+        return dense(q, k, v)
+
+    gate = attention_gate(INPUTS[0], None, 16)
+    assert not INPUTS[0][0].is_contiguous()
+    rivals = {"spy": Rival(lambda: spy, contiguous=True)}
+    assert contest(rivals, gate, INPUTS, settings("rounds=1"), dense)["spy"].price
+    assert all(x.is_contiguous() for x in seen)
+    # converted once, and not in every call: the second call of each input finds the same memory
+    assert len({x.data_ptr() for x in seen}) == 3 * len(INPUTS)
 
 
 def test_the_time_of_compilation_stands_apart():

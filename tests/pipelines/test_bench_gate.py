@@ -8,7 +8,7 @@ from bench_cases import CASE, qkv
 
 from accel.kernels.estimator_reference import antidiagonal_scores_reference
 from accel.kernels.reference import block_mass_reference, sparse_attention_reference
-from accel.pipelines.bench_gate import (
+from accel.pipelines.bench.gate import (
     STATED,
     attention_gate,
     attention_rows,
@@ -16,7 +16,7 @@ from accel.pipelines.bench_gate import (
     relative_error,
     sampled,
 )
-from accel.pipelines.bench_inputs import random_mask
+from accel.pipelines.bench.inputs import per_head_order, random_mask
 
 BLOCK = (64, 32)
 CPU = torch.device("cpu")
@@ -41,6 +41,35 @@ def test_attention_on_sampled_rows_is_the_reference(masked):
     mask = mask_of() if masked else None
     truth = sparse_attention_reference(*inputs, mask or whole)[:, :, rows]
     torch.testing.assert_close(attention_rows(inputs, rows, mask, torch.float64), truth)
+
+
+@pytest.mark.parametrize("rest", ["drop", "mean", "taylor"])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_orders_and_rests_are_those_of_the_reference(ordered, rest, monkeypatch):
+    inputs, rows, mask = qkv(), sampled(301, 20), mask_of()
+    # several groups of blocks, and a ragged last one
+    for module in ("pipelines.bench.gate", "kernels.reference"):
+        monkeypatch.setattr(f"accel.{module}.TAYLOR_GROUP", 4)
+    options = {"order": per_head_order(CASE, CPU) if ordered else None, "rest": rest}
+    truth = sparse_attention_reference(*inputs, mask, **options)[:, :, rows]
+    found = attention_rows(inputs, rows, mask, torch.float64, **options)
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize("rest", ["drop", "mean", "taylor"])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_has_another_order_or_rest_does_not_pass(ordered, rest):
+    inputs, mask = qkv(), mask_of()
+    options = {"order": per_head_order(CASE, CPU) if ordered else None, "rest": rest}
+    gate = attention_gate(inputs, mask, 16, **options)
+    right = sparse_attention_reference(*inputs, mask, **options).float()
+    assert gate.error(right) <= gate.limit("full")
+    for other in (
+        {**options, "rest": {"drop": "mean", "mean": "taylor", "taylor": "drop"}[rest]},
+        {**options, "order": None if ordered else per_head_order(CASE, CPU)},
+    ):
+        wrong = sparse_attention_reference(*inputs, mask, **other)
+        assert gate.error(wrong) > 10 * gate.limit("full")
 
 
 @pytest.mark.parametrize("stride", [1, 4])

@@ -2,8 +2,8 @@ import pytest
 import torch
 from bench_cases import CASE
 
-from accel.pipelines import bench_inputs
-from accel.pipelines.bench_inputs import inputs_of, random_mask, token_pairs
+from accel.pipelines.bench import inputs as bench_inputs
+from accel.pipelines.bench.inputs import inputs_of, per_head_order, random_mask, token_pairs
 
 CPU = torch.device("cpu")
 BLOCK = (64, 16)
@@ -35,6 +35,12 @@ def test_copies_outgrow_the_cache_but_not_the_memory(cache, free, copies, monkey
 def test_this_device_has_a_cache_and_memory():
     assert 1 << 16 <= bench_inputs._cache_bytes(CPU) < 1 << 33
     assert bench_inputs._free_bytes(CPU) > 1 << 20
+
+
+def test_every_head_has_an_order_of_its_own():
+    order = per_head_order(CASE, CPU)
+    assert torch.equal(order.sort(-1).values, torch.arange(301).expand(3, -1))
+    assert len(order.unique(dim=0)) == 3
 
 
 class TestMask:

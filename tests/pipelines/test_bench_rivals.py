@@ -10,9 +10,9 @@ from bench_cases import CASE, qkv, settings
 from accel.kernels import native
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
-from accel.pipelines import bench_rivals
-from accel.pipelines.bench_inputs import random_mask
-from accel.pipelines.bench_rivals import sparse_rivals
+from accel.pipelines.bench import rivals as bench_rivals
+from accel.pipelines.bench.inputs import per_head_order, random_mask
+from accel.pipelines.bench.rivals import sparse_rivals
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,8 @@ def error(run, inputs, mask):
 
 
 def test_every_backend_in_the_precisions_that_it_has():
-    found = sparse_rivals(settings("precisions=[full,half]", "backends=null"))
+    mask, (q, _, _) = random_mask(CASE, (64, 32), 0.4, "uneven", CPU), qkv()
+    found = sparse_rivals(settings("precisions=[full,half]", "backends=null"), mask, q)
     assert list(found) == [
         ("native", "full"), ("native", "half"), ("cpu", "full"), ("cpu", "half"), ("flex", "full"),
     ]  # fmt: skip
@@ -32,16 +33,26 @@ def test_every_backend_in_the_precisions_that_it_has():
 @torch.no_grad()
 def test_all_that_run_here_compute_the_mask():
     mask, inputs = random_mask(CASE, (64, 32), 0.4, "uneven", CPU), qkv()
-    for (backend, _), make in sparse_rivals(settings("backends=null")).items():
+    for (backend, _), rival in sparse_rivals(settings("backends=null"), mask, inputs[0]).items():
         if backend != "native" or native.available():
-            assert error(make(mask, inputs[0]), inputs, mask) < 1e-5, backend
+            assert error(rival.make(), inputs, mask) < 1e-5, backend
+
+
+def test_those_of_others_say_what_they_cannot():
+    mask, (q, _, _) = random_mask(CASE, (64, 32), 0.4, "uneven", CPU), qkv()
+    asked = settings("backends=[cpu,flex]", "order=per_head", "rest=taylor")
+    ours, theirs = sparse_rivals(asked, mask, q, per_head_order(CASE, CPU)).items()
+    assert ours[0] == ("cpu per_head taylor", "full")
+    assert ours[1].make().keywords["order"].shape == (3, 301)
+    with pytest.raises(NotImplementedError, match="it has no order=per_head and no rest=taylor"):
+        theirs[1].make()
 
 
 def test_without_a_compiler_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
     mask = random_mask(CASE, (64, 32), 0.4, "uniform", CPU)
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler is to be found"):
-        sparse_rivals(settings())["native", "full"](mask, qkv()[0])
+        sparse_rivals(settings(), mask, qkv()[0])["native", "full"].make()
 
 
 class Wrapper:

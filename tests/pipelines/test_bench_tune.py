@@ -1,15 +1,17 @@
 """Tiles are tried out, and the fastest of those that compute the right thing stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bench_cases import settings
 
 from accel.errors import AccelError
 from accel.kernels.reference import sparse_attention_reference
-from accel.kernels.tiles import choose_tiles
-from accel.pipelines import bench_tune
-from accel.pipelines.bench_contest import Outcome
-from accel.pipelines.bench_tune import fastest_tiles, key_of, tune
+from accel.kernels.tiles import _user_table, choose_tiles, save_tiles, user_table_path
+from accel.pipelines.bench import tune as bench_tune
+from accel.pipelines.bench.contest import Outcome
+from accel.pipelines.bench.tune import fastest_tiles, key_of, tune
 
 BLOCK = (64, 32)
 SHAPES = {"s": {"heads": 2, "tokens": 70, "dim": 16, "dtypes": ["float32"]}}
@@ -25,9 +27,8 @@ def asked():
     return settings("backends=[cpu]", shapes=SHAPES)
 
 
-def key(precision="full"):
-    case = settings(shapes=SHAPES).cases[0]
-    return key_of(case, BLOCK, precision, 90)
+def key(precision="full", arch=90, block=BLOCK):
+    return key_of(settings(shapes=SHAPES).cases[0], block, precision, arch)
 
 
 class TestFastestTiles:
@@ -50,19 +51,23 @@ class TestFastestTiles:
         assert prices[best] == 0.3
         assert choose_tiles(key()) == best
 
-    def test_an_interruption_leaves_the_best_so_far(self, asked, monkeypatch):
-        seen = []
+    def test_nothing_is_kept_before_the_winner_is_known(self, asked, monkeypatch):
+        """Neither an interruption nor a kill leaves a candidate that was only tried."""
+        rule, seen = choose_tiles(key()), []
 
         def contest(rivals, *_):
-            if len(seen) == 2:
-                raise KeyboardInterrupt
             seen.append(choose_tiles(key()))
-            return {"triton": Outcome(price=[0.4, 0.6][len(seen) - 1])}
+            assert not user_table_path().exists()
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return {"triton": Outcome(price=0.5)}
 
         monkeypatch.setattr(bench_tune, "contest", contest)
         with pytest.raises(KeyboardInterrupt):
             self.tuned(asked)
-        assert choose_tiles(key()) == seen[0]
+        assert len(set(seen)) == 3
+        assert choose_tiles(key()) == rule
+        assert not user_table_path().exists()
 
     def test_a_winner_that_is_wrong_now_and_then_does_not_stay(self, asked, monkeypatch):
         some = bench_tune.candidates(key())[:3]
@@ -114,6 +119,49 @@ def test_keys_are_those_of_the_calls(precision, bytes_, arithmetic):
     assert (found.access, found.rest) == ("plain", "drop")
 
 
+class TestAgain:
+    @pytest.fixture
+    def tunings(self, monkeypatch):
+        """The keys that are tuned, on a card that is none."""
+        found = []
+
+        def fastest(key, *_):
+            found.append(key)
+            best = bench_tune.candidates(key)[1]
+            save_tiles({key: best})
+            return best
+
+        monkeypatch.setattr(bench_tune, "fastest_tiles", fastest)
+        monkeypatch.setattr(bench_tune, "device_name", lambda _: "a card")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+        return found
+
+    @pytest.fixture
+    def on_a_card(self, asked):
+        return replace(asked, device=torch.device("cuda"))
+
+    def test_what_is_tuned_stays(self, tunings, on_a_card):
+        tune(on_a_card)
+        table = user_table_path().read_bytes()
+        assert tune(on_a_card) == {}
+        assert tunings == [key()]
+        assert user_table_path().read_bytes() == table
+
+    @pytest.mark.parametrize("change", ["device", "versions", "code", "tiles", "notes"])
+    def test_by_something_else_it_is_tuned_anew(self, change, tunings, on_a_card, monkeypatch):
+        tune(on_a_card)
+        if change == "tiles":
+            user_table_path().unlink()
+            _user_table.cache_clear()
+        elif change == "notes":
+            (user_table_path().parent / "tuned.json").write_text("[")
+        else:
+            names = {"device": "device_name", "versions": "versions", "code": "code_digest"}
+            monkeypatch.setattr(bench_tune, names[change], lambda *_: "another")
+        tune(on_a_card)
+        assert tunings == [key()] * 2
+
+
 def test_a_processor_is_refused():
     with pytest.raises(AccelError, match="tune=true is for the Triton kernels of GPUs"):
         tune(settings(shapes=SHAPES))
@@ -122,5 +170,8 @@ def test_a_processor_is_refused():
 @pytest.mark.gpu
 def test_on_a_gpu():
     asked = settings("device=cuda", "backends=null", "blocks=[[128,64]]", shapes=SHAPES)
-    (best,) = tune(asked).values()
-    assert best in bench_tune.candidates(key_of(asked.cases[0], (128, 64), "full", 90))
+    major, minor = torch.cuda.get_device_capability()
+    ((found, best),) = tune(asked).items()
+    assert found == key(arch=10 * major + minor, block=(128, 64))
+    assert best in bench_tune.candidates(found)
+    assert tune(asked) == {}

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +15,7 @@ from accel.errors import AccelError, PlanError
 from accel.pipelines import compare_book
 from accel.pipelines.compare_arm import Arm, StepClock, serve
 from accel.pipelines.compare_book import ArmSpec, Book, Job
+from accel.pipelines.compare_results import fastest_of
 from accel.pipelines.compare_run import Comparison
 from accel.pipelines.compare_settings import DENSE, CompareSettings, named_plans
 from accel.pipelines.compare_table import as_markdown, as_text
@@ -303,9 +303,8 @@ def test_an_arm_ends_with_its_stdin_whatever_it_is_doing(tmp_path):
     )
     worker = Worker(tmp_path, {}, (sys.executable, "-c", busy))
     worker.ask({"do": "start"}, 60)
-    begun = time.monotonic()
     worker.close()
-    assert time.monotonic() - begun < 9  # CLOSING_S is when it would be killed
+    assert worker.returncode == 0  # not killed after CLOSING_S
 
 
 def test_an_arm_answers_errors_and_goes_on(model):
@@ -398,6 +397,27 @@ def test_speed_is_measured_against_the_fastest_dense_arm(model, settings, tmp_pa
     for arm in arms.values():
         assert arm["speedup"] == arm["speedup_over"][fastest]
     assert (tmp_path / arms["sparsed"]["maps"]["file"]).is_file()
+
+
+class TimedBook(Book):
+    """Knows how long every job took, and no more."""
+
+    prompts = ("a", "b")
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def result(self, job):
+        return {"sitting": 0, "seconds": self.seconds[job.arm.name][job.prompt]}
+
+
+def test_no_dense_arm_is_faster_than_the_fastest():
+    dense, full = ArmSpec("dense"), ArmSpec("full")
+    book = TimedBook({"dense": (2.0, 0.8), "full": (1.0, 2.0)})  # medians of ratios: 1.2 and 1.5
+    jobs = [Job(arm, prompt, 0) for arm in (dense, full) for prompt in (0, 1)]
+    assert fastest_of(book, (dense, full), jobs) == dense
+    book.seconds["full"] = (1.0, 1.5)
+    assert fastest_of(book, (dense, full), jobs) == full
 
 
 def test_a_baseline_is_dense(settings):

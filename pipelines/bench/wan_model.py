@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.errors import AccelError, nearest
-from accel.pipelines.bench_settings import Case
+from accel.pipelines.bench.case import Case
 from accel.pipelines.host import DTYPES
 from accel.untrusted import check_whole, finite
 
@@ -32,11 +32,15 @@ class WanStep:
     dtype: str
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "WanStep":
-        """The settings of a configuration; raises AccelError naming the value that cannot be."""
+    def of(cls, given: Mapping[str, Any], dtype: Any) -> "WanStep":
+        """The settings of a configuration; raises AccelError naming the value that cannot be.
+
+        dtype: that of weights and latents; None: bfloat16.
+        """
+        known = [name for name in cls.__slots__ if name != "dtype"]
         for name in given:
-            if name not in cls.__slots__:
-                raise AccelError(f"wan_step.{name} is unknown; {nearest(name, cls.__slots__)}")
+            if name not in known:
+                raise AccelError(f"wan_step.{name} is unknown; {nearest(name, known)}")
         for name in ("layers", "heads", "head_dim", "ffn_dim"):
             check_whole(f"wan_step.{name}", given[name], 1)
         for name, length in (("latents", 5), ("text", 2)):
@@ -51,10 +55,11 @@ class WanStep:
             )
         if not finite(given["keep"]) or not 0 < given["keep"] <= 1:
             raise AccelError(f"wan_step.keep is {given['keep']!r}; it is a fraction in (0, 1]")
-        if given["dtype"] not in DTYPES:
-            raise AccelError(f"wan_step.dtype is {given['dtype']!r}; take one of {[*DTYPES]}")
+        dtype = "bfloat16" if dtype is None else dtype
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise AccelError(f"dtype is {dtype!r}; kernel=wan_step takes one of {[*DTYPES]}")
         sizes = {name: tuple(given[name]) for name in ("latents", "text")}
-        return cls(**{**given, **sizes})
+        return cls(**{**given, **sizes}, dtype=dtype)
 
     @property
     def case(self) -> Case:

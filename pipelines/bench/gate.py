@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from accel.kernels.block_mask import BlockMask
-from accel.pipelines.bench_inputs import Inputs
+from accel.kernels.pooling import TAYLOR_GROUP
+from accel.pipelines.bench.inputs import Inputs
 
 # relative L2 errors; rounding normal q and k to 8 bits costs about 0.013, P and V to e4m3 0.04
 STATED = {"int8": 0.05, "fp8": 0.1}
@@ -28,21 +29,68 @@ def sampled(total: int, count: int) -> Int[Tensor, " places"]:
 
 
 def attention_rows(
-    inputs: Inputs, rows: Int[Tensor, " rows"], mask: BlockMask | None, dtype: torch.dtype
+    inputs: Inputs,
+    rows: Int[Tensor, " rows"],
+    mask: BlockMask | None,
+    dtype: torch.dtype,
+    *,
+    order: Int[Tensor, "heads tokens"] | None = None,
+    rest: str = "drop",
 ) -> Float[Tensor, "batch heads rows dim"]:
     """`softmax(q kT / sqrt(dim)) v` of some query rows, computed naively in `dtype`, head by head;
-    in float64 it is the truth. Every key where there is no mask.
+    in float64 it is the truth. Every key where there is no mask; order and rest are those of
+    `sparse_attention`.
     """
     q, k, v = inputs
     out = q.new_empty(*q.shape[:2], len(rows), q.shape[3], dtype=torch.float64)
-    keep = None if mask is None else mask.to_dense()[:, :, rows // mask.block[0]]
+    keep = None if mask is None else mask.to_dense()
+    places = torch.arange(q.shape[2], device=q.device)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
-            logits = q[b, h, rows].to(dtype) * q.shape[3] ** -0.5 @ k[b, h].to(dtype).mT
-            if mask is not None and keep is not None:
-                kept = keep[b % keep.shape[0], h].repeat_interleave(mask.block[1], 1)
-                logits = logits.masked_fill(~kept[:, : k.shape[2]], -torch.inf)
-            out[b, h] = logits.softmax(-1) @ v[b, h].to(dtype)
+            taken = places if order is None else order[h]
+            queries = q[b, h, rows].to(dtype) * q.shape[3] ** -0.5
+            keys, values = (x[b, h, taken].to(dtype) for x in (k, v))
+            if mask is None or keep is None:
+                out[b, h] = (queries @ keys.mT).softmax(-1) @ values
+                continue
+            own = keep[b % keep.shape[0], h]
+            kept = own[taken.argsort()[rows] // mask.block[0]]
+            out[b, h] = _masked_rows(queries, keys, values, kept, ~own.all(0), mask.block[1], rest)
+    return out
+
+
+def _masked_rows(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kept: Tensor,
+    left_out: Tensor,
+    block: int,
+    rest: str,
+) -> Tensor:
+    """Rows of one head. kept: blocks of keys, by row; left_out: those that some row does without;
+    queries are scaled.
+    """
+    logits = queries @ keys.mT
+    logits = logits.masked_fill(~kept.repeat_interleave(block, 1)[:, : len(keys)], -torch.inf)
+    if rest == "drop":
+        return logits.softmax(-1) @ values
+    counts = torch.tensor([len(x) for x in keys.split(block)], device=keys.device)
+    means = [torch.stack([x.mean(0) for x in some.split(block)]) for some in (keys, values)]
+    pooled = queries @ means[0].mT + counts.to(keys.dtype).log()
+    weights = torch.cat([logits, pooled.masked_fill(kept, -torch.inf)], 1).softmax(-1)
+    out = weights @ torch.cat([values, means[1]])
+    if rest == "taylor":
+        per_token = weights[:, len(keys) :] / counts
+        deviation = keys - means[0].repeat_interleave(counts, 0)
+        # a slope for every group of blocks: the mean over those of it that are left out
+        for first in range(0, len(counts), TAYLOR_GROUP):
+            group = slice(first, first + TAYLOR_GROUP)
+            tokens = slice(first * block, (first + TAYLOR_GROUP) * block)
+            stands_in = left_out[group].repeat_interleave(counts[group])[:, None]
+            slope = (deviation[tokens] * stands_in).mT @ values[tokens]
+            slope /= left_out[group].sum().clamp(min=1)
+            out = out + per_token[:, group].sum(1, keepdim=True) * (queries @ slope)
     return out
 
 
@@ -121,13 +169,19 @@ class Gate:
         return 2 * self._naive[dtype] + 1e-5
 
 
-def attention_gate(inputs: Inputs, mask: BlockMask | None, rows: int) -> Gate:
+def attention_gate(
+    inputs: Inputs,
+    mask: BlockMask | None,
+    rows: int,
+    *,
+    order: Int[Tensor, "heads tokens"] | None = None,
+    rest: str = "drop",
+) -> Gate:
     """Checks attention on so many query rows of every head."""
     q = inputs[0]
     places = sampled(q.shape[2], rows).to(q.device)
-    return Gate(
-        partial(attention_rows, inputs, places, mask), lambda out: out[:, :, places], q.dtype
-    )
+    compute = partial(attention_rows, inputs, places, mask, order=order, rest=rest)
+    return Gate(compute, lambda out: out[:, :, places], q.dtype)
 
 
 def mass_gate(inputs: Inputs, block: tuple[int, int], stride: int = 1) -> Gate:

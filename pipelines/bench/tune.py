@@ -5,16 +5,21 @@ in uneven rows. The winner goes into the user's own table (`accel.kernels.tiles`
 call on a device like this one reads.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from accel.dense import usual_dense
 from accel.errors import AccelError
+from accel.files import write_atomically
 from accel.kernels.attention import sparse_attention
+from accel.kernels.cache_folder import cache_folder
 from accel.kernels.tiles import (
     Tiles,
     TilesKey,
@@ -22,15 +27,18 @@ from accel.kernels.tiles import (
     choose_tiles,
     save_tiles,
     tiles_key,
-    user_table_path,
+    trying,
 )
-from accel.pipelines.bench_contest import Rival, contest
-from accel.pipelines.bench_gate import attention_gate
-from accel.pipelines.bench_inputs import inputs_of, random_mask
-from accel.pipelines.bench_settings import BenchSettings, Block, Case
+from accel.pipelines.bench.case import BenchSettings, Block, Case
+from accel.pipelines.bench.contest import Rival, contest
+from accel.pipelines.bench.gate import attention_gate
+from accel.pipelines.bench.inputs import inputs_of, random_mask
 from accel.pipelines.host import DTYPES
+from accel.pipelines.provenance import code_digest, device_name, versions
 
 KEEP = 0.25
+# the files that decide which tiles win
+CODE = ("contest", "gate", "inputs", "tune")
 # how many times the winner is checked before it stays
 CHECKS = 5
 
@@ -38,7 +46,9 @@ CHECKS = 5
 def tune(settings: BenchSettings) -> dict[TilesKey, Tiles]:
     """The fastest tiles for every case, block and precision; kept as soon as they are known.
 
-    Raises AccelError where there is no GPU.
+    What this device, these versions and this code have tuned is not tuned again: times differ a
+    little, and other tiles would make all that was measured since worthless. Raises AccelError
+    where there is no GPU.
     """
     if settings.device.type != "cuda":
         raise AccelError(
@@ -50,10 +60,48 @@ def tune(settings: BenchSettings) -> dict[TilesKey, Tiles]:
         for block in settings.blocks:
             for precision in settings.precisions:
                 key = key_of(case, block, precision, 10 * major + minor)
-                if key not in best:
+                if key not in best and not is_tuned(key, settings.device):
                     best[key] = fastest_tiles(key, case, block, precision, settings)
-    print(f"tiles: {user_table_path()}")
+                    note_tuned(key, best[key], settings.device)
+    print(f"tiles: {cache_folder() / 'tiles.json'}, {len(best)} of them new")
     return best
+
+
+def is_tuned(key: TilesKey, device: torch.device) -> bool:
+    """Whether the tiles that hold for a key were found here, and by this code."""
+    return _notes().get(_name(key)) == _note(choose_tiles(key), device)
+
+
+def note_tuned(key: TilesKey, tiles: Tiles, device: torch.device) -> None:
+    """Note beside the user's table what found its tiles for a key."""
+    notes = {**_notes(), _name(key): _note(tiles, device)}
+    write_atomically(_notes_path(), json.dumps(notes, indent=1) + "\n")
+
+
+def _notes_path() -> Path:
+    return cache_folder() / "tuned.json"
+
+
+def _notes() -> dict[str, Any]:
+    try:
+        found = json.loads(_notes_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # tuning again is all that comes of it
+    return found if isinstance(found, dict) else {}
+
+
+def _name(key: TilesKey) -> str:
+    return " ".join(map(str, key))
+
+
+def _note(tiles: Tiles, device: torch.device) -> dict[str, Any]:
+    files = (Path(__file__).parent / f"{name}.py" for name in CODE)
+    return {
+        "tiles": list(tiles),
+        "device": device_name(device),
+        "versions": versions(),
+        "code": code_digest(*files),
+    }
 
 
 def key_of(case: Case, block: Block, precision: str, arch: int) -> TilesKey:
@@ -74,9 +122,8 @@ def key_of(case: Case, block: Block, precision: str, arch: int) -> TilesKey:
 def fastest_tiles(
     key: TilesKey, case: Case, block: Block, precision: str, settings: BenchSettings
 ) -> Tiles:
-    """The candidate with the lowest price of those that are right; it is kept in the user's table.
-
-    While it is tried a candidate stands there; an interruption leaves the best of those so far.
+    """The candidate with the lowest price of those that are right; only it is kept in the user's
+    table, and nothing before it is known.
     """
     inputs = inputs_of(case, settings.device)
     mask = random_mask(case, block, KEEP, "uneven", settings.device)
@@ -85,26 +132,21 @@ def fastest_tiles(
     rival = Rival(lambda: run, precision)
     # enough to tell candidates apart; the benchmark itself measures with care
     quick = replace(settings, rounds=3, warm_up_ms=20.0, sample_ms=10.0)
-    before, prices = choose_tiles(key), dict[Tiles, float]()
+    best, prices = choose_tiles(key), dict[Tiles, float]()
     tried: Iterable[Tiles] = tqdm(
         candidates(key), desc=f"tiles for {case.shape} {case.dtype} {precision}", unit="tiles"
     )
-    try:
-        for tiles in tried:
-            save_tiles({key: tiles})
+    for tiles in tried:
+        with trying(key, tiles):
             outcome = contest({"triton": rival}, gate, inputs, quick, usual_dense)["triton"]
-            if outcome.price is not None:
-                prices[tiles] = outcome.price
-    finally:
-        # what a compiler got wrong may show only now and then
-        best = before
-        while prices:
-            best = min(prices, key=prices.__getitem__)
-            save_tiles({key: best})
+        if outcome.price is not None:
+            prices[tiles] = outcome.price
+    for tiles in sorted(prices, key=prices.__getitem__):
+        with trying(key, tiles):
+            # what a compiler got wrong may show only now and then
             errors = [gate.error(run(*inputs[0])) for _ in range(CHECKS)]
-            if all(error <= gate.limit(precision) for error in errors):
-                break
-            del prices[best]
-            best = before
-        save_tiles({key: best})
+        if all(error <= gate.limit(precision) for error in errors):
+            best = tiles
+            break
+    save_tiles({key: best})
     return best

@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from accel.pipelines.bench_gate import Gate
-from accel.pipelines.bench_inputs import Inputs
-from accel.pipelines.bench_settings import BenchSettings
+from accel.pipelines.bench.case import BenchSettings
+from accel.pipelines.bench.gate import Gate
+from accel.pipelines.bench.inputs import Inputs
 from accel.timing import Job, in_turns, warm_up
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -22,10 +22,13 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rival:
-    """make: gives the job, on q, k and v; precision: what arithmetic it is allowed."""
+    """make: gives the job, on q, k and v; precision: what arithmetic it is allowed; contiguous:
+    it gets its inputs head by head, and their conversion is no part of its time.
+    """
 
     make: Callable[[], Run]
     precision: str = "full"
+    contiguous: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +61,16 @@ def contest(
     jobs: dict[Key | None, Job] = {}
     repeats: dict[Key | None, int] = {}
     for key, rival in rivals.items():
-        limit = gate.limit(rival.precision)
-        start = time.perf_counter()
         try:
+            some = _head_by_head(inputs) if rival.contiguous else inputs
+            start = time.perf_counter()
             run = rival.make()
-            result = run(*inputs[0])
+            result = run(*some[0])
             _finish(settings.device)
             firsts[key] = time.perf_counter() - start
-            error = gate.error(result)
+            error, limit = gate.error(result), gate.limit(rival.precision)
             del result
-            job = _rotated(run, inputs)
+            job = _rotated(run, some)
             passed = error <= limit  # never so for NaN
             calls = _warmed(job, settings) if passed else 0
         except Exception as problem:  # a rival is anybody's code
@@ -122,6 +125,10 @@ def _rotated(run: Run, inputs: list[Inputs]) -> Job:
     # the first have been looked at already
     turn = cycle([*inputs[1:], inputs[0]])
     return lambda: run(*next(turn))
+
+
+def _head_by_head(inputs: list[Inputs]) -> list[Inputs]:
+    return [(q.contiguous(), k.contiguous(), v.contiguous()) for q, k, v in inputs]
 
 
 def _compile_time(first: float, usual: float) -> str:

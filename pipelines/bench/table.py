@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
-from accel.pipelines.bench_results import Row
+from accel.pipelines.bench.kernels import KERNELS
+from accel.pipelines.bench.results import Row
 
 
 def _number(form: str, name: str) -> Callable[[Row], str]:
@@ -30,14 +31,17 @@ def _ms(row: Row) -> str:
     return f"{median} [{p20}, {p80}]"
 
 
-# they look at every block
-MASSES = ("block_mass", "antidiagonal")
+def is_mass(row: Row) -> bool:
+    """Whether the kernel finds out which blocks matter; it looks at all of them."""
+    return row.kernel in KERNELS and KERNELS[row.kernel].mass
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "kernel": lambda row: row.kernel,
     "backend": lambda row: row.backend,
     "mode": lambda row: row.mode,
     "block": lambda row: "-" if row.block is None else f"{row.block[0]} x {row.block[1]}",
-    "keep": lambda row: "-" if row.kernel in MASSES else f"{row.keep:.2f} {row.rows}",
+    "keep": lambda row: "-" if is_mass(row) else f"{row.keep:.2f} {row.rows}",
     "ms [p20, p80]": _ms,
     "TFLOP/s": _number(".3g", "tflops"),
     "of dense": _number(".3f", "price"),
@@ -54,6 +58,11 @@ of dense: time as a multiple of the fastest dense attention of others, measured 
 efficiency: share of token pairs computed / of dense; 1 is a gain as large as what is left out.
 own: the same against the same backend with every block kept. error: relative L2 distance to
 float64 on sampled rows; what exceeds its limit is not timed."""
+
+
+def cells(row: Row, heads: Sequence[str]) -> list[str]:
+    """Some columns of a row."""
+    return [COLUMNS[head](row) for head in heads]
 
 
 def title(row: Row) -> str:

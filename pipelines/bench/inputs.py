@@ -5,10 +5,11 @@ from math import ceil
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from accel.kernels.block_mask import BlockMask
-from accel.pipelines.bench_settings import Case
+from accel.pipelines.bench.case import Case
 from accel.pipelines.host import DTYPES
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -61,6 +62,13 @@ def random_mask(
         rank < counts, block=block, q_length=case.tokens, kv_length=case.tokens
     )
     return mask.trimmed(int(counts.max()))
+
+
+def per_head_order(case: Case, device: torch.device) -> Int[Tensor, "heads tokens"]:
+    """A random order of the tokens for every head: the dearest that a kernel can be given."""
+    generator = torch.Generator(device).manual_seed(3)
+    scores = torch.rand(case.heads, case.tokens, generator=generator, device=device)
+    return scores.argsort(-1)
 
 
 def token_pairs(mask: BlockMask) -> int:

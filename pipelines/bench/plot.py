@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from accel.files import write_atomically
-from accel.pipelines.bench_results import Row
-from accel.pipelines.bench_table import groups, title
+from accel.pipelines.bench.results import Row
+from accel.pipelines.bench.table import groups, title
 from accel.pipelines.figures import INK, OTHER
 
 
@@ -66,19 +66,19 @@ def time_against_keep(rows: Sequence[Row]) -> bytes | None:
     return buffer.getvalue()
 
 
-def write_plots(rows: Sequence[Row], folder: Path) -> list[Path]:
+def write_plots(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Path]:
     """One file for every case that has something to show."""
     paths = []
     for _, some in groups(rows):
         picture = time_against_keep(some)
         if picture is not None:
-            paths.append(write_atomically(folder / plot_name(some), picture))
+            paths.append(write_atomically(folder / plot_name(some, prefix), picture))
     return paths
 
 
-def plot_name(rows: Sequence[Row]) -> str:
+def plot_name(rows: Sequence[Row], prefix: str = "") -> str:
     """The file of the plot of one case."""
-    return f"{rows[0].shape}-{rows[0].dtype}.svg"
+    return f"{prefix}{rows[0].shape}-{rows[0].dtype}.svg"
 
 
 def _median(row: Row) -> float:

@@ -1,20 +1,19 @@
 """What a benchmark is asked for, checked before anything is spent on it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from accel.errors import AccelError, nearest
+from accel.kernels.arguments import RESTS
+from accel.pipelines.bench.case import BenchSettings, Block, Case
+from accel.pipelines.bench.kernels import CHOICES
 from accel.pipelines.host import DTYPES, resolve_device
 from accel.plan import check_block
 from accel.untrusted import check_whole, finite
 
-Block = tuple[int, int]
-
-KERNELS = ("attention", "block_mass", "antidiagonal")
 ROWS = ("uniform", "uneven")
+ORDERS = ("natural", "per_head")
 PRECISIONS = {"cpu": ("full", "half"), "cuda": ("full", "half", "int8", "fp8")}
 BLOCKS: dict[str, tuple[Block, ...]] = {"cpu": ((64, 64),), "cuda": ((128, 64),)}
 BACKENDS = {
@@ -22,52 +21,6 @@ BACKENDS = {
     "cuda": ("triton", "flex", "flashinfer"),
 }
 SIZES = ("heads", "tokens", "dim")
-CONDITIONS = (
-    "backends", "precisions", "blocks", "keeps", "rows", "stride",
-    "rounds", "warm_up_ms", "sample_ms", "limit_s", "checked_rows",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One self-attention call: `[batch, heads, tokens, dim]` in `dtype`. shape: what it is of."""
-
-    shape: str
-    batch: int
-    heads: int
-    tokens: int
-    dim: int
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchSettings:
-    """What is measured, and how; see `configs/bench.yaml`."""
-
-    device: torch.device
-    kernels: tuple[str, ...]
-    cases: tuple[Case, ...]
-    backends: tuple[str, ...]
-    precisions: tuple[str, ...]
-    blocks: tuple[Block, ...]
-    keeps: tuple[float, ...]
-    rows: tuple[str, ...]
-    stride: int
-    rounds: int
-    warm_up_ms: float
-    sample_ms: float
-    limit_s: float
-    checked_rows: int
-
-    @property
-    def masks(self) -> list[tuple[float, str]]:
-        """Every keep with every kind of rows; those of a full mask are even."""
-        return [(k, r) for k in self.keeps for r in self.rows if k < 1 or r == self.rows[0]]
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """What a measured row depends on besides its own fields: how it was taken."""
-        return {name: getattr(self, name) for name in CONDITIONS}
 
 
 def bench_settings(config: Mapping[str, Any]) -> BenchSettings:
@@ -76,7 +29,7 @@ def bench_settings(config: Mapping[str, Any]) -> BenchSettings:
     kind = device.type
     if kind not in BACKENDS:
         raise AccelError(f"device is {config['device']!r}; accel-bench measures cpu and cuda")
-    kernels = KERNELS if config["kernel"] == "all" else _chosen("kernel", config, KERNELS)
+    kernels = _kernels(config["kernel"])
     for name in ("rounds", "checked_rows", "stride"):
         check_whole(name, config[name], 1)
     for name in ("warm_up_ms", "sample_ms", "limit_s"):
@@ -84,6 +37,13 @@ def bench_settings(config: Mapping[str, Any]) -> BenchSettings:
             raise AccelError(f"{name} is {config[name]!r}; it is a number, at least 0")
     if type(config["tune"]) is not bool:
         raise AccelError(f"tune is {config['tune']!r}; it is true or false")
+    for name, known in (("order", ORDERS), ("rest", RESTS)):
+        if config[name] not in known:
+            raise AccelError(
+                f"{name} {config[name]!r} is unknown; {nearest(str(config[name]), known)}"
+            )
+        if config[name] != known[0] and "attention" not in kernels:
+            raise AccelError(f"{name} is {config[name]!r}, which only kernel=attention reads")
     keeps = config["keeps"]
     if not isinstance(keeps, Sequence) or not keeps:
         raise AccelError(f"keeps is {keeps!r}; it is a list of fractions, as in keeps=[1.0,0.25]")
@@ -100,11 +60,13 @@ def bench_settings(config: Mapping[str, Any]) -> BenchSettings:
         device=device,
         kernels=kernels,
         cases=_cases(config, kind),
-        backends=_chosen("backends", config, BACKENDS[kind]),
-        precisions=_chosen("precisions", config, PRECISIONS[kind]),
+        backends=_of_device("backends", config, BACKENDS, kind),
+        precisions=_of_device("precisions", config, PRECISIONS, kind),
         blocks=blocks,
-        keeps=tuple(sorted((float(keep) for keep in keeps), reverse=True)),
-        rows=_chosen("rows", config, ROWS),
+        keeps=tuple(sorted({float(keep) for keep in keeps}, reverse=True)),
+        rows=_chosen("rows", config["rows"], ROWS),
+        order=config["order"],
+        rest=config["rest"],
         stride=config["stride"],
         rounds=config["rounds"],
         warm_up_ms=float(config["warm_up_ms"]),
@@ -114,9 +76,31 @@ def bench_settings(config: Mapping[str, Any]) -> BenchSettings:
     )
 
 
-def _chosen(name: str, config: Mapping[str, Any], known: Sequence[str]) -> tuple[str, ...]:
+def page_path(value: Any) -> Path | None:
+    """Where `page` asks for a page; None where it does not. Raises AccelError where none can be."""
+    if value in (None, ""):
+        return None
+    path = Path(str(value))
+    if path.suffix != ".md" or path.is_dir():
+        raise AccelError(f"page is {value!r}; it is a file to write, with a name that ends in .md")
+    if not path.parent.is_dir():
+        raise AccelError(f"page is {value!r}, and there is no folder {str(path.parent)!r}; make it")
+    return path
+
+
+def _kernels(value: Any) -> tuple[str, ...]:
+    if value == "all":
+        return CHOICES
+    words = (*CHOICES, "all", "wan_step")
+    chosen = _chosen("kernel", value, words)
+    for word in ("all", "wan_step"):
+        if word in chosen:
+            raise AccelError(f"kernel is {value!r}; {word} stands alone, as in kernel={word}")
+    return chosen
+
+
+def _chosen(name: str, value: Any, known: Sequence[str]) -> tuple[str, ...]:
     """The words of a setting, one or a list; all that are known where nothing is given."""
-    value = config[name]
     if value is None:
         return tuple(known)
     words = [value] if isinstance(value, str) else value
@@ -124,13 +108,36 @@ def _chosen(name: str, config: Mapping[str, Any], known: Sequence[str]) -> tuple
         raise AccelError(f"{name} is {value!r}; it is a word or a list of words of {list(known)}")
     for word in words:
         if word not in known:
-            raise AccelError(f"{name} {word!r} is unknown here; {nearest(str(word), known)}")
+            raise AccelError(f"{name} {word!r} is unknown; {nearest(str(word), known)}")
     return tuple(dict.fromkeys(words))
+
+
+def _of_device(
+    name: str, config: Mapping[str, Any], known: Mapping[str, Sequence[str]], kind: str
+) -> tuple[str, ...]:
+    """The words of a setting that a kind of device has; one of another names the reason."""
+    every = tuple(dict.fromkeys(word for words in known.values() for word in words))
+    if config[name] is None:
+        return tuple(known[kind])
+    chosen = _chosen(name, config[name], every)
+    for word in chosen:
+        if word not in known[kind]:
+            raise AccelError(
+                f"{name} {word!r} is not for this device, which is {kind}; take some of"
+                f" {', '.join(known[kind])}"
+            )
+    return chosen
 
 
 def _cases(config: Mapping[str, Any], kind: str) -> tuple[Case, ...]:
     """Every shape in each of its dtypes, or in those that `dtype` asks for instead."""
     shapes = config.get("shapes")
+    if isinstance(shapes, Mapping) and set(shapes) > set(BACKENDS):
+        own = ", ".join(str(name) for name in shapes if name not in BACKENDS)
+        raise AccelError(
+            f"shapes has {own} beside the shapes of each device; take shapes=none with shapes of"
+            " your own, or name a group, as in shapes=cpu"
+        )
     if isinstance(shapes, Mapping) and set(shapes) == set(BACKENDS):
         shapes = shapes[kind]  # what `shapes=auto` means on this device
     if not isinstance(shapes, Mapping) or not shapes:
@@ -151,8 +158,9 @@ def _cases(config: Mapping[str, Any], kind: str) -> tuple[Case, ...]:
             check_whole(f"shapes.{shape}.{name}", sizes.get(name), 1)
         if sizes["dim"] > 256:
             raise AccelError(f"shapes.{shape}.dim is {sizes['dim']}; kernels take at most 256")
-        own = {"dtype": given.get("dtypes", "bfloat16")}
-        dtypes = _chosen("dtype", own if config["dtype"] is None else config, tuple(DTYPES))
+        asked = config["dtype"]
+        own_dtypes = given.get("dtypes", "bfloat16")
+        dtypes = _chosen("dtype", own_dtypes if asked is None else asked, tuple(DTYPES))
         cases += [
             Case(shape=str(shape), dtype=dtype, **{n: sizes[n] for n in ("batch", *SIZES)})
             for dtype in dtypes

@@ -14,36 +14,51 @@ from torch import Tensor
 from accel.kernels import native
 from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
-from accel.pipelines.bench_contest import Run
-from accel.pipelines.bench_settings import BenchSettings
+from accel.pipelines.bench.case import BenchSettings
+from accel.pipelines.bench.contest import Rival, Run
 
 Make = Callable[[BlockMask, Tensor], Run]
 
+# an order and a rest that every rival has
+USUAL = ("natural", "drop")
 # the largest tile of queries or keys that FlexAttention takes by itself
 FLEX_TILE = 128
 # as in FlashInfer's documentation; what it plans lies there
 WORKSPACE_BYTES = 128 << 20
 
 
-def sparse_rivals(settings: BenchSettings) -> dict[tuple[str, str], Make]:
-    """By (backend, precision); making one raises where it cannot be used here.
+def sparse_rivals(
+    settings: BenchSettings, mask: BlockMask, q: Tensor, order: Tensor | None = None
+) -> dict[tuple[str, str], Rival]:
+    """By (label, precision): the backend, and with it what is not natural order and `drop`.
 
-    Those of others compute in the dtype of their inputs: they have one precision.
+    Making one raises where it cannot be used here. Those of others compute in the dtype of their
+    inputs: they have one precision, and know neither an order nor a rest.
     """
-    found: dict[tuple[str, str], Make] = {}
+    asked = {"order": settings.order, "rest": settings.rest}
+    special = {name: word for name, word in asked.items() if word not in USUAL}
+    found: dict[tuple[str, str], Rival] = {}
     for backend in settings.backends:
+        label = " ".join([backend, *special.values()])
         if backend in OTHERS:
-            found[backend, "full"] = OTHERS[backend]
+            make = partial(_unable, special) if special else partial(OTHERS[backend], mask, q)
+            found[label, "full"] = Rival(make, contiguous=backend in CONTIGUOUS)
             continue
         for precision in settings.precisions:
-            found[backend, precision] = partial(_own, backend, precision)
+            options = {"precision": precision, "rest": settings.rest, "order": order}
+            found[label, precision] = Rival(partial(_own, backend, mask, options), precision)
     return found
 
 
-def _own(backend: Any, precision: str, mask: BlockMask, _: Tensor) -> Run:
+def _unable(options: dict[str, str]) -> Run:
+    words = " and no ".join(f"{name}={word}" for name, word in options.items())
+    raise NotImplementedError(f"it has no {words}")
+
+
+def _own(backend: Any, mask: BlockMask, options: dict[str, Any]) -> Run:
     if backend == "native" and not native.available():
         raise RuntimeError("no C++ compiler is to be found")
-    return partial(sparse_attention, mask=mask, precision=precision, backend=backend)
+    return partial(sparse_attention, mask=mask, backend=backend, **options)
 
 
 def _flex(mask: BlockMask, _: Tensor) -> Run:
@@ -86,3 +101,5 @@ def _block_sizes(length: int, block: int, device: torch.device) -> Tensor:
 
 
 OTHERS: dict[str, Make] = {"flex": _flex, "flashinfer": _flashinfer}
+# they copy what does not lie head by head
+CONTIGUOUS = ("flashinfer",)
