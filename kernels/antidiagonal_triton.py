@@ -27,6 +27,7 @@ from accel.kernels.tiles_triton import (
     load_rows,
     rows_of,
     softmax_step,
+    source_head,
     store_block_sums,
 )
 
@@ -118,8 +119,8 @@ def antidiagonal_kernel(
     i_tile = tl.program_id(0)
     i_batch, i_head = batch_and_head(heads)
     p_q += i_batch * s_q_batch + i_head * s_q_head
-    p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
-    i_table = i_batch * orders + i_head * orders // heads
+    p_k += i_batch * s_k_batch + source_head(i_head, heads, kv_heads) * s_k_head
+    i_table = i_batch * orders + source_head(i_head, heads, orders)
     q_cells, kv_cells = q_blocks * Q_BLOCK, kv_blocks * KV_BLOCK
     p_q_weights += i_table * q_cells
     p_k_weights += i_table * kv_cells

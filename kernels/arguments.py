@@ -12,6 +12,7 @@ __all__ = [
     "PRECISIONS",
     "RESTS",
     "check_block",
+    "check_shapes",
     "check_tensors",
     "head_orders",
     "rest_codes",
@@ -30,13 +31,18 @@ PRECISIONS = ("full", "half", "int8", "fp8")
 
 
 def check_tensors(q: Tensor, *keys_and_values: Tensor) -> None:
+    """What `check_shapes` asks for, in a dtype that kernels compute."""
+    check_shapes(q, *keys_and_values)
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
+
+
+def check_shapes(q: Tensor, *keys_and_values: Tensor) -> None:
     """q is ``[batch, heads, tokens, dim]``; k and v share its batch, dim, dtype and device."""
     if q.ndim != 4:
         raise ValueError(f"q must be [batch, heads, tokens, dim], got {tuple(q.shape)}")
     if q.shape[3] > MAX_DIM:
         raise ValueError(f"head dim must be at most {MAX_DIM}, got {q.shape[3]}")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     first = keys_and_values[0]
     for name, x in zip("kv", keys_and_values, strict=False):
         if x.ndim != 4 or (x.shape[0], x.shape[3]) != (q.shape[0], q.shape[3]):

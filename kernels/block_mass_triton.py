@@ -29,6 +29,7 @@ from accel.kernels.tiles_triton import (
     natural_tokens,
     order_stride,
     rows_of,
+    source_head,
     store_block_sums,
     valid_length,
 )
@@ -74,7 +75,7 @@ def block_mass_kernel(
     i_tile = tl.program_id(0)
     i_batch, i_head = batch_and_head(heads)
     p_q += i_batch * s_q_batch + i_head * s_q_head
-    p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
+    p_k += i_batch * s_k_batch + source_head(i_head, heads, kv_heads) * s_k_head
     length = valid_length(p_lengths, i_batch, kv_tokens)
 
     o_m, m_m = block_places(i_tile, q_blocks, tokens, Q_BLOCK, Q_TILES, Q_ROWS, BM)

@@ -23,6 +23,7 @@ from accel.kernels.tiles_triton import (
     is_interpreted,
     load_rows,
     rows_of,
+    source_head,
     valid_length,
 )
 
@@ -57,7 +58,7 @@ def column_sums_kernel(
 ):
     i_batch, i_head = batch_and_head(heads)
     p_q += i_batch * s_q_batch + i_head * s_q_head
-    p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
+    p_k += i_batch * s_k_batch + source_head(i_head, heads, kv_heads) * s_k_head
     length = valid_length(p_lengths, i_batch, kv_tokens)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)

@@ -22,6 +22,7 @@ from accel.kernels.tiles_triton import (
     order_stride,
     rows_of,
     rows_of_block,
+    source_head,
     valid_length,
 )
 
@@ -58,7 +59,7 @@ def block_moments_kernel(
 ):
     i_block = tl.program_id(0)
     i_batch, i_head = batch_and_head(heads)
-    i_source = i_head * source_heads // heads
+    i_source = source_head(i_head, heads, source_heads)
     p_x += i_batch * s_x_batch + i_source * s_x_head
     length = valid_length(p_lengths, i_batch, tokens)
     o_d = tl.arange(0, BD)

@@ -19,6 +19,7 @@ from accel.kernels.tiles_triton import (
     load_rows,
     order_stride,
     rows_of_block,
+    source_head,
     valid_length,
 )
 
@@ -151,7 +152,7 @@ def means_kernel(
     """One block of one head."""
     i_block = tl.program_id(0)
     i_batch, i_head = batch_and_head(heads)
-    i_kv_head = i_head * kv_heads // heads
+    i_kv_head = source_head(i_head, heads, kv_heads)
     p_k += i_batch * s_k_batch + i_kv_head * s_k_head
     p_v += i_batch * s_v_batch + i_kv_head * s_v_head
     length = valid_length(p_lengths, i_batch, tokens)
@@ -211,10 +212,10 @@ def slopes_kernel(
     """Some columns of the slope of one group of one head."""
     i_group = tl.program_id(0)
     i_batch, i_head = batch_and_head(heads)
-    i_kv_head = i_head * kv_heads // heads
+    i_kv_head = source_head(i_head, heads, kv_heads)
     p_k += i_batch * s_k_batch + i_kv_head * s_k_head
     p_v += i_batch * s_v_batch + i_kv_head * s_v_head
-    p_stands_in += ((i_batch % mask_batch) * heads + i_head) * blocks
+    p_stands_in += (i_batch.to(tl.int32) % mask_batch * heads + i_head) * blocks
     length = valid_length(p_lengths, i_batch, tokens)
     o_order = i_head * s_order_head
     o_d = tl.arange(0, BD)
@@ -240,7 +241,7 @@ def slopes_kernel(
                 b_acc = tl.dot(b_k, b_v, b_acc, input_precision="ieee")
     b_acc = b_acc / (tl.maximum(taken, 1.0) * KV_BLOCK)
     if p_unit is not None:
-        i_unit = (i_batch * unit_heads + i_head * unit_heads // heads) * DIM
+        i_unit = (i_batch * unit_heads + source_head(i_head, heads, unit_heads)) * DIM
         b_acc = b_acc / tl.load(p_unit + i_unit + o_c, o_c < DIM, other=1.0)[None, :]
     p_slopes += ((i_batch * heads + i_head) * tl.num_programs(0) + i_group) * DIM * DIM
     p_rows = p_slopes + o_d[:, None] * DIM + o_c[None, :]

@@ -19,6 +19,7 @@ from accel.kernels.tiles_triton import (
     load_rows,
     order_stride,
     rows_of_block,
+    source_head,
     to_e4m3,
     valid_length,
 )
@@ -159,7 +160,7 @@ def keys_kernel(
     """One key block of one head: its largest deviation from the shift, then its integers."""
     i_block = tl.program_id(0)
     i_batch, i_head = batch_and_head(heads)
-    p_k += i_batch * s_k_batch + (i_head * kv_heads // heads) * s_k_head
+    p_k += i_batch * s_k_batch + source_head(i_head, heads, kv_heads) * s_k_head
     p_out += i_batch * s_out_batch + i_head * s_out_head
     length = valid_length(p_lengths, i_batch, tokens)
     o_d = tl.arange(0, BD)
@@ -240,7 +241,7 @@ def values_kernel(
     """One tile of positions of one ordered head: gathered, scaled, turned."""
     i_tile = tl.program_id(0)
     i_batch, i_head = batch_and_head(heads)
-    p_v += i_batch * s_v_batch + (i_head * kv_heads // heads) * s_v_head
+    p_v += i_batch * s_v_batch + source_head(i_head, heads, kv_heads) * s_v_head
     p_out += i_batch * s_out_batch + i_head * s_out_head
     length = valid_length(p_lengths, i_batch, tokens)
     o_in, o_d = tl.arange(0, BN), tl.arange(0, BD)

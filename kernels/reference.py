@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from accel.kernels.arguments import RESTS, check_tensors, head_orders, rest_codes, valid_lengths
+from accel.kernels.arguments import RESTS, check_shapes, head_orders, rest_codes, valid_lengths
 from accel.kernels.block_mask import BlockMask
 from accel.kernels.pooling import TAYLOR_GROUP
 
@@ -35,7 +35,7 @@ def sparse_attention_reference(
     Everything is computed in ``dtype``, and so are the results: float64 is the truth, the dtype
     of q the honest baseline whose error a kernel may at most double.
     """
-    check_tensors(q, k, v)
+    check_shapes(q, k, v)
     heads = q.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     code = torch.tensor(rest_codes(rest, heads), device=q.device)[:, None, None]
@@ -83,7 +83,7 @@ def block_mass_reference(
 
     Padding keys are padding queries too where there are as many keys as queries.
     """
-    check_tensors(q, k)
+    check_shapes(q, k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     orders = head_orders(order, q, k)
     q, k = q.double(), _expand(q.shape[1], k)[0].double()

@@ -24,6 +24,7 @@ __all__ = [
     "rows_of",
     "rows_of_block",
     "softmax_step",
+    "source_head",
     "store_block_sums",
     "to_e4m3",
     "upcast",
@@ -106,6 +107,13 @@ def order_stride(order: Int[Tensor, "orders tokens"] | None) -> int:
 def batch_and_head(heads):
     """The batch element and the head of this program, int64."""
     return (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+
+
+@triton.jit
+@no_type_check
+def source_head(i_head, heads, source_heads):
+    """Which of fewer heads this one reads, int64; divided in 32 bits, as 64 take a call."""
+    return (i_head.to(tl.int32) * source_heads // heads).to(tl.int64)
 
 
 @triton.jit
