@@ -50,7 +50,10 @@ def check(variants: list[dict]) -> None:
     assert [one["kernel"] for one in found] == expected
     for one in found:
         arch = one["arch"]
-        assert one["stack"] == one["local"] == 0, f"spills: {one}"
+        # without products, ptxas may set two words aside in front of a loop to fit more programs
+        spare = 0 if one["kernel"] in PRODUCTS else 16
+        assert one["local"] == 0, f"spills: {one}"
+        assert one["stack"] <= spare, f"spills: {one}"
         assert one["shared"] <= SHARED_BYTES[arch], f"too much shared memory: {one}"
         if one["kernel"] in PRODUCTS:
             # full fp32 precision is none of a tensor core
