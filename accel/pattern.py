@@ -31,13 +31,16 @@ from accel.layout import Grid
 
 __all__ = [
     "PATTERNS",
+    "Band",
     "Extent",
     "FirstFrames",
     "Full",
+    "Identity",
     "Kind",
     "MultiDiagonal",
     "Pattern",
     "Radial",
+    "Share",
     "Skip",
     "Stripe",
     "Union",
@@ -222,6 +225,78 @@ class Skip(Pattern):
         self, blocking: Blocking, device: torch.device | str | None = None
     ) -> Bool[Tensor, "q_blocks kv_blocks"]:
         return torch.zeros(blocking.q_blocks, blocking.kv_blocks, dtype=torch.bool, device=device)
+
+
+@register(PATTERNS, "identity")
+@dataclass(frozen=True, slots=True)
+class Identity(Skip):
+    """No block: the head's output is the value of the same token.
+
+    Attention whose map is the identity (HeadHunter and SoftPAG, arXiv 2506.10978, perturb with it);
+    beside `skip` the other pattern that costs nothing.
+    """
+
+
+@register(PATTERNS, "share")
+@dataclass(frozen=True, slots=True)
+class Share(Skip):
+    """No block: the head's output is one that was computed before (DiTFastAttn, arXiv 2406.08552).
+
+    of: `step`, its output in the step before, of the same branch of guidance; `branch`, that of the
+    branch which was called first in this step. Where there is none, as in the first step of a run,
+    in the first branch, or with branches batched together, the head is dense.
+    """
+
+    of: Literal["step", "branch"] = "step"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("step", "branch"):
+            raise ValueError(f"of is step or branch, got {self.of!r}")
+
+
+@register(PATTERNS, "band")
+@dataclass(frozen=True, slots=True)
+class Band(Pattern):
+    """Tokens at most `width` of the sequence apart in the order of the choice.
+
+    `|i - j| <= width * n` for the places i and j among the n tokens of a grid: the windows of
+    DiTFastAttnV2 (arXiv 2503.22796) in natural order, and the band of Sparse VideoGen (arXiv
+    2502.01776), spatial in natural order and temporal in `hwt`.
+    """
+
+    width: int | float
+
+    def __post_init__(self) -> None:
+        if type(self.width) not in (int, float) or not 0 <= self.width <= 1:
+            raise ValueError(f"width is a fraction of the sequence in [0, 1], got {self.width!r}")
+        object.__setattr__(self, "width", float(self.width))
+
+    def mask(
+        self, blocking: Blocking, device: torch.device | str | None = None
+    ) -> Bool[Tensor, "q_blocks kv_blocks"]:
+        keep = torch.zeros(blocking.q_blocks, blocking.kv_blocks, dtype=torch.bool, device=device)
+        rows, columns = blocking.block
+        grids = [s for s in blocking.layout.segments if s.grid is not None]
+        for segment in grids:
+            first, last = (
+                torch.arange(count, device=device) * size
+                for count, size in ((blocking.q_blocks, rows), (blocking.kv_blocks, columns))
+            )
+            q_from, q_to = _inside(first, rows, segment.start, segment.stop)
+            k_from, k_to = _inside(last, columns, segment.start, segment.stop)
+            apart = torch.maximum(k_from[None] - q_to[:, None], q_from[:, None] - k_to[None])
+            near = apart <= int(self.width * segment.length + 0.5)
+            keep |= near & (q_from <= q_to)[:, None] & (k_from <= k_to)[None]
+            for other in grids:
+                if other is not segment:
+                    o_from, o_to = _inside(last, columns, other.start, other.stop)
+                    keep |= (q_from <= q_to)[:, None] & (o_from <= o_to)[None]
+        return blocking.force(keep)
+
+
+def _inside(first: Tensor, size: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """First and last token that blocks share with `[start, stop)`; first > last where none."""
+    return first.clamp(min=start), (first + size).clamp(max=stop) - 1
 
 
 @register(PATTERNS, "window")

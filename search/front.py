@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from accel.choice import DENSE, Choice
-from accel.search.profile import Key, Profile
+from accel.profile import Key, Profile
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,7 @@ The calibration is progressive (DiTFastAttnV2, arXiv 2503.22796): every layer go
 output of a provisional choice, so later layers and steps see the error that has built up.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,41 +31,9 @@ from accel.kernels.pooling import TAYLOR_GROUP, block_slopes, pool_blocks
 from accel.layout import Layout
 from accel.masks import selectable
 from accel.order import inverse
+from accel.profile import Profile
 from accel.router import Run
 from accel.schedule import Schedule
-
-Key = tuple[str, int]  # site, band
-
-
-@dataclass(slots=True)
-class Profile:
-    """Mean errors [candidates, heads] of every site and band."""
-
-    candidates: tuple[Choice, ...]
-    errors: dict[Key, Tensor] = field(default_factory=dict)
-    counts: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, key: Key, errors: Tensor) -> None:
-        self.counts[key] += 1
-        before = self.errors.get(key, torch.zeros_like(errors))
-        self.errors[key] = before + (errors - before) / self.counts[key]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "candidates": [c.to_dict() for c in self.candidates],
-            "errors": [
-                {"site": s, "band": b, "count": self.counts[s, b], "errors": e.tolist()}
-                for (s, b), e in self.errors.items()
-            ],
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Profile":
-        profile = cls(tuple(Choice.from_dict(c) for c in data["candidates"]))
-        for entry in data["errors"]:
-            profile.errors[entry["site"], entry["band"]] = torch.tensor(entry["errors"])
-            profile.counts[entry["site"], entry["band"]] = entry["count"]
-        return profile
 
 
 def cheapest_harmless(errors: Tensor, prices: Sequence[float], tolerance: float) -> list[int]:

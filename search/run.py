@@ -41,11 +41,12 @@ from accel.pipelines.pricing import (
 )
 from accel.pipelines.provenance import code_digest, device_name, versions
 from accel.plan import Plan, check_block
+from accel.profile import Profile
 from accel.recipes import recipe
 from accel.schedule import Schedule
 from accel.search.front import Point, Times, front, within
 from accel.search.picture import draw_front
-from accel.search.profile import Calibrator, Profile, cheapest_harmless
+from accel.search.profile import Calibrator, cheapest_harmless
 from accel.search.sensitivity import measure_sensitivities, predicted_psnr
 from accel.untrusted import check_whole, finite
 

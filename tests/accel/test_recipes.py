@@ -212,7 +212,7 @@ def test_pisa_stands_in_for_the_rest(ran):
 
 
 def test_a_recipe_has_one_name():
-    from accel.recipes import _published
+    from accel.recipes.registry import published
 
     with pytest.raises(ValueError, match="there is a recipe 'sparsed' already"):
-        _published(RECIPES["sparsed"])
+        published(RECIPES["sparsed"].plan)

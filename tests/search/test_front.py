@@ -8,8 +8,8 @@ import torch
 
 from accel.choice import DENSE, Choice
 from accel.estimators import BlockMassTopK
+from accel.profile import Profile
 from accel.search.front import Times, front, within
-from accel.search.profile import Profile
 
 CANDIDATES = tuple(Choice(BlockMassTopK(keep=k)) for k in (0.1, 0.3))
 PRICES = (0.2, 0.45)

@@ -12,9 +12,10 @@ from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.pattern import Full, Window
+from accel.profile import Profile
 from accel.router import Run
 from accel.schedule import Phase, Schedule
-from accel.search.profile import Calibrator, Profile
+from accel.search.profile import Calibrator
 
 GRID, HEADS, DIM, BLOCK = (3, 5, 7), 3, 16, (32, 16)
 LAYOUT = Layout.of(GRID)

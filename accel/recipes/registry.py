@@ -1,0 +1,106 @@
+"""The registry of recipes: published methods, each a function from a model's geometry to a plan.
+
+Some methods decide by formula, or while the model runs: they need the geometry alone. Others choose
+per site, head and step band by what they saw of the model beforehand; such a recipe says with a
+`Demand` what has to be calibrated, and takes the `Profile` that came of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accel.choice import Choice
+from accel.errors import PlanError, nearest
+from accel.geometry import Geometry
+from accel.plan import Plan
+from accel.profile import Profile
+from accel.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a recipe has to see before it can choose: these candidates, in the bands of `schedule`,
+    selected in blocks of `block`.
+    """
+
+    candidates: tuple[Choice, ...]
+    schedule: Schedule
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A published method.
+
+    plan: (geometry, **parameters), or (geometry, profile, **parameters) of one with a demand.
+    demand: (geometry, **the same parameters); None for a method that needs no calibration.
+    """
+
+    plan: Callable[..., Plan]
+    demand: Callable[..., Demand] | None = None
+
+
+RECIPES: dict[str, Recipe] = {}
+
+
+def published(
+    function: Callable[..., Plan] | None = None, *, demand: Callable[..., Demand] | None = None
+) -> Callable[..., Any]:
+    """Decorator: the recipe is called like its function."""
+
+    def add(function: Callable[..., Plan]) -> Callable[..., Plan]:
+        if function.__name__ in RECIPES:
+            raise ValueError(f"there is a recipe {function.__name__!r} already")
+        RECIPES[function.__name__] = Recipe(function, demand)
+        return function
+
+    return add if function is None else add(function)
+
+
+def recipe(
+    name: str, geometry: Geometry, profile: Profile | None = None, **parameters: Any
+) -> Plan:
+    """The plan of recipe `name` for a model; parameters override the method's defaults.
+
+    profile: what was calibrated for it, where the method has a demand.
+    """
+    found = _known(name)
+    if found.demand is not None and profile is None:
+        raise PlanError(
+            f"recipe {name!r} chooses by a calibration of the model; make its plan with"
+            f" accel-search recipe={name}"
+        )
+    seen = () if found.demand is None else (profile,)
+    return _checked(name, lambda: found.plan(geometry, *seen, **parameters))
+
+
+def demand(name: str, geometry: Geometry, **parameters: Any) -> Demand | None:
+    """What recipe `name` has to see of a model; None for one that needs no calibration."""
+    asked = _known(name).demand
+    return None if asked is None else _checked(name, lambda: asked(geometry, **parameters))
+
+
+def _known(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise PlanError(f"there is no recipe {name!r}; {nearest(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def _checked(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives; bad parameters are errors of the recipe that has them."""
+    try:
+        return make()
+    except PlanError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"recipe {name!r}: {error}") from error
+
+
+def behind(dense_sites: int, geometry: Geometry, choice: Choice) -> dict[str, Any]:
+    """The choice for every head of all sites but the first so many, in one band."""
+    if not 0 <= dense_sites < len(geometry.sites):
+        raise PlanError(
+            f"dense_sites is {dense_sites}; the model has {len(geometry.sites)} sites, and one at"
+            " least has to be sparse"
+        )
+    return {s.name: ((choice,) * s.heads,) for s in geometry.sites[dense_sites:]}
