@@ -16,7 +16,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("pipelines", "search", "kernels", "configs")
 # the packages inside a folder; one that is not named here would be missing from the wheel
-NESTED = {"pipelines": ["bench"]}
+NESTED = {"accel": ["recipes"], "pipelines": ["bench"]}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -36,7 +36,7 @@ def test_links_lead_to_the_folders(folder):
 def test_the_map_of_the_wheel_names_every_folder():
     """The groups of the configuration too: setuptools takes a folder with files for a package."""
     groups = sorted(p.name for p in (ROOT / "configs").iterdir() if any(p.glob("*.yaml")))
-    folders = {}
+    folders = {f"accel.{package}": f"accel/{package}" for package in NESTED["accel"]}
     for name in FOLDERS:
         inner = [f"{name}/{package}" for package in NESTED.get(name, ())]
         folders |= {f"accel.{path.replace('/', '.')}": path for path in (name, *inner)}
