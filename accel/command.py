@@ -20,3 +20,14 @@ def run_command(job: Callable[[], None], *, resumes: bool = False) -> None:
         how = "the same command goes on where it stopped" if resumes else "nothing is kept"
         print(f"interrupted; {how}", file=sys.stderr)
         sys.exit(130)
+
+
+def hydra_version() -> str | None:
+    """What `hydra.main` wants as `version_base`: hydra 1.3 warns when it is not given, 1.4 when it is.
+
+    1.4 reads None as its own defaults.
+    """
+    import hydra
+
+    major, minor = (int(part) for part in hydra.__version__.split(".")[:2])
+    return "1.3" if (major, minor) < (1, 4) else None

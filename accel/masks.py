@@ -1,17 +1,20 @@
 """From the choices of one site to the block mask, orders and rests of one attention call."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from accel.blocking import Blocking
-from accel.choice import Choice
+from accel.choice import Alternatives, Choice
 from accel.estimators import Estimator
+from accel.heads import of_heads
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.order import inverse
+from accel.pattern import known_mask
 
 RECALL_ROWS = 64
 
@@ -48,14 +51,16 @@ def site_mask(
     layout: Layout,
     block: tuple[int, int],
     lse: dict[int, Tensor],
-    patterns: dict[tuple[Choice, torch.device], Tensor] | None = None,
+    patterns: dict[Any, Tensor] | None = None,
     precision: str = "full",
 ) -> SiteMask:
     """Select the blocks of every head; heads with the same choice are selected together.
 
+    Of alternatives every head takes one, with its order and its rest.
+
     lse: log-sum-exp rows `[batch, 1, tokens]` of single heads, cached over refreshes (AdaSpa) and
     whatever the head's choice was; read and updated.
-    patterns: blocks of the static choices met before at this layout and block; the same.
+    patterns: block masks of patterns met before (`known_mask`); the same.
     """
     patterns = {} if patterns is None else patterns
     batch, heads, tokens, _ = q.shape
@@ -64,30 +69,33 @@ def site_mask(
     keep = q.new_zeros((batch if online else 1, heads, q_blocks, kv_blocks), dtype=torch.bool)
     if online:
         q, k, v = selectable(precision, q, k, v)
-    orders: list[Tensor | None] = [None] * heads
+    taken = list(choices)
     for choice in dict.fromkeys(choices):
         group = [h for h, c in enumerate(choices) if c == choice]
         blocking = Blocking(layout, choice.order, block)
         if isinstance(choice.select, Estimator):
             known = torch.cat([lse[h] for h in group], 1) if lse.keys() >= set(group) else None
             found = choice.select.select(
-                *(_of_heads(x, group, heads) for x in (q, k, v)), blocking=blocking, lse=known
+                *(of_heads(x, group, heads) for x in (q, k, v)),
+                blocking=blocking,
+                lse=known,
+                patterns=patterns,
             )
             if found.lse is not None:
                 lse.update(zip(group, found.lse.split(1, dim=1), strict=True))
+            if isinstance(choice.select, Alternatives) and found.taken is not None:
+                for h, option in zip(group, found.taken, strict=True):
+                    taken[h] = choice.select.options[option]
             keep[:, group] = found.keep
         else:
-            pattern = (choice, q.device)
-            if pattern not in patterns:
-                patterns[pattern] = choice.select.mask(blocking, q.device)
-            keep[:, group] = patterns[pattern]
-        for h in group:
-            orders[h] = blocking.indices(q.device)
+            keep[:, group] = known_mask(choice.select, blocking, q.device, patterns)
+    indices = {o: Blocking(layout, o, block).indices(q.device) for o in {c.order for c in taken}}
+    orders = [indices[c.order] for c in taken]
     order = _stack(orders, tokens, q.device)
     mask = BlockMask.from_dense(keep, block=block, q_length=tokens, kv_length=tokens)
     # the one place that waits for the device: the keep, and how long the lists have to be
     kept, width = torch.stack([mask.keep_per_head().mean(), mask.counts.max().float()]).tolist()
-    rests = tuple(c.rest for c in choices)
+    rests = tuple(c.rest for c in taken)
     return SiteMask(
         # by sixteens: Triton compiles anew for sizes that sixteen divides and for those it does not
         mask=mask.trimmed(max(1, -(-int(width) // 16)) * 16),
@@ -102,12 +110,6 @@ def selectable(precision: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as estimators see them: fp32 as bf16 where the plan allows 16-bit operands."""
     half = precision != "full"
     return tuple(x.bfloat16() if half and x.dtype == torch.float32 else x for x in tensors)
-
-
-def _of_heads(x: Tensor, group: list[int], heads: int) -> Tensor:
-    """What query heads of a group read of x: x itself where they are all of its heads."""
-    source = [h * x.shape[1] // heads for h in group]
-    return x if len(group) == heads or source == list(range(x.shape[1])) else x[:, source]
 
 
 def _stack(orders: list[Tensor | None], tokens: int, device: torch.device) -> Tensor | None:

@@ -19,7 +19,7 @@ are equal while they mean different things here.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -45,7 +45,9 @@ __all__ = [
     "Stripe",
     "Union",
     "Window",
+    "each",
     "from_kind",
+    "known_mask",
     "pattern_from_dict",
     "register",
 ]
@@ -71,7 +73,7 @@ def register(table: dict[str, type], *names: str) -> Callable[[Class], Class]:
     return add
 
 
-def from_kind(data: Mapping, table: dict[str, type], what: str):
+def from_kind(data: Mapping, table: Mapping[str, type["Kind"]], what: str):
     """The object that `{"kind": …, field: value}` describes; nothing unknown, nothing missing."""
     kind = data.get("kind") if isinstance(data, Mapping) else None
     if not isinstance(kind, str):
@@ -84,6 +86,8 @@ def from_kind(data: Mapping, table: dict[str, type], what: str):
     for key in values:
         if key not in known:
             raise ValueError(f"{kind} has no {key!r}; {nearest(str(key), ['kind', *known])}")
+    # outside of what follows, so that an error deep inside is not told again at every level
+    values |= {key: read(values[key]) for key, read in cls.readers.items() if key in values}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -92,9 +96,13 @@ def from_kind(data: Mapping, table: dict[str, type], what: str):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A frozen dataclass that a plan holds by its `kind` and its fields."""
+    """A frozen dataclass that a plan holds by its `kind` and its fields.
+
+    readers: how the fields are read that hold kinds themselves; what is none they hand back.
+    """
 
     kind: ClassVar[str]
+    readers: ClassVar[Mapping[str, Callable]] = {}
 
     def to_dict(self) -> dict:
         """`{"kind": …}` and every field: what a plan holds."""
@@ -154,11 +162,24 @@ class Pattern(Kind):
         return blocking.force(keep)
 
 
+def each(read: Callable[[Any], Any], values: Any) -> Any:
+    """What `read` makes of each of a list; anything else as it is."""
+    return tuple(map(read, values)) if isinstance(values, list | tuple) else values
+
+
 def pattern_from_dict(data: Mapping) -> Pattern:
     """The pattern that `to_dict` wrote; unknown kinds, unknown keys and wrong types are refused."""
-    if isinstance(data, Mapping) and isinstance(data.get("parts"), list | tuple):
-        data = {**data, "parts": tuple(pattern_from_dict(part) for part in data["parts"])}
     return from_kind(data, PATTERNS, "pattern")
+
+
+def known_mask(
+    pattern: Pattern, blocking: Blocking, device: torch.device, known: dict[Any, Tensor]
+) -> Bool[Tensor, "q_blocks kv_blocks"]:
+    """`pattern.mask`, made once for each pattern, blocking and device: `known` is read and kept."""
+    key = (pattern, blocking, device)
+    if key not in known:
+        known[key] = pattern.mask(blocking, device)
+    return known[key]
 
 
 def _chunks(start: int, stop: int, size: int, row: int) -> Iterator[tuple[int, int]]:
@@ -432,6 +453,7 @@ class Union(Pattern):
     """What any of `parts` keeps."""
 
     parts: tuple[Pattern, ...]
+    readers: ClassVar = {"parts": lambda parts: each(pattern_from_dict, parts)}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
@@ -450,8 +472,10 @@ class Union(Pattern):
         """Parts that are no unions themselves, over all levels."""
         return sum(part.size if isinstance(part, Union) else 1 for part in self.parts)
 
-    def terms(self, grid: Grid, device: torch.device | str | None = None) -> list[Term]:
-        return [term for part in self.parts for term in part.terms(grid, device)]
+    def mask(
+        self, blocking: Blocking, device: torch.device | str | None = None
+    ) -> Bool[Tensor, "q_blocks kv_blocks"]:
+        return torch.stack([part.mask(blocking, device) for part in self.parts]).any(0)
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, "parts": [part.to_dict() for part in self.parts]}

@@ -1,7 +1,6 @@
 """A plan: everything chosen for one model, as a small, versioned, readable value.
 
-The file is JSON. It is read as untrusted input: its size is bounded, unknown keys and wrong types
-are refused with the nearest known name, and nothing in it names another file or code.
+How it lies on disk is told in `accel.plan_file`, how it is shared in `accel.plan_hub`.
 """
 
 import hashlib
@@ -15,15 +14,16 @@ from typing import Any
 from accel.choice import Choice, guard
 from accel.errors import PlanError, nearest
 from accel.estimators import Estimator
-from accel.files import write_atomically
+from accel.expected import check_expected
 from accel.geometry import Geometry
 from accel.kernels.arguments import PRECISIONS
 from accel.layout import Grid, as_grid
+from accel.made_at import MadeAt
+from accel.plan_file import read_plan, write_plan
 from accel.schedule import Schedule
-from accel.untrusted import bounded_int, finite, refuse_constant, table, typed
+from accel.untrusted import finite, table, typed
 
 SCHEMA = 1
-MAX_FILE_BYTES = 16 * 2**20
 MAX_SITES = 4096
 MAX_HEADS = 4096
 MAX_BLOCK = 1024
@@ -42,6 +42,8 @@ class Plan:
         sites, or site name -> word, `full` where a site is not named. `full` is the model's own,
         `half` 16-bit operands, `int8` and `fp8` less (see `sparse_attention`); the host's own
         attention is not touched.
+    recall_floor: heads that keep less of the softmax mass than this, when their mask is made, are
+        dense for as long as it lives; None: whatever they keep. Heads without blocks do not count.
     grid: the visual grid (t, h, w) the plan was made at, or None when it was made for any.
     expected: what was predicted or measured when the plan was made, by name (see `accel.cost`).
     provenance: how it was made: recipe or search settings, versions, device, scheduler, steps.
@@ -56,6 +58,7 @@ class Plan:
     block: tuple[int, int] = (128, 64)
     dense: str = "host"
     precision: str | Mapping[str, str] = "full"
+    recall_floor: float | None = None
     grid: Grid | None = None
     expected: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -88,33 +91,9 @@ class Plan:
         for choice in {c for bands in self.sites.values() for heads in bands for c in heads}:
             if isinstance(choice.select, Estimator):
                 guard(choice.select.check_block, self.block)
-        ratios = typed("expected.dense_ratio", self.expected.get("dense_ratio", {}), dict)
-        numbers = {f"dense_ratio[{word!r}]": value for word, value in ratios.items()}
-        for name in ("speedup", "measured_speedup"):
-            numbers[name] = self.expected.get(name, 1.0)
-        for name, value in numbers.items():
-            if not finite(value) or value <= 0:
-                raise PlanError(
-                    f"expected.{name} must be a number above 0, got {value!r:.80}; leave it out to"
-                    " predict nothing"
-                )
-        share = self.expected.get("attention_share", 0.0)
-        if not finite(share) or not 0 <= share <= 1:
-            raise PlanError(f"expected.attention_share must be in [0, 1], got {share!r:.80}")
-        if ratios and "attention_share" not in self.expected:
-            raise PlanError("expected.dense_ratio needs expected.attention_share beside it")
-        ratios = typed("expected.attention_ratio", self.expected.get("attention_ratio", {}), dict)
-        for site, bands in ratios.items():
-            if not isinstance(bands, list) or not all(finite(r) and r >= 0 for r in bands):
-                raise PlanError(
-                    f"expected.attention_ratio[{site!r}] must be numbers from 0, got {bands!r:.80};"
-                    " leave it out to predict nothing"
-                )
-            if len(bands) != self.schedule.n_bands:
-                raise PlanError(
-                    f"expected.attention_ratio[{site!r}] has {len(bands)} bands, the schedule has"
-                    f" {self.schedule.n_bands}"
-                )
+        if self.recall_floor is not None:
+            object.__setattr__(self, "recall_floor", _floor(self.recall_floor))
+        check_expected(self.expected, self.schedule.n_bands)
 
     @classmethod
     def uniform(cls, name: str, geometry: Geometry, choice: Choice, **settings: Any) -> "Plan":
@@ -173,10 +152,16 @@ class Plan:
     def for_grid(self, grid: Sequence[int]) -> "Plan":
         """The same plan at another visual grid.
 
-        Patterns are kept in grid units and estimators look at the call, so nothing is lost; what
-        was measured at the old grid is dropped.
+        Patterns are kept in grid units, block sets are resampled, and estimators look at the call.
+        What was measured at the old grid is dropped; where that was stays known (`made_at`).
         """
-        return replace(self, grid=guard(as_grid, grid), expected={})
+        provenance = {**self.provenance, "made_at": self.made_at.to_dict()}
+        return replace(self, grid=guard(as_grid, grid), expected={}, provenance=provenance)
+
+    @property
+    def made_at(self) -> MadeAt:
+        """Grid, steps, dtype and device that the plan was made for, as far as it says."""
+        return MadeAt.of(self.grid, self.expected, self.provenance)
 
     def check(self, target: Any) -> "Plan":
         """Refuse, naming the field, when this plan does not fit `target`; else return the plan.
@@ -231,6 +216,7 @@ class Plan:
             site: [[numbers.setdefault(c, len(numbers)) for c in heads] for heads in bands]
             for site, bands in self.sites.items()
         }
+        floor = {} if self.recall_floor is None else {"recall_floor": self.recall_floor}
         return {
             "schema": SCHEMA,
             "name": self.name,
@@ -241,6 +227,7 @@ class Plan:
             "block": list(self.block),
             "dense": self.dense,
             "precision": self.precision,
+            **floor,
             "schedule": self.schedule.to_dict(),
             "choices": [c.to_dict() for c in numbers],
             "sites": sites,
@@ -258,7 +245,7 @@ class Plan:
                 f"the plan has schema {data['schema']!r}, this accel reads {SCHEMA};"
                 " update accel, or make the plan again with accel-search"
             )
-        optional = {"dense", "precision", "grid", "expected", "provenance"}
+        optional = {"dense", "precision", "recall_floor", "grid", "expected", "provenance"}
         data = table("the plan", data, required | optional, required)
         choices = [Choice.from_dict(c) for c in typed("choices", data["choices"], list)]
         sites = {}
@@ -278,6 +265,7 @@ class Plan:
             block=check_block(typed("block", data["block"], list)),
             dense=typed("dense", data.get("dense", "host"), str),
             precision=_precision(data.get("precision", "full")),
+            recall_floor=None if data.get("recall_floor") is None else _floor(data["recall_floor"]),
             grid=None if grid is None else guard(as_grid, typed("grid", grid, list)),
             expected=typed("expected", data.get("expected", {}), dict),
             provenance=typed("provenance", data.get("provenance", {}), dict),
@@ -285,25 +273,9 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
-        """Read a plan file."""
+        """Read a plan file, and the block sets beside it where it names some."""
         path = Path(path)
-        if not path.is_file():
-            raise PlanError(f"there is no plan file at {str(path)!r}")
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise PlanError(f"{path} has {size} bytes; plans have at most {MAX_FILE_BYTES}")
-        try:
-            text = path.read_text(encoding="utf-8")
-            data = json.loads(text, parse_constant=refuse_constant, parse_int=bounded_int)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
-        except RecursionError as error:
-            raise PlanError(f"{path} is nested too deeply to be a plan") from error
-        except (OSError, ValueError) as error:
-            raise PlanError(
-                f"{path} is not a whole JSON file ({error}); it may have been cut short: fetch or"
-                " make it again"
-            ) from error
+        data = read_plan(path)
         try:
             return cls.from_dict(data)
         except PlanError as error:
@@ -312,12 +284,33 @@ class Plan:
             raise PlanError(f"{path} is nested too deeply to be a plan") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan file atomically; returns its path."""
-        try:
-            content = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        except ValueError as error:
-            raise PlanError(f"plan {self.name!r} holds a number that is not finite") from error
-        return write_atomically(path, content + "\n")
+        """Write the plan file atomically; returns its path. Block sets go beside it."""
+        return write_plan(Path(path), self.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | os.PathLike[str], **options: Any) -> "Plan":
+        """The plan of a hub repository ("owner/name"), or of a folder that `save_pretrained` wrote.
+
+        options: revision, token, cache_dir, local_files_only, as huggingface_hub has them.
+        """
+        from accel.plan_hub import fetched
+
+        return cls.load(fetched(name_or_folder, **options))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the plan, and a card that describes it, into `folder`; returns the folder."""
+        from accel.plan_hub import write_folder
+
+        return write_folder(self, Path(folder))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Share the plan as the hub repository `repo_id`, made if need be; the commit's address.
+
+        options: private, token, commit_message, as huggingface_hub has them.
+        """
+        from accel.plan_hub import pushed
+
+        return pushed(self, repo_id, **options)
 
     def ratio(self, site: str, band: int, tokens: int, device: str, dtype: str) -> float | None:
         """Predicted price of a sparse call of `site`, as a ratio to the host's dense attention.
@@ -352,6 +345,12 @@ def check_block(value: Any) -> tuple[int, int]:
     ):
         raise PlanError(f"block must be two powers of two from 16 to {MAX_BLOCK}, got {value!r}")
     return block
+
+
+def _floor(value: Any) -> float:
+    if not finite(value) or not 0 < value <= 1:
+        raise PlanError(f"recall_floor must be in (0, 1], got {value!r:.80}; leave it out for none")
+    return float(value)
 
 
 def _precision(value: Any) -> str | dict[str, str]:

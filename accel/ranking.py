@@ -36,12 +36,17 @@ def top_blocks(
 
 
 def top_mass(
-    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], tau: int | float, blocking: Blocking
+    scores: Float[Tensor, "batch heads q_blocks kv_blocks"],
+    tau: int | float,
+    blocking: Blocking,
+    *,
+    least: int | float = 0.0,
 ) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
     """Per row text and the fewest visual blocks that together hold `tau` of the row's mass.
 
     Scores are masses, at least 0, in any unit; -inf marks a block that must not be kept. `tau = 1`
-    keeps the blocks of mass 0 too.
+    keeps the blocks of mass 0 too. However few they are, `ceil(least * n)` of the n visual blocks
+    are kept, the heaviest.
     """
     allowed = competing_blocks(scores, blocking)
     text = blocking.text_blocks(scores.device)[1] & (scores > -inf)
@@ -49,7 +54,7 @@ def top_mass(
     ranked = scores.where(allowed, 0.0).sort(dim=-1, descending=True, stable=True).values
     needed = tau * (fixed + ranked.sum(-1, keepdim=True))
     before = fixed + ranked.cumsum(-1) - ranked
-    counts = (before < needed).sum(-1, keepdim=True).clamp(min=1)
+    counts = (before < needed).sum(-1, keepdim=True).maximum(row_counts(least, allowed))
     counts = allowed.sum(-1, keepdim=True) if tau >= 1 else counts
     return settled(best_blocks(scores, allowed, counts), scores, blocking)
 

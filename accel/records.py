@@ -17,10 +17,11 @@ def phase_label(band: int | None) -> str:
 class Record:
     """The calls of one site in one phase.
 
-    keep: sum over calls of the fraction of blocks computed; recall: per head, once for every mask
-    and branch; seconds: one entry per call, of the attention alone; mask_seconds: one per mask
-    that a call made; ratio: predicted price of a sparse call against the host's dense one, None
-    where the plan predicts none for calls like these.
+    keep: sum over calls of the fraction of blocks computed; recall: per head that keeps blocks,
+    once for every mask and branch; seconds: one entry per call, of the attention alone;
+    mask_seconds: one per mask that a call made; check_seconds: one per look at whether a mask is
+    still good; ratio: predicted price of a sparse call against the host's dense one, None where
+    the plan predicts none for calls like these.
     """
 
     calls: int = 0
@@ -29,31 +30,37 @@ class Record:
     kernels: set[str] = field(default_factory=set)
     seconds: list[float] = field(default_factory=list)
     mask_seconds: list[float] = field(default_factory=list)
+    check_seconds: list[float] = field(default_factory=list)
     ratio: float | None = None
     _events: list[tuple[list[float], torch.cuda.Event, torch.cuda.Event]] = field(
         default_factory=list
     )
 
-    def settle(self) -> None:
-        """Turn pending CUDA events into seconds."""
+    def settle(self, *, wait: bool = True) -> None:
+        """Turn pending CUDA events into seconds; without waiting, those that have passed."""
+        pending = []
         for seconds, start, end in self._events:
-            end.synchronize()
+            if wait:
+                end.synchronize()
+            elif not end.query():
+                pending.append((seconds, start, end))
+                continue
             seconds.append(start.elapsed_time(end) / 1000)
-        self._events.clear()
+        self._events[:] = pending
 
 
 class Stopwatch:
-    """Times one attention call, or the making of its mask, into a record.
+    """Times one attention call, or the making or checking of its mask, into a list of a record.
 
     Events on a CUDA device, the wall clock elsewhere.
     """
 
     __slots__ = ("_device", "_record", "_seconds", "_start")
 
-    def __init__(self, record: Record, device: torch.device, *, mask: bool = False) -> None:
+    def __init__(self, record: Record, device: torch.device, into: str = "seconds") -> None:
         self._device = device
         self._record = record
-        self._seconds = record.mask_seconds if mask else record.seconds
+        self._seconds: list[float] = getattr(record, into)
         self._start: float | torch.cuda.Event
         if device.type == "cuda":
             self._start = torch.cuda.Event(enable_timing=True)

@@ -1,16 +1,14 @@
 """The run-time of one denoiser: decides, call by call, between dense attention and a sparse kernel.
 
 A `Session` belongs to one enabled model and to nothing else: no state is shared between models, so
-two pipelines in two threads never meet. The state of a run (masks, cached log-sum-exp rows) is
-dropped when a new run begins; an interrupted run leaves nothing behind.
+two pipelines in two threads never meet. The state of a run (`accel.run_state`) is dropped when a
+new run begins; an interrupted run leaves nothing behind.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,80 +16,45 @@ from torch import Tensor
 
 from accel.choice import Choice
 from accel.context import Where
+from accel.dense_heads import with_dense_heads
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
+from accel.guard import slower_than_dense, weak_heads
 from accel.kernels.arguments import DTYPES, MAX_DIM
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
-from accel.masks import SiteMask, sampled_recall, site_mask
+from accel.masks import SiteMask, sampled_recall
 from accel.plan import Plan
 from accel.records import Record, Stopwatch, phase_label
+from accel.run_masks import found_mask
+from accel.run_state import Run
 from accel.schedule import Phase
+from accel.stand_in import computed, stands_in
 
 logger = logging.getLogger("accel")
 
 Heads = Float[Tensor, "batch heads tokens dim"]
 KeyHeads = Float[Tensor, "batch kv_heads kv_tokens dim"]
-UNNAMED_CALLS = 3  # of one step at most: guidance in three directions
 # Sees every dense call (site, run, q, k, v, out) and may put another output in its place.
-Observer = Callable[[Site, "Run", Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(slots=True)
-class Run:
-    """What one generation keeps between steps. A fresh one replaces it when a run begins.
-
-    where, layout: the last ones known; first_step, first_branches: where the run began.
-    said: the last place as it was given; turns: calls of its step so far, by branch.
-    """
-
-    where: Where | None = None
-    layout: Layout | None = None
-    phase: Phase = field(default_factory=lambda: Phase(None, 0))
-    reason: str | None = None
-    masks: dict[Any, SiteMask] = field(default_factory=dict)
-    full: dict[Any, BlockMask] = field(default_factory=dict)
-    patterns: dict[Any, Tensor] = field(default_factory=dict)
-    lse: dict[Any, dict[int, Tensor]] = field(default_factory=dict)
-    recalls: dict[Any, Tensor] = field(default_factory=dict)
-    first_step: int | None = None
-    first_branches: set[str] = field(default_factory=set)
-    said: Where | None = None
-    turns: Counter[str] = field(default_factory=Counter)
-
-    def take(self, where: Where) -> None:
-        """Note `where`; the second call of a step under one name is the branch "name#2"."""
-        if self.said is None or self.said.step != where.step:
-            self.turns.clear()
-        self.said = where
-        self.turns[where.branch] += 1
-        turn = self.turns[where.branch]
-        self.where = where if turn == 1 else replace(where, branch=f"{where.branch}#{turn}")
-        if self.first_step is None:
-            self.first_step = where.step
-        if where.step == self.first_step:
-            self.first_branches.add(self.where.branch)
-
-    def forget(self) -> None:
-        """Let go of what was found in the queries and keys of earlier steps."""
-        self.masks = {key: mask for key, mask in self.masks.items() if key[0] is None}
-        self.lse.clear()
-        self.recalls.clear()
-        self.first_step = None
-        self.first_branches.clear()
+Observer = Callable[[Site, Run, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Session:
     """One plan at work on one model.
 
     strict: anything that would quietly run dense is an error instead.
+    guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
+        the rest of the run (`accel.guard`).
     """
 
-    def __init__(self, plan: Plan, geometry: Geometry, *, strict: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, geometry: Geometry, *, strict: bool = False, guard: bool = False
+    ) -> None:
         self.plan = plan
         self.geometry = geometry
         self.strict = strict
+        self.guard = guard
         self.run = Run()
         self.records: dict[tuple[str, str], Record] = {}
         self.notices: Counter[str] = Counter()
@@ -123,7 +86,8 @@ class Session:
             if run.said is None:
                 self._look_for_sparse_steps(where.total)
             run.take(where)
-        if where is None or (where.assumed and _stands_still(run.turns, where.branch)):
+        run.placed = where is not None and not (where.assumed and run.stands_still(where.branch))
+        if where is None or not run.placed:
             run.phase = Phase(None, 0)
             self._runs_dense(
                 "the step is unknown: call the model through its pipeline, or wrap the call in"
@@ -186,43 +150,93 @@ class Session:
             choices = self._sparse_choices(site, run, q, k, obstacle)
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
-        if choices is None:
+        out = None
+        if choices is not None:
+            out = self._sparse(site, run, choices, record, q, k, v)
+        if out is None:
             own = self.plan.dense == "kernel" and run.where is not None and obstacle is None
-            watch = Stopwatch(record, q.device)
-            if own:
-                mask = self._full_mask(run, q, k)
-                out = sparse_attention(q, k, v, mask, precision=self.plan.precision_of(site.name))
-            else:
-                out = dense()
-            watch.stop()
-            record.calls += 1
-            record.keep += 1.0
-            record.kernels.add(self._kernel(site, q) if own else "dense")
-            if self.observer is not None:
-                out = self.observer(site, run, q, k, v, out)
-            return out
-        chosen = self._mask(site, run, choices, q, k, v, record)
-        watch = Stopwatch(record, q.device)
-        out = sparse_attention(
-            q,
-            k,
-            v,
-            chosen.mask,
-            rest=chosen.rest,
-            order=chosen.order,
-            kv_length=chosen.kv_length,
-            precision=self.plan.precision_of(site.name),
-        )
-        watch.stop()
-        looked = (site.name, run.where.branch if run.where else "", label, run.phase.generation)
-        if looked not in run.recalls:
-            run.recalls[looked] = sampled_recall(q, k, chosen)
-            record.recall.append(run.recalls[looked])
-        record.calls += 1
-        record.keep += chosen.keep
-        record.ratio = self._ratio(site, run, q)
-        record.kernels.add(self._kernel(site, q))
+            out = self._dense(site, run, record, q, k, v, None if own else dense)
+        if run.placed:
+            self._keep(site, run, out)
         return out
+
+    def _dense(
+        self,
+        site: Site,
+        run: Run,
+        record: Record,
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        dense: Callable[[], Heads] | None,
+    ) -> Heads:
+        """The output of a dense call, by `dense` or, for None, by accel's own kernel."""
+        watch = Stopwatch(record, q.device)
+        if dense is None:
+            mask = self._full_mask(run, q, k)
+            out = sparse_attention(q, k, v, mask, precision=self.plan.precision_of(site.name))
+        else:
+            out = dense()
+        watch.stop()
+        record.calls += 1
+        record.keep += 1.0
+        record.kernels.add(self._kernel(site, q) if dense is None else "dense")
+        if self.observer is not None:
+            out = self.observer(site, run, q, k, v, out)
+        return out
+
+    def _sparse(
+        self,
+        site: Site,
+        run: Run,
+        choices: tuple[Choice, ...],
+        record: Record,
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+    ) -> Heads | None:
+        """The output of a sparse call; None where every head turns out to be dense."""
+        assert run.where is not None
+        stand_ins = run.outputs.stand_ins(choices, site.name, run.where.branch, q, v)
+        if all(c.dense or h in stand_ins.dense for h, c in enumerate(choices)):
+            return None
+        chosen = None
+        if len(stand_ins.given) < len(choices):
+            chosen = self._mask(site, run, choices, stand_ins.dense, record, q, k, v)
+            if chosen is None:
+                return None
+        watch = Stopwatch(record, q.device)
+        if chosen is None:
+            out = torch.empty_like(q)
+        else:
+            out = sparse_attention(
+                q,
+                k,
+                v,
+                chosen.mask,
+                rest=chosen.rest,
+                order=chosen.order,
+                kv_length=chosen.kv_length,
+                precision=self.plan.precision_of(site.name),
+            )
+            record.kernels.add(self._kernel(site, q))
+        stand_ins.put(out)
+        watch.stop()
+        record.calls += 1
+        record.keep += 0.0 if chosen is None else chosen.keep
+        record.ratio = self._ratio(site, run, q)
+        return out
+
+    def _keep(self, site: Site, run: Run, out: Heads) -> None:
+        """Keep of an output what later calls will take over."""
+        assert run.where is not None
+        step, total = run.where.step + 1, run.where.total
+        then = self.plan.schedule.phase(step, total) if step < total else Phase(None, 0)
+        choices = [
+            () if phase.band is None else self.plan.choices(site.name, phase.band) or ()
+            for phase in (run.phase, then)
+        ]
+        run.outputs.keep(site.name, run.where.branch, out, *choices)
 
     def _sparse_choices(
         self, site: Site, run: Run, q: Heads, k: KeyHeads, obstacle: str | None
@@ -245,10 +259,26 @@ class Session:
         ratio = self._ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
-        if reason is None:
-            return choices
-        self._runs_dense(reason)
-        return None
+        if reason is not None:
+            self._runs_dense(reason)
+            return None
+        if self.guard and self._is_off(site, run, choices):
+            return None
+        return choices
+
+    def _is_off(self, site: Site, run: Run, choices: tuple[Choice, ...]) -> bool:
+        """Whether the site is off for the rest of the run, since it was slower than dense."""
+        if site.name not in run.off:
+            found = slower_than_dense(self.plan.schedule, run, site, choices, self.records)
+            if found is None:
+                return False
+            run.off[site.name] = (
+                f"sparse attention is slower than dense attention at {site.name} here, so it is off"
+                " for the rest of the run"
+            )
+            logger.warning("accel: %s: %s", run.off[site.name], found)
+        self._notice(run.off[site.name])
+        return True
 
     def _ratio(self, site: Site, run: Run, q: Heads) -> float | None:
         """The plan's prediction for this call, if it has one for calls like it."""
@@ -281,6 +311,10 @@ class Session:
             raise AccelError(f"strict: {reason}")
         if not self.notices[reason]:
             logger.warning("accel runs dense: %s", reason)
+        self._notice(reason)
+
+    def _notice(self, reason: str) -> None:
+        """Count what the plan or its user asked to be made dense: no error in strict mode."""
         self.notices[reason] += 1
 
     def _mask(
@@ -288,52 +322,43 @@ class Session:
         site: Site,
         run: Run,
         choices: tuple[Choice, ...],
+        dense: tuple[int, ...],
+        record: Record,
         q: Heads,
         k: KeyHeads,
         v: KeyHeads,
-        record: Record,
-    ) -> SiteMask:
+    ) -> SiteMask | None:
+        """The mask of a call; None where every head is dense.
+
+        dense: heads that are dense in this call, whatever their choice.
+        """
         assert run.layout is not None
         assert run.where is not None
-        online = any(c.online for c in choices)
-        # static masks are shared by all sites and branches with the same choices
-        owner = (site.name, run.where.branch) if online else None
-        generation = run.phase.generation if online else None
-        key = (owner, choices, generation, q.shape[0] if online else None, q.device)
-        chosen = run.masks.get(key)
-        if chosen is None:
-            if online:
-                stale = [o for o in run.masks if o[0] == owner]
-                for old in stale:
-                    del run.masks[old]
-            watch = Stopwatch(record, q.device, mask=True)
-            rows = (owner, q.shape[0], q.device)
-            lse = run.lse.pop(rows, {})
-            if self.plan.schedule.looks_again(run.phase):
-                run.lse[rows] = lse
-            chosen = run.masks[key] = site_mask(
-                choices,
-                q,
-                k,
-                v,
-                layout=run.layout,
-                block=self.plan.block,
-                lse=lse,
-                patterns=run.patterns,
-                precision=self.plan.precision_of(site.name),
-            )
-            watch.stop()
-        return chosen
+        key, found = found_mask(self.plan, run, site, computed(choices), record, q, k, v)
+        looked = (site.name, run.where.branch, phase_label(run.phase.band), run.phase.generation)
+        if looked not in run.recalls:
+            recall = run.recalls[looked] = sampled_recall(q, k, found)
+            seen = [h for h, c in enumerate(choices) if not stands_in(c)]
+            record.recall.append(recall if len(seen) == len(choices) else recall[seen])
+            floor = self.plan.recall_floor
+            run.weak[looked] = () if floor is None else weak_heads(recall, floor, choices)
+            if run.weak[looked]:
+                heads = ", ".join(map(str, run.weak[looked]))
+                self._notice(f"recall is under the floor of {floor} at {site.name}, heads {heads}")
+        dense = tuple(sorted({*dense, *run.weak[looked]}))
+        if all(c.dense or h in dense for h, c in enumerate(choices)):
+            return None
+        if not dense:
+            return found
+        key = (*key, dense)
+        if key not in run.masks:
+            run.masks[key] = with_dense_heads(found, dense, run.layout)
+        return run.masks[key]
 
 
 def _leaps(last: Where | None, where: Where) -> bool:
     """Whether steps were left out that no scheduler vouches for: it may be another run."""
     return last is not None and where.run is None and where.step > last.step + 1
-
-
-def _stands_still(turns: Counter[str], branch: str) -> bool:
-    """Whether a step has more calls than guidance makes: then nobody steps the scheduler."""
-    return turns[branch] > (1 if branch else UNNAMED_CALLS)
 
 
 def _refusal(*tensors: Tensor) -> str | None:

@@ -7,6 +7,7 @@ there); a dense tail is optional (the hybrid schedules of xDiT and ComfyUI).
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 from accel.errors import PlanError, nearest
@@ -32,6 +33,8 @@ class Schedule:
     bands: inner borders in progress, ascending in (0, 1); n borders make n + 1 bands, and every
         site of a plan has one assignment for each band.
     refresh: points in progress at which estimators look again; the first sparse step always does.
+    drift: estimators look again as well once the block means of queries and keys have moved by
+        more than this part of their size since the last look (see `accel.drift`); None never.
 
     A fraction is rounded to whole steps, half up; a dense start above zero keeps at least one dense
     step, so a run of one step is dense.
@@ -41,6 +44,7 @@ class Schedule:
     dense_end: float = 0.0
     bands: tuple[float, ...] = ()
     refresh: tuple[float, ...] = ()
+    drift: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("bands", "refresh"):
@@ -60,6 +64,11 @@ class Schedule:
                 f"schedule.dense_start + schedule.dense_end is {self.dense_start + self.dense_end},"
                 " more than the whole run; lower one of them"
             )
+        if self.drift is not None:
+            drift = _number("schedule.drift", self.drift)
+            if not 0 < drift < inf:
+                raise PlanError(f"schedule.drift is a number above 0, or null, got {drift}")
+            object.__setattr__(self, "drift", drift)
 
     @property
     def n_bands(self) -> int:
@@ -86,8 +95,17 @@ class Schedule:
         """How many steps of a run of `total` are sparse."""
         return sum(not self.phase(step, total).dense for step in range(total))
 
+    def steps_of(self, band: int, total: int) -> list[Phase]:
+        """The phases of the steps in `band`, of a run of `total`: a look for each different one."""
+        phases = (self.phase(step, total) for step in range(total))
+        return [p for p in phases if p.band == band]
+
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The fields; `drift` where there is one."""
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.drift is None:
+            del data["drift"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Any) -> "Schedule":
@@ -98,6 +116,7 @@ class Schedule:
             "dense_end": _number,
             "bands": _numbers,
             "refresh": _numbers,
+            "drift": _number_or_none,
         }
         for key in data:
             if key not in readers:
@@ -112,6 +131,10 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except OverflowError as error:
         raise PlanError(f"{name} is too large a number") from error
+
+
+def _number_or_none(name: str, value: Any) -> float | None:
+    return None if value is None else _number(name, value)
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:

@@ -6,7 +6,9 @@ from typing import Any
 
 from accel.errors import AccelError, PlanError, nearest
 
-__all__ = ["bounded_int", "check_whole", "finite", "refuse_constant", "table", "typed"]
+__all__ = ["bare_name", "bounded_int", "check_whole", "finite", "refuse_constant", "table", "typed"]
+
+MAX_NAME = 255
 
 
 def refuse_constant(word: str) -> None:
@@ -19,6 +21,17 @@ def bounded_int(digits: str) -> int:
     if len(digits) > 15:
         raise PlanError(f"{digits[:15]}... is too large a number for a plan")
     return int(digits)
+
+
+def bare_name(what: str, value: Any, suffix: str) -> str:
+    """`value` if it names a file of this folder and nothing more; it ends in `suffix`."""
+    name = typed(what, value, str)
+    elsewhere = name.startswith(".") or set(name) & set("/\\:\0") or len(name) > MAX_NAME
+    if elsewhere or not name.endswith(suffix):
+        raise PlanError(
+            f"{what} is {name!r:.80}; it is the name of a neighbouring file that ends in {suffix}"
+        )
+    return name
 
 
 def finite(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`accel-compare`: dense, plans and published recipes side by side: speed, memory, quality."""
+"""`accel-compare`: dense, plans, published recipes and caches side by side: speed and quality."""
 
 import shlex
 from pathlib import Path
@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from accel.command import run_command
 from accel.errors import AccelError
 from accel.files import write_atomically
+from accel.pipelines.compare_arms import named_caches, named_fronts, named_plans
 from accel.pipelines.compare_run import Comparison
-from accel.pipelines.compare_settings import CompareSettings, named_plans
+from accel.pipelines.compare_settings import CompareSettings
 from accel.pipelines.compare_table import as_markdown, as_text
 from accel.pipelines.model_settings import model_config
 
@@ -24,7 +25,10 @@ def compare(config: dict[str, Any], command: str) -> None:
     """
     settings = CompareSettings(
         plans=named_plans(config["plan"]),
+        fronts=named_fronts(config["front"]),
         recipes=config["recipes"],
+        caches=named_caches(config["caches"]),
+        combined=config["combined"],
         prompts=config["prompts"],
         dtypes=config["dtype"] or config["dtypes"],
         rounds=config["rounds"],
@@ -33,6 +37,7 @@ def compare(config: dict[str, Any], command: str) -> None:
         predict=config["predict"],
         baselines=config["baselines"],
         arms_timeout_s=config["arms_timeout_s"],
+        loaded_at_once=config["loaded_at_once"],
         command=command,
     )
     folder = Path(config["out"])

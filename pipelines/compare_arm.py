@@ -9,22 +9,20 @@ the middle of a generation too: a comparison that was killed leaves nobody behin
 
 import json
 import os
-import queue
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from typing import Any
-
-import torch
 
 from accel.cost import dense_speedup
 from accel.errors import AccelError
+from accel.files import write_atomically
 from accel.pipelines.adapters import by_denoiser, denoisers_of
+from accel.pipelines.arm_commands import serve, until_closed
+from accel.pipelines.arm_meter import StepClock, middle_of, peak_memory_bytes, reset_peak_memory
+from accel.pipelines.cache_hooks import disable_cache, enable_cache, magnitude_ratios, reset_cache
+from accel.pipelines.caches import CACHES, CacheSpec
+from accel.pipelines.calibration import calibrated_recipe
 from accel.pipelines.enable import disable, enable, session_of, summary
 from accel.pipelines.host import Host
 from accel.pipelines.look import look
@@ -33,17 +31,26 @@ from accel.pipelines.pricing import load_or_measure_baseline, priced, warm_up_st
 from accel.pipelines.provenance import device_name
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
+from accel.recipes import RECIPES
 from accel.schedule import Schedule
-
-COMMANDS = ("start", "price", "generate", "look")
 
 
 class Arm:
-    """The pipeline of one arm. plan: a plan file, the name of a recipe, or None for dense."""
+    """The pipeline of one arm.
 
-    def __init__(self, model: dict[str, Any], plan: str | None) -> None:
+    plan: a plan file, the name of a recipe, or None for an arm without one; cache: what
+    `CacheSpec.of` reads, or None; folder: keeps what plans and caches are calibrated by, for all
+    arms of a comparison.
+    """
+
+    def __init__(
+        self, model: dict[str, Any], plan: str | None, cache: Any = None, folder: str = ""
+    ) -> None:
         self._config = model_config(model)
         self._plan = plan
+        self._cache = None if cache is None else CacheSpec.of(cache)
+        self._folder = Path(folder)
+        self._ratios: list[float] | None = None
         self._host: Host | None = None
 
     @property
@@ -65,23 +72,30 @@ class Arm:
         return [session_of(model).plan for model in denoisers_of(self.host.pipe)]
 
     def start(self) -> dict[str, Any]:
-        """Load, enable, and generate once with few steps, a sparse one among them."""
+        """Load, calibrate, enable, and generate once with few steps, a sparse one among them."""
         begun = time.perf_counter()
         self._host = Host(self._config)
-        if self._plan is not None:
-            enable(self._host.pipe, self._plan)
         loaded = time.perf_counter()
+        plan = self._calibrated()
+        calibrated = time.perf_counter()
+        if plan is not None:
+            enable(self._host.pipe, plan, guard=False)
+        self._enable_cache()
         steps = warm_up_steps(self.schedule, self.host.steps)
         self.host.generate(self._config.prompts[0], 0, num_inference_steps=steps)
         reset_peak_memory(self.host.device)
-        plan = self.plans[0] if self.plans else None
+        enabled = self.plans[0] if self.plans else None
         return {
             "load_s": loaded - begun,
-            "warm_up_s": time.perf_counter() - loaded,
+            "calibration_s": calibrated - loaded,
+            "warm_up_s": time.perf_counter() - calibrated,
             "device": device_name(self.host.device),
-            "plan": None if plan is None else plan.name,
-            "digest": None if plan is None else plan.digest,
-            **predictions(plan),
+            "plan": None if enabled is None else enabled.name,
+            "digest": None if enabled is None else enabled.digest,
+            "made_at": None if enabled is None else _origin(enabled),
+            "call": None if enabled is None else self._place(),
+            "note": "" if self._cache is None else CACHES[self._cache.kind].note,
+            **self._predictions(enabled),
         }
 
     def price(self, folder: str) -> dict[str, Any]:
@@ -92,15 +106,17 @@ class Arm:
         arms.
         """
         plans = self.plans
+        self._disable_cache()  # prices are those of what is computed
         disable(self.host.pipe)
         path = Path(folder) / "baseline.json"
         baseline = load_or_measure_baseline(self.host, self._config.calibration[0], 0, path)
         plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
-        enable(self.host.pipe, by_denoiser(self.host.pipe, plans), check=False)
+        enable(self.host.pipe, by_denoiser(self.host.pipe, plans), check=False, guard=False)
+        self._enable_cache()
         reset_peak_memory(self.host.device)
         return {
             "attention_share": baseline.total_share,
-            **predictions(plans[0]),
+            **self._predictions(plans[0]),
         }
 
     def generate(
@@ -108,6 +124,8 @@ class Arm:
     ) -> dict[str, Any]:
         """One generation with its times in seconds; its frames go to the file `save`."""
         steps = self.host.steps if steps is None else steps
+        if self._cache is not None:
+            reset_cache(self.host.pipe)
         clock = StepClock(self.host.device)
         begun = clock.now()
         video = self.host.generate(
@@ -120,9 +138,9 @@ class Arm:
         return {
             "seconds": seconds,
             "step_seconds": {
-                "all": _median(clock.steps),
-                "dense": _median(s for s, d in zip(clock.steps, dense, strict=False) if d),
-                "sparse": _median(s for s, d in zip(clock.steps, dense, strict=False) if not d),
+                "all": middle_of(clock.steps),
+                "dense": middle_of(s for s, d in zip(clock.steps, dense, strict=False) if d),
+                "sparse": middle_of(s for s, d in zip(clock.steps, dense, strict=False) if not d),
             },
             "peak_memory_bytes": peak_memory_bytes(self.host.device),
             "summary": None if self._plan is None else summary(self.host.pipe).to_dict(),
@@ -132,98 +150,54 @@ class Arm:
         """Attention maps of a few heads with what the plan keeps of them; see `look`."""
         return look(self.host, self.plans, prompt, seed, Path(save))
 
+    def _calibrated(self) -> Plan | str | None:
+        """The arm's plan; one that chooses by a calibration is made first, and so are the ratios
+        of MagCache. What is in the folder already is taken from there.
+        """
+        if self._cache is not None and self._cache.kind == "magcache":
+            path = self._folder / "magcache.json"
+            if not path.is_file():
+                ratios = magnitude_ratios(self.host, self._config.calibration[0], 0)
+                write_atomically(path, json.dumps({"ratios": ratios}))
+            self._ratios = json.loads(path.read_text())["ratios"]
+        if self._plan in RECIPES and RECIPES[self._plan].demand is not None:
+            return calibrated_recipe(self.host, self._plan, self._folder)
+        return self._plan
 
-def predictions(plan: Plan | None) -> dict[str, Any]:
-    """Speed-ups over the host's dense that a priced plan expects: its own, and dense recipes'."""
-    found: dict[str, Any] = {"predicted_speedup": None, "predicted_dense": {}}
-    if plan is not None and "speedup" in plan.expected:
-        found["predicted_speedup"] = plan.expected["speedup"]
-        for precision in plan.expected.get("dense_ratio", ()):
-            found["predicted_dense"][precision] = dense_speedup(plan.expected, precision)
-    return found
+    def _enable_cache(self) -> None:
+        if self._cache is not None:
+            steps = self.host.steps
+            enable_cache(self.host.pipe, self._cache, steps=steps, ratios=self._ratios)
 
+    def _disable_cache(self) -> None:
+        if self._cache is not None:
+            disable_cache(self.host.pipe)
 
-class StepClock:
-    """Diffusers' `callback_on_step_end`: the time of every step but the first.
+    def _predictions(self, plan: Plan | None) -> dict[str, Any]:
+        """Speed-ups over the host's dense that a priced plan expects: its own, and dense recipes'.
 
-    The first step is left out because nothing marks where the text encoder ends.
-    """
+        Nothing is predicted of what a cache leaves out.
+        """
+        found: dict[str, Any] = {"predicted_speedup": None, "predicted_dense": {}}
+        if plan is not None and "speedup" in plan.expected and self._cache is None:
+            found["predicted_speedup"] = plan.expected["speedup"]
+            for precision in plan.expected.get("dense_ratio", ()):
+                found["predicted_dense"][precision] = dense_speedup(plan.expected, precision)
+        return found
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last: float | None = None
-        self.steps: list[float] = []
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict:
-        """Called by the pipeline `pipe` after every step; hands back its `state` unchanged."""
-        now = self.now()
-        if self._last is not None:
-            self.steps.append(now - self._last)
-        self._last = now
-        return state
-
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of the device's allocations; on the CPU, of the resident memory of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the parent's memory before the start too
-        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    def _place(self) -> dict[str, Any]:
+        """The grid and the number of steps of this arm's generations."""
+        layout = session_of(denoisers_of(self.host.pipe)[0]).run.layout
+        grid = list(layout.grid) if layout is not None and layout.grids else None
+        return {"grid": grid, "steps": self.host.steps}
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_bytes` begin anew: what was loaded and measured before shall not count."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # elsewhere than on Linux the peak is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _median(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return median(found) if found else None
-
-
-def serve(arm: Any, lines: Iterable[str], say: Callable[[str], Any]) -> None:
-    """Obey every line and `say` the answer; an error is one too, and the arm goes on."""
-    for line in lines:
-        command = json.loads(line)
-        name = command.pop("do")
-        try:
-            if name not in COMMANDS:
-                raise AccelError(f"an arm does {', '.join(COMMANDS)}, not {name!r}")
-            do: Callable[..., dict[str, Any]] = getattr(arm, name)
-            answer: dict[str, Any] = {"ok": do(**command)}
-        except Exception as error:  # whatever a model raises is reported, and ends this arm alone
-            traceback.print_exc()
-            known = isinstance(error, AccelError)
-            answer = {"error": str(error) if known else f"{type(error).__name__}: {error}"}
-        say(json.dumps(answer))
-
-
-def until_closed(stream: Iterable[str]) -> Iterator[str]:
-    """The lines of `stream`; where it ends, so does this process, whatever it is doing."""
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        for line in stream:
-            lines.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield lines.get()
+def _origin(plan: Plan) -> dict[str, Any] | None:
+    """The grid and the number of steps that the plan was searched at; None where it has none."""
+    made = plan.made_at
+    if made.grid is None or made.steps is None:
+        return None
+    return {"grid": list(made.grid), "steps": made.steps}
 
 
 def main() -> None:
@@ -232,7 +206,7 @@ def main() -> None:
     os.dup2(2, 1)
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     serve(
-        Arm(spec["model"], spec["plan"]),
+        Arm(**spec),
         until_closed(sys.stdin),
         lambda text: print(text, file=answers, flush=True),
     )

@@ -6,69 +6,66 @@ what was measured of something else. Videos and maps have the key in their names
 by the arm, and a comparison may be killed before it has noted them.
 
     arms/<arm>/start.json   p00-r0.json   p00-<key>.npz (the video of round 0)   p00-quality.json
+    arms/dense/p00-r0-g1.json (timed again beside the second group of arms)
 """
 
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel.errors import PlanError
 from accel.files import write_atomically
-from accel.pipelines.enable import HUB_FILE
+from accel.pipelines.compare_arms import ArmSpec
 from accel.pipelines.host import ModelConfig, find_path
 from accel.pipelines.provenance import code_digest, device_name, versions
-from accel.plan import Plan
 
 # beside a model's files, but nothing that its outputs depend on
 UNREAD = {".md", ".png", ".jpg", ".gif", ".mp4"}
 # what runs an arm, besides the code that every measurement depends on
-CODE = tuple(Path(__file__).parent / f"{name}.py" for name in ("compare_arm", "host", "pricing"))
-
-
-@dataclass(frozen=True, slots=True)
-class ArmSpec:
-    """One arm. plan: a plan file, the name of a recipe, or None for the dense run.
-
-    identity: names what the plan does and expects, since it runs dense where it expects dense to
-    be faster; what cannot be read has only its path.
-    """
-
-    name: str
-    plan: str | None = None
-    identity: str = ""
-
-    @classmethod
-    def of(cls, name: str, plan: str) -> "ArmSpec":
-        identity, path = plan, Path(plan)
-        if path.exists():
-            with suppress(PlanError):
-                found = Plan.load(path / HUB_FILE if path.is_dir() else path)
-                expected = json.dumps(found.expected, sort_keys=True)
-                identity = f"{found.digest} {expected}"
-        return cls(name, plan, identity)
+CODE = tuple(
+    Path(__file__).parent / f"{name}.py"
+    for name in (
+        "arm_meter",
+        "cache_hooks",
+        "caches",
+        "calibration",
+        "calibrator",
+        "compare_arm",
+        "host",
+        "pricing",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One generation: prompt number `prompt` in round `round` by `arm`."""
+    """One generation: prompt number `prompt` in round `round` by `arm`.
+
+    beside: the number of the group of arms beside which it is timed. Only a dense arm is in more
+    than one, and makes its video in the first.
+    """
 
     arm: ArmSpec
     prompt: int
     round: int
+    beside: int = 0
 
     @property
     def stem(self) -> str:
-        return f"p{self.prompt:02d}-r{self.round}"
+        return f"p{self.prompt:02d}-r{self.round}" + (f"-g{self.beside}" if self.beside else "")
+
+    @property
+    def makes_video(self) -> bool:
+        return self.round == 0 and self.beside == 0
 
 
 class Book:
     """The files of one comparison.
 
-    sitting: names this run of the command; times of one sitting were measured beside each other.
+    sitting: names the time at which a group of arms took turns; it is a new one for every group
+        and every run of the command, and times of one sitting were measured beside each other.
     priced: plans run with predictions, and so dense wherever that is predicted to be faster.
     classifier: its directory, or ""; it alone decides what is read in a video.
     """
@@ -88,6 +85,9 @@ class Book:
         self.seed = seed
         self.sitting = sitting
         self._priced = priced
+        # nobody else writes here: what was read or written once is known
+        self._records: dict[Path, dict[str, Any]] = {}
+        self._calibration = list(model.calibration)
         judge = json.dumps(files_of(find_path(classifier)) if classifier else "")
         self._classifier_key = hashlib.sha256(judge.encode()).hexdigest()[:16]
         self._model: dict[str, Any] = {
@@ -100,6 +100,12 @@ class Book:
             "dtype": model.dtype,
             "device": device_name(model.resolved_device()),
         }
+
+    @property
+    def calibration_folder(self) -> Path:
+        """What plans and caches are calibrated by, for all arms that are."""
+        what = json.dumps({**self._model, "calibration": self._calibration}, sort_keys=True)
+        return self.folder / "calibration" / hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def arm_folder(self, arm: ArmSpec) -> Path:
         return self.folder / "arms" / arm.name
@@ -119,6 +125,10 @@ class Book:
         what: dict[str, Any] = {**self._model, "plan": arm.identity}
         if arm.plan is not None:
             what["priced"] = self._priced
+        if arm.cache:
+            what["cache"] = arm.cache
+        if arm.calibrated:
+            what["calibration"] = self._calibration
         if prompt is not None:
             what |= {"prompt": self.prompts[prompt], "seed": self.seed + prompt}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -126,16 +136,20 @@ class Book:
     def read(self, arm: ArmSpec, name: str, prompt: int | None = None) -> dict[str, Any] | None:
         """The record `name` of an arm; None where there is none, or one of something else."""
         path = self.arm_folder(arm) / f"{name}.json"
-        if not path.is_file():
-            return None
-        record = json.loads(path.read_text(encoding="utf-8"))
+        if path not in self._records:
+            if not path.is_file():
+                return None
+            self._records[path] = json.loads(path.read_text(encoding="utf-8"))
+        record = self._records[path]
         return record if record["key"] == self.key(arm, prompt) else None
 
     def write(
         self, arm: ArmSpec, name: str, record: dict[str, Any], prompt: int | None = None
     ) -> dict[str, Any]:
         record = {"key": self.key(arm, prompt), "sitting": self.sitting, **record}
-        write_atomically(self.arm_folder(arm) / f"{name}.json", json.dumps(record, indent=1))
+        path = self.arm_folder(arm) / f"{name}.json"
+        write_atomically(path, json.dumps(record, indent=1))
+        self._records[path] = record
         return record
 
     def drop_others(self, path: Path) -> None:
@@ -155,7 +169,7 @@ class Book:
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """The record of a finished job; round 0 counts only together with its video."""
-        if job.round == 0 and not self.video(job.arm, job.prompt).is_file():
+        if job.makes_video and not self.video(job.arm, job.prompt).is_file():
             return None
         return self.read(job.arm, job.stem, job.prompt)
 

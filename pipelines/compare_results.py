@@ -1,5 +1,6 @@
 """From measurements to results: paired speed-ups, quality against dense, and the table of both."""
 
+import json
 from collections.abc import Sequence
 from math import exp, log
 from statistics import mean, median
@@ -8,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from accel.metrics import Classifier, capped, flicker, psnr, ssim
-from accel.pipelines.compare_book import ArmSpec, Book, Job
-from accel.pipelines.compare_settings import DENSE
+from accel.pipelines.compare_arms import DENSE, ArmSpec
+from accel.pipelines.compare_book import Book, Job
 from accel.pipelines.video_files import load_frames
 from accel.records import DENSE_LABEL
+
+# of every arm, prompt and round
+Records = dict[tuple[ArmSpec, int, int], list[dict[str, Any]]]
 
 
 def measure_quality(book: Book, arms: Sequence[ArmSpec], classifier: Classifier | None) -> None:
@@ -38,47 +42,58 @@ def measure_quality(book: Book, arms: Sequence[ArmSpec], classifier: Classifier 
             book.write_quality(arm, prompt, quality)
 
 
-def fastest_of(book: Book, baselines: Sequence[ArmSpec], jobs: Sequence[Job]) -> ArmSpec:
+def records_of(book: Book, jobs: Sequence[Job]) -> Records:
+    """What was measured of every arm, prompt and round: more than once of dense arms only."""
+    found: Records = {}
+    for job in jobs:
+        record = book.result(job)
+        if record is not None:
+            found.setdefault((job.arm, job.prompt, job.round), []).append(record)
+    return found
+
+
+def fastest_of(records: Records, baselines: Sequence[ArmSpec]) -> ArmSpec:
     """The dense arm with the shortest paired times; the first where nothing is to be compared."""
     first = baselines[0]
-    gains = {arm: _paired(book, jobs, arm, first)["speedup"] or 0.0 for arm in baselines[1:]}
+    gains = {arm: _paired(records, arm, first)["speedup"] or 0.0 for arm in baselines[1:]}
     best = max(gains, key=gains.__getitem__, default=first)
     return best if gains.get(best, 0.0) > 1 else first
 
 
 def results_of(
-    book: Book, arm: ArmSpec, jobs: Sequence[Job], baselines: Sequence[ArmSpec], fastest: ArmSpec
+    book: Book, arm: ArmSpec, records: Records, baselines: Sequence[ArmSpec], fastest: ArmSpec
 ) -> dict[str, Any]:
     """Everything measured of one arm; a field is None where nothing was measured for it.
 
     `speedup` and `predicted_speedup` are over `fastest`, `speedup_over` over each of the baselines.
     """
-    done = {}
-    for job in jobs:
-        record = book.result(job) if job.arm == arm else None
-        if record is not None:
-            done[job.prompt, job.round] = record
+    done = [record for key, made in records.items() if key[0] == arm for record in made]
     found = {p: book.quality(arm, p) for p in range(len(book.prompts))}
     judged = [q for q in found.values() if q is not None]
     flickers = mean(q["flicker"] for q in judged) if judged else None
     steady = _over_dense(book, [p for p, q in found.items() if q is not None], "flicker")
     start = (book.read(arm, "start") or {}) | (book.read(arm, "price") or {})
-    summary = next((r["summary"] for r in reversed(done.values()) if r["summary"]), None)
+    summary = next((r["summary"] for r in reversed(done) if r["summary"]), None)
     reads = [q["reads"] for q in judged if q["reads"] is not None]
     predicted = start.get("predicted_speedup")
     if predicted is not None and fastest != DENSE:
         known = start["predicted_dense"].get(fastest.name)
         predicted = None if known is None else predicted / known
     result: dict[str, Any] = {
+        "kind": arm.kind,
+        "front": arm.front or None,
+        "cache": json.loads(arm.cache) if arm.cache else None,
+        "note": start.get("note", ""),
         "predicted_speedup": predicted,
-        "seconds": spread([r["seconds"] for r in done.values()]),
+        "seconds": spread([r["seconds"] for r in done]),
         "step_seconds": {
-            phase: middle([r["step_seconds"][phase] for r in done.values()])
+            phase: middle([r["step_seconds"][phase] for r in done])
             for phase in ("all", "dense", "sparse")
         },
         "load_seconds": start.get("load_s"),
+        "calibration_seconds": start.get("calibration_s"),
         "warm_up_seconds": start.get("warm_up_s"),
-        "peak_memory_bytes": max((r["peak_memory_bytes"] for r in done.values()), default=None),
+        "peak_memory_bytes": max((r["peak_memory_bytes"] for r in done), default=None),
         "psnr": _mean_and_worst(judged, "psnr"),
         "ssim": _mean_and_worst(judged, "ssim"),
         "flicker": flickers,
@@ -87,16 +102,18 @@ def results_of(
         "keep": 1.0 if arm in baselines else keep_of(summary),
         "plan": start.get("plan"),
         "digest": start.get("digest"),
+        "made_at": start.get("made_at"),
+        "call": start.get("call"),
         "notices": {} if summary is None else summary["notices"],
         "summary": summary,
         "videos": [_video_of(book, arm, prompt, found[prompt]) for prompt in found],
         "maps": _maps_of(book, arm),
     }
-    over = {other.name: _paired(book, jobs, arm, other)["speedup"] for other in baselines}
-    return result | {**_paired(book, jobs, arm, fastest), "speedup_over": over}
+    over = {other.name: _paired(records, arm, other)["speedup"] for other in baselines}
+    return result | {**_paired(records, arm, fastest), "speedup_over": over}
 
 
-def _paired(book: Book, jobs: Sequence[Job], arm: ArmSpec, baseline: ArmSpec) -> dict[str, Any]:
+def _paired(records: Records, arm: ArmSpec, baseline: ArmSpec) -> dict[str, Any]:
     """The speed-up of `arm` over `baseline`: median of the ratios of generations of the same job.
 
     Of an even number the geometric mean of the middle two, so that an arm is as much faster than
@@ -104,13 +121,11 @@ def _paired(book: Book, jobs: Sequence[Job], arm: ArmSpec, baseline: ArmSpec) ->
     two sides were measured at different times, and the result says so.
     """
     pairs = []
-    for job in jobs:
-        if job.arm != arm:
-            continue
-        own, other = book.result(job), book.result(Job(baseline, job.prompt, job.round))
-        if own is not None and other is not None:
-            together = own["sitting"] == other["sitting"]
-            pairs.append((together, other["seconds"] / own["seconds"]))
+    for (other_arm, prompt, number), made in records.items():
+        others = records.get((baseline, prompt, number), []) if other_arm == arm else []
+        for own in made:
+            beside = [other for other in others if other["sitting"] == own["sitting"]]
+            pairs += [(bool(beside), o["seconds"] / own["seconds"]) for o in (beside or others)[:1]]
     together = [ratio for same, ratio in pairs if same]
     used = together or [ratio for _, ratio in pairs]
     return {

@@ -1,29 +1,31 @@
-"""The arms of a comparison, one process each, run in turn: a busy machine slows all alike."""
+"""The arms of a comparison, one process each, run in turn: a busy machine slows all alike.
+
+Not all of them fit into memory at once, so they come in groups. The dense arms stay loaded and are
+timed beside every group: what is compared was measured in one sitting.
+"""
 
 import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.metrics import Classifier
-from accel.pipelines.compare_book import ArmSpec, Book, Job
-from accel.pipelines.compare_results import fastest_of, measure_quality, results_of
-from accel.pipelines.compare_settings import DENSE, CompareSettings
+from accel.pipelines.compare_arms import DENSE, ArmSpec
+from accel.pipelines.compare_book import Book, Job
+from accel.pipelines.compare_findings import findings_of
+from accel.pipelines.compare_probe import Launch, fastest_dtype, say
+from accel.pipelines.compare_results import fastest_of, measure_quality, records_of, results_of
+from accel.pipelines.compare_settings import CompareSettings
 from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.host import ModelConfig, find_path
 from accel.pipelines.provenance import versions
 
 SCHEMA = 1
-PROBE_STEPS = 4
-
-Launch = Callable[[Path, dict[str, Any]], Any]
 
 
 class Comparison:
@@ -35,12 +37,15 @@ class Comparison:
         self.settings = settings
         self.folder = folder
         self.arms = settings.arms
+        self.groups = settings.groups
         self._launch = launch
         self._sitting = time.strftime("%Y-%m-%dT%H:%M:%S")
         self._workers: dict[ArmSpec, Any] = {}
         self._errors: dict[ArmSpec, str] = {}
         prompts = settings.prompts_of(model)
-        self.probe = self._probe(model, prompts)
+        self.probe = fastest_dtype(
+            model, settings, prompts, folder / "probe", self._sitting, launch
+        )
         dtype = self.probe.get("chosen", model.dtype)
         self.model = replace(model, dtype=dtype, prompts=prompts)
         self.book = Book(
@@ -56,42 +61,65 @@ class Comparison:
 
     @property
     def jobs(self) -> list[Job]:
+        """The jobs of all groups, one group after the other."""
+        return [job for number in range(len(self.groups)) for job in self.jobs_of(number)]
+
+    def jobs_of(self, group: int) -> list[Job]:
         """Every prompt once, then the timing prompts again; arms take turns in being first."""
+        arms = self.groups[group]
         jobs = []
         for number in range(self.settings.rounds):
             count = len(self.book.prompts)
             if number > 0:
                 count = min(count, self.settings.timing_prompts)
             for prompt in range(count):
-                first = (number + prompt) % len(self.arms)
-                turn = self.arms[first:] + self.arms[:first]
-                jobs += [Job(arm, prompt, number) for arm in turn]
+                first = (number + prompt) % len(arms)
+                for arm in arms[first:] + arms[:first]:
+                    beside = group if arm in self.settings.dense_arms else 0
+                    jobs.append(Job(arm, prompt, number, beside))
         return jobs
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; every arm that can finish does. Returns the results."""
-        todo = [job for job in self.jobs if self.book.result(job) is None]
         try:
-            for arm in self.arms:
-                if any(job.arm == arm for job in todo):
-                    self._start(arm)
-            with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
-                for job in bar:
-                    bar.set_description(f"{job.arm.name}, prompt {job.prompt + 1}")
-                    self._generate(job)
-            self._look()
+            for group, arms in enumerate(self.groups):
+                self._run_group(group)
+                for arm in set(arms) - set(self.settings.dense_arms):
+                    if arm in self._workers:
+                        self._workers.pop(arm).close()
         finally:
             for worker in self._workers.values():
                 worker.close()
         return self.results()
 
+    def _run_group(self, group: int) -> None:
+        """The generations of one group that are missing, in one sitting."""
+        self.book.sitting = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}" + (f" {group}" if group else "")
+        todo = self._todo(group)
+        for arm in self.groups[group]:
+            if any(job.arm == arm for job in todo) and arm not in self._workers | self._errors:
+                self._start(arm)
+        with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
+            for job in bar:
+                if job.beside and not set(self._workers) - set(self.settings.dense_arms):
+                    continue  # those beside which it would be timed have failed
+                bar.set_description(f"{job.arm.name}, prompt {job.prompt + 1}")
+                self._generate(job)
+        self._look(self.groups[group])
+
+    def _todo(self, group: int) -> list[Job]:
+        """What is missing of a group. Beside a later one, dense is timed where an arm of it is."""
+        missing = [job for job in self.jobs_of(group) if self.book.result(job) is None]
+        wanted = {(j.prompt, j.round) for j in missing if j.arm not in self.settings.dense_arms}
+        return [j for j in missing if not j.beside or (j.prompt, j.round) in wanted]
+
     def _start(self, arm: ArmSpec) -> None:
         """Open the process of an arm, let it warm up and, with predictions, measure its costs."""
-        _say(f"{arm.name}: loading and warming up")
-        self._workers[arm] = self._launch(self.book.arm_folder(arm), self._spec(arm, self.model))
+        say(f"{arm.name}: loading and warming up")
+        self._workers[arm] = self._launch(self.book.arm_folder(arm), self._spec(arm))
         started = self._ask(arm, {"do": "start"}, "start")
-        if started and self.settings.predict and arm != DENSE:  # accel never touches the dense arm
-            _say(f"{arm.name}: measuring what it costs here")
+        if started and self.settings.predict and arm.plan is not None:
+            say(f"{arm.name}: measuring what it costs here")
             costs = str(self.folder / "costs" / self.book.key(DENSE))
             self._ask(arm, {"do": "price", "folder": costs}, "price")
 
@@ -99,15 +127,15 @@ class Comparison:
         """The results so far, also written to results.json."""
         measure_quality(self.book, self.arms, self._classifier)
         baselines = self.settings.dense_arms
-        fastest = fastest_of(self.book, baselines, self.jobs)
+        records = records_of(self.book, self.jobs)
+        fastest = fastest_of(records, baselines)
         arms = {}
         for arm in self.arms:
-            arms[arm.name] = results_of(self.book, arm, self.jobs, baselines, fastest)
+            arms[arm.name] = results_of(self.book, arm, records, baselines, fastest)
             if arm in self._errors:
                 arms[arm.name]["error"] = self._errors[arm]
         starts = [self.book.read(arm, "start") for arm in self.arms]
-        done = [r for r in map(self.book.result, self.jobs) if r is not None]
-        sittings = sorted({record["sitting"] for record in done})
+        sittings = sorted({record["sitting"] for made in records.values() for record in made})
         results = {
             "schema": SCHEMA,
             "arms": arms,
@@ -124,19 +152,26 @@ class Comparison:
                 "rounds": self.settings.rounds,
                 "predict": self.settings.predict,
                 "timing_prompts": self.settings.timing_prompts,
+                "loaded_at_once": self.settings.loaded_at_once,
                 "steps": self.model.call["num_inference_steps"],
                 "call": dict(self.model.call),
                 "fps": self.model.fps,
                 "command": self.settings.command,
             },
-            "date": sittings[-1] if sittings else self._sitting,
+            "date": (sittings[-1] if sittings else self._sitting)[:19],
             "sittings": sittings,
         }
+        results |= findings_of(results)
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         return results
 
-    def _spec(self, arm: ArmSpec, model: ModelConfig) -> dict[str, Any]:
-        return {"plan": arm.plan, "model": asdict(model)}
+    def _spec(self, arm: ArmSpec) -> dict[str, Any]:
+        return {
+            "plan": arm.plan,
+            "cache": json.loads(arm.cache) if arm.cache else None,
+            "model": asdict(self.model),
+            "folder": str(self.book.calibration_folder) if arm.calibrated else "",
+        }
 
     def _ask(
         self, arm: ArmSpec, command: dict[str, Any], name: str, prompt: int | None = None
@@ -150,7 +185,7 @@ class Comparison:
         except ArmFailed as error:
             self._errors[arm] = str(error)
             del self._workers[arm]
-            _say(f"{arm.name} failed: {error}")
+            say(f"{arm.name} failed: {error}")
             return False
         self.book.write(arm, name, answer, prompt)
         return True
@@ -162,17 +197,17 @@ class Comparison:
             "seed": self.settings.seed + job.prompt,
         }
         video = self.book.video(job.arm, job.prompt)
-        if job.round == 0:
+        if job.makes_video:
             command["save"] = str(video)
         if self._ask(job.arm, command, job.stem, job.prompt):
             self.book.drop_others(video)
             self.results()
 
-    def _look(self) -> None:
-        """Keep attention maps of the first arm that leaves something out and did not fail."""
-        sparse = (arm for arm in self.arms if arm not in self.settings.dense_arms)
+    def _look(self, group: Sequence[ArmSpec]) -> None:
+        """Keep attention maps of the first plan or recipe that did not fail, with its group."""
+        sparse = (a for a in self.arms if a.kind in ("plan", "front", "recipe"))
         shown = next((arm for arm in sparse if arm not in self._errors), None)
-        if shown is None or self.book.read(shown, "maps", 0) is not None:
+        if shown is None or shown not in group or self.book.read(shown, "maps", 0) is not None:
             return
         if shown not in self._workers:
             self._start(shown)
@@ -185,49 +220,9 @@ class Comparison:
         if self._ask(shown, command, "maps", 0):
             self.book.drop_others(self.book.maps(shown))
 
-    def _probe(self, model: ModelConfig, prompts: tuple[str, ...]) -> dict[str, Any]:
-        """The precision in which dense is fastest, from a few steps in each; kept with the times.
-
-        Seconds are those of a whole generation: what is outside the steps, plus all of them.
-        """
-        dtypes = list(self.settings.dtypes)
-        if len(dtypes) < 2:
-            return {"chosen": dtypes[0]} if dtypes else {}
-        found: dict[str, Any] = {"seconds": {}, "errors": {}}
-        for dtype in dtypes:
-            one = replace(model, dtype=dtype)
-            folder = self.folder / "probe" / dtype
-            book = Book(folder, one, prompts, self.settings.seed, self._sitting)
-            probed = book.read(DENSE, "probe", 0)
-            if probed is None:
-                _say(f"how fast is dense in {dtype}?")
-                worker = self._launch(book.arm_folder(DENSE), self._spec(DENSE, one))
-                try:
-                    worker.ask({"do": "start"}, self.settings.arms_timeout_s)
-                    command = {"do": "generate", "prompt": prompts[0], "seed": self.settings.seed}
-                    answer = worker.ask(
-                        {**command, "steps": PROBE_STEPS}, self.settings.arms_timeout_s
-                    )
-                except ArmFailed as error:
-                    found["errors"][dtype] = str(error)
-                    continue
-                finally:
-                    worker.close()
-                probed = book.write(DENSE, "probe", answer, 0)
-            rest = int(model.call["num_inference_steps"]) - PROBE_STEPS
-            found["seconds"][dtype] = probed["seconds"] + rest * probed["step_seconds"]["all"]
-        if not found["seconds"]:
-            raise AccelError(f"the model runs in none of {dtypes}: {found['errors']}")
-        found["chosen"] = min(found["seconds"], key=found["seconds"].__getitem__)
-        return found
-
 
 def _classifier_of(model: ModelConfig) -> Classifier | None:
     path = find_path(model.classifier)
     if not model.classifier or not Path(path).exists():
         return None
     return Classifier.load(path)
-
-
-def _say(what: str) -> None:
-    tqdm.write(what, file=sys.stderr)

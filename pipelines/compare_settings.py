@@ -1,36 +1,45 @@
 """What a comparison is asked for, checked before anything is spent on it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from accel.errors import AccelError, PlanError, nearest
-from accel.pipelines.compare_book import ArmSpec
+from accel.errors import AccelError, nearest
+from accel.pipelines.caches import CacheSpec
+from accel.pipelines.compare_arms import (
+    DENSE,
+    OWN_DENSE,
+    ArmSpec,
+    check_names,
+    combined_arms,
+    dense_arms,
+    recipe_names,
+)
 from accel.pipelines.host import DTYPES, ModelConfig, find_path
-from accel.plan import Plan
-from accel.recipes import RECIPES
 from accel.untrusted import check_whole, finite
-
-DENSE = ArmSpec("dense")
-# recipes that leave nothing out, called like the precision they compute in
-OWN_DENSE = ("full", "half")
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What a comparison is asked for; see `configs/compare.yaml`."""
+    """What a comparison is asked for; see `configs/compare.yaml`.
+
+    plans, fronts, caches: as `named_plans`, `named_fronts` and `named_caches` read them.
+    """
 
     plans: Mapping[str, str]
     recipes: Sequence[str]
     prompts: int | Sequence[str]
     dtypes: Sequence[str]
+    fronts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    caches: Mapping[str, CacheSpec] = field(default_factory=dict)
+    combined: Any = ()
     rounds: int = 3
     timing_prompts: int = 2
     seed: int = 0
     predict: bool = False
     baselines: Sequence[str] = ("dense",)
     arms_timeout_s: int | float = 1800
+    loaded_at_once: int = 8
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -40,9 +49,7 @@ class CompareSettings:
             object.__setattr__(self, "prompts", texts("prompts", self.prompts))
             if not self.prompts:
                 raise AccelError("prompts is empty; give a number or a list of texts")
-        for name in self.recipes:
-            if name not in RECIPES:
-                raise PlanError(f"there is no recipe {name!r}; {nearest(name, RECIPES)}")
+        object.__setattr__(self, "recipes", recipe_names(self.recipes))
         if not self.baselines or self.baselines[0] != DENSE.name:
             raise AccelError(
                 f"baselines is {list(self.baselines)}; it begins with {DENSE.name!r}, the host's"
@@ -55,6 +62,8 @@ class CompareSettings:
                 )
         for name, least in (("rounds", 1), ("timing_prompts", 1), ("seed", 0)):
             check_whole(name, getattr(self, name), least)
+        # the baselines stay loaded, and beside them at least one other arm
+        check_whole("loaded_at_once", self.loaded_at_once, len(self.baselines) + 1)
         if not finite(self.arms_timeout_s) or self.arms_timeout_s < 1:
             raise AccelError(
                 f"arms_timeout_s is {self.arms_timeout_s!r}; it is a number of seconds, at least 1"
@@ -66,19 +75,32 @@ class CompareSettings:
     @property
     def dense_arms(self) -> tuple[ArmSpec, ...]:
         """Arms that leave nothing out; speed is measured against the fastest of them."""
-        return (DENSE, *(ArmSpec.of(name, name) for name in self.baselines[1:]))
+        return dense_arms(self.baselines)
 
     @property
     def arms(self) -> tuple[ArmSpec, ...]:
-        """The baselines, plans and recipes; their names are folders, so each is there once."""
-        arms = list(self.dense_arms)
-        arms += [ArmSpec.of(name, find_path(p)) for name, p in self.plans.items()]
-        arms += [ArmSpec.of(name, name) for name in self.recipes]
-        names = [arm.name for arm in arms]
-        for name in names:
-            if names.count(name) > 1 or not name or set(name) & set("/\\:"):
-                raise AccelError(f"an arm cannot be called {name!r}; name it: plan={{name: path}}")
+        """The baselines, plans, fronts, recipes, caches and plans with caches."""
+        plans = [ArmSpec.of(name, find_path(p)) for name, p in self.plans.items()]
+        for name, files in self.fronts.items():
+            for number, file in enumerate(files, 1):
+                plans.append(ArmSpec.of(f"{name}-{number}", file, "front", name))
+        plans += [ArmSpec.of(name, name, "recipe") for name in self.recipes]
+        arms = [*self.dense_arms, *plans]
+        for name, spec in self.caches.items():
+            arms.append(ArmSpec(name, kind="cache", cache=spec.identity))
+        arms += combined_arms(self.combined, {arm.name: arm for arm in plans}, self.caches)
+        check_names(arms)
         return tuple(arms)
+
+    @property
+    def groups(self) -> tuple[tuple[ArmSpec, ...], ...]:
+        """Arms that are loaded at once: the baselines with as many of the others as there is room
+        for.
+        """
+        dense, others = self.dense_arms, self.arms[len(self.baselines) :]
+        room = self.loaded_at_once - len(dense)
+        parts = [others[at : at + room] for at in range(0, len(others), room)]
+        return tuple((*dense, *part) for part in parts) or (dense,)
 
     def prompts_of(self, model: ModelConfig) -> tuple[str, ...]:
         if not isinstance(self.prompts, int):
@@ -97,28 +119,3 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     if not all(isinstance(text, str) and text.strip() for text in found):
         raise AccelError(f"{name} is {value!r}; it is a list of texts")
     return found
-
-
-def named_plans(plan: Any) -> dict[str, str]:
-    """`plan` of the configuration (nothing, a path, a list, or names with paths) by name.
-
-    Files are read once here: one that is missing or broken is an error before anything is measured.
-    """
-    if plan is None or plan == "":
-        return {}
-    if isinstance(plan, str):
-        plan = [plan]
-    if not isinstance(plan, Mapping):
-        named = {Path(str(path)).stem: str(path) for path in plan}
-        if len(named) != len(plan):
-            raise AccelError(
-                f"two plans have the same name among {list(plan)}; plan={{name: path}}"
-            )
-        plan = named
-    for name, path in plan.items():
-        if str(path).endswith(".json"):
-            file = Path(find_path(str(path)))
-            if not file.is_file():
-                raise AccelError(f"plan {name!r}: there is no file {str(path)!r}")
-            Plan.load(file)
-    return {str(name): str(path) for name, path in plan.items()}

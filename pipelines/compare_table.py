@@ -4,6 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from accel.pipelines.compare_arms import KINDS
+from accel.pipelines.compare_findings import sentences_of
+
+GROUPED_FROM = 9  # arms: longer tables have a heading for every kind
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -47,6 +52,11 @@ def _pair(form: str, name: str) -> Callable[[Mapping[str, Any]], str]:
     return text
 
 
+def _below_front(results: Mapping[str, Any]) -> str:
+    against = results.get("against_front") or {}
+    return f"{next(iter(against.values()))['above_db']:+.1f}" if against else "-"
+
+
 def _memory(results: Mapping[str, Any]) -> str:
     peak = results.get("peak_memory_bytes")
     return "-" if peak is None else f"{peak / 2**30:.2f}"
@@ -82,6 +92,12 @@ COLUMNS = (
         "against dense with the same prompt and noise: mean (worst)",
         _pair(".1f", "psnr"),
     ),
+    Column(
+        "front dB",
+        "what the (first) front has at the measured time of this arm, above this arm's PSNR; linear"
+        " between the front's points",
+        _below_front,
+    ),
     Column("SSIM", "structural similarity to dense: mean (worst)", _pair(".3f", "ssim")),
     Column(
         "flicker",
@@ -98,22 +114,32 @@ COLUMNS = (
 
 
 def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
-    """The head and one row per arm; columns that no arm has anything for are left out."""
+    """The head and one row per arm; columns that no arm has anything for are left out.
+
+    In a long table every kind of arm begins with a row of its name alone.
+    """
     arms = results["arms"]
     texts = {c.head: [c.text(arm) for arm in arms.values()] for c in COLUMNS}
     shown = [head for head, column in texts.items() if set(column) - {"-", "- / -"}]
-    rows = [["arm", *shown]]
-    for i, name in enumerate(arms):
+    rows, kind = [["arm", *shown]], None
+    for i, (name, arm) in enumerate(arms.items()):
+        if len(arms) >= GROUPED_FROM and arm["kind"] != kind:
+            kind = arm["kind"]
+            rows.append([KINDS[kind]])
         rows.append([name, *(texts[head][i] for head in shown)])
     return rows
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
-    """One line for every arm that failed, and one for every reason why calls ran dense."""
+    """One line for every arm that failed, for every reason why calls ran dense, and for what a
+    cache leaves out of its paper.
+    """
     lines = []
     for name, arm in results["arms"].items():
         if arm.get("error"):
             lines.append(f"{name} failed: {arm['error']}")
+        elif arm["note"]:
+            lines.append(f"{name}: {arm['note']}")
         lines += [f"{name} ran dense {n} times: {why}" for why, n in arm["notices"].items()]
         if arm["speedup"] is not None and not arm["paired_in_one_sitting"]:
             lines.append(
@@ -124,17 +150,19 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 
 
 def as_text(results: Mapping[str, Any]) -> str:
-    """An aligned table with what went wrong below it."""
+    """An aligned table; below it what went wrong, and what the arms say together."""
     rows = rows_of(results)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    columns = len(rows[0])
+    whole = [row + [""] * (columns - len(row)) for row in rows]
+    widths = [max(len(row[i]) for row in whole) for i in range(columns)]
     lines = [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        for row in rows
+        for row in whole
     ]
-    return "\n".join([*lines, *failures(results)])
+    return "\n".join([*lines, *failures(results), *sentences_of(results)])
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
@@ -142,10 +170,12 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     head, *body = rows_of(results)
     lines = [f"| {' | '.join(head)} |", f"|{'---|' + '---:|' * (len(head) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in body]
+    for row in body:
+        cells = row if len(row) > 1 else [f"**{row[0]}**", *[""] * (len(head) - 1)]
+        lines.append(f"| {' | '.join(cells)} |")
     about = (
         f"{settings['model']}, {results['device']}, {settings['dtype']}, {settings['steps']} steps,"
         f" prompts: {len(settings['prompts'])}, rounds: {settings['rounds']}, {results['date']}"
     )
-    notes = [f"- {line}" for line in failures(results)]
+    notes = [f"- {line}" for line in [*failures(results), *sentences_of(results)]]
     return "\n".join([*lines, "", about, *([""] if notes else []), *notes]) + "\n"

@@ -26,12 +26,16 @@ from accel.pipelines.adapters import (
     self_check_inputs,
     sites_of,
 )
+from accel.pipelines.announce import announce
 from accel.plan import Plan
+from accel.plan_hub import HUB_FILE, looks_like_repository
 from accel.recipes import RECIPES, recipe
 from accel.router import Session
 from accel.run_summary import Summary, summarise
 
 logger = logging.getLogger("accel")
+
+__all__ = ["HUB_FILE", "disable", "enable", "enabled", "session_of", "summary"]
 
 T = TypeVar("T")
 PlanLike = Plan | str | os.PathLike[str] | Mapping[str, Any]
@@ -39,7 +43,6 @@ LayoutLike = Layout | Callable[[nn.Module, Tensor], Layout] | None
 
 HANDLE = "_accel"
 CONTEXT = "cache_context"
-HUB_FILE = "accel_plan.json"
 
 
 def enable(
@@ -49,16 +52,24 @@ def enable(
     strict: bool = False,
     layout: LayoutLike = None,
     check: bool = True,
+    guard: bool = True,
 ) -> T:
     """Accelerate a pipeline or a bare model by a plan; returns `target` itself.
 
     plan: a `Plan`, the path of a plan file, the name of a recipe ("sparsed"), or a hub repository
-        ("owner/name") that holds `accel_plan.json`. For a pipeline with two denoisers a mapping
-        {"transformer": plan, "transformer_2": plan} gives each its own; one plan serves both.
+        ("owner/name") or folder that holds `accel_plan.json` (`Plan.from_pretrained`). For a
+        pipeline with two denoisers a mapping {"transformer": plan, "transformer_2": plan} gives
+        each its own; one plan serves both.
     strict: whatever would run dense with a notice is an error instead.
     layout: the layout of a call, or a function (model, first tensor) -> layout, for a model whose
         tokens accel would misread.
     check: run one small forward and see that every site is taken exactly once.
+    guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
+        the rest of the run, with a notice (`accel.guard`). That depends on the machine of the
+        moment; False gives the same output always.
+
+    The speed-up that the plan promises is logged, with a warning where it is for another device or
+    precision.
 
     Only this instance changes; `disable` puts it back bit for bit. Enabling again replaces the
     plan.
@@ -77,9 +88,9 @@ def enable(
     undo: list[Callable[[], None]] = []
     try:
         for model, one in zip(models, chosen, strict=True):
-            session = Session(
-                one, Geometry(type(model).__name__, tuple(sites_of(model))), strict=strict
-            )
+            announce(one, target, model)
+            geometry = Geometry(type(model).__name__, tuple(sites_of(model)))
+            session = Session(one, geometry, strict=strict, guard=guard)
             settings = Settings(session, _scheduler_of(target), layout)
             handle: Handle | None = getattr(model, HANDLE, None)
             if handle is None:
@@ -262,6 +273,9 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
         context,
     ):
         model(**self_check_inputs(model))
+    if cached:
+        # it would answer the next check, or begin the next run
+        model._reset_stateful_cache()  # type: ignore[operator]
     wrong = {s.name: seen[s.name] for s in handle.session.geometry.sites if seen[s.name] != 1}
     if wrong:
         calls = ", ".join(f"{name} ({count} calls)" for name, count in wrong.items())
@@ -277,27 +291,18 @@ def _resolve(plan: Any, model: nn.Module) -> Plan:
     if isinstance(plan, str) and plan in RECIPES:
         plan = recipe(plan, Geometry(type(model).__name__, tuple(sites_of(model))))
     elif isinstance(plan, (str, os.PathLike)):
-        plan = Plan.load(_plan_file(plan))
+        plan = _loaded(plan)
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a Plan, a path, a recipe or a hub name, not {plan!r:.80}")
     return plan.check(Geometry(type(model).__name__, tuple(sites_of(model))))
 
 
-def _plan_file(plan: str | os.PathLike[str]) -> Path:
-    path = Path(plan)
-    if path.is_dir() and (path / HUB_FILE).is_file():
-        return path / HUB_FILE
-    text = str(plan)
-    if path.exists() or path.suffix == ".json":
-        return path
-    if text.count("/") == 1 and not text.startswith((".", "/")):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(text, HUB_FILE))
-        except (OSError, ValueError) as error:
-            raise PlanError(
-                f"there is no plan file {text!r} here, and no {HUB_FILE} of a hub repository of"
-                f" that name can be had: {error!s:.300}"
-            ) from error
-    raise PlanError(f"there is no recipe and no plan file {text!r}; {nearest(text, RECIPES)}")
+def _loaded(name: str | os.PathLike[str]) -> Plan:
+    path = Path(name)
+    if path.is_file() or (path.suffix == ".json" and not path.is_dir()):
+        return Plan.load(path)
+    if path.is_dir() or looks_like_repository(name):
+        return Plan.from_pretrained(name)
+    raise PlanError(
+        f"there is no recipe and no plan file {str(name)!r}; {nearest(str(name), RECIPES)}"
+    )

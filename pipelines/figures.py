@@ -21,39 +21,6 @@ UNIFORM_RANGE = 1.5  # attention maps span 10^-1.5 to 10^1.5 times uniform atten
 Frames = Float[np.ndarray, "_frames _height _width 3"]
 
 
-def trade_off(arms: Mapping[str, Any], shown: str) -> bytes:
-    """Speed-up against PSNR (mean, and a whisker down to the worst video); `shown` in colour."""
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-    axes: Axes = figure.subplots()
-    points = {n: a for n, a in arms.items() if a.get("psnr") and a.get("speedup")}
-    for turn, (name, arm) in enumerate(sorted(points.items(), key=lambda p: p[1]["psnr"]["mean"])):
-        x, quality = arm["speedup"], arm["psnr"]
-        colour = ACCENT if name == shown else OTHER
-        axes.plot([x, x], [quality["worst"], quality["mean"]], color=colour, lw=1.5, alpha=0.6)
-        axes.plot([x], [quality["mean"]], "o", ms=9 if name == shown else 7, color=colour)
-        axes.plot([x], [quality["worst"]], "_", ms=8, color=colour)
-        right = turn % 2 == 0
-        axes.annotate(
-            name,
-            (x, quality["mean"]),
-            xytext=(9 if right else -9, 4),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            color=colour,
-            weight="bold" if name == shown else "normal",
-        )
-    axes.axvline(1, color=FAINT, lw=1.5, zorder=0)
-    axes.annotate(
-        "dense", (1, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), color=OTHER,
-        textcoords="offset points",
-    )  # fmt: skip
-    axes.margins(x=0.18, y=0.15)
-    axes.set_xlabel("speed-up over dense (times)")
-    axes.set_ylabel("PSNR against dense (dB)")
-    _plain(axes)
-    return _svg(figure)
-
-
 def keep_and_recall(arms: Mapping[str, Any]) -> bytes:
     """For every arm: blocks kept by layer and band as a heat map, and recall by layer beside it."""
     shown = {name: _by_layer(arm["summary"]) for name, arm in arms.items() if arm.get("summary")}

@@ -105,6 +105,14 @@ class Host:
 
         Raises AccelError for arguments that the pipeline does not take.
         """
+        return np.asarray(self._call(prompt, seed, "np", overrides), dtype=np.float32)
+
+    def latents(self, prompt: str, seed: int, **overrides: Any) -> NDArray[np.float32]:
+        """What `generate` would decode: latents [channels, frames, height, width]."""
+        found = self._call(prompt, seed, "latent", overrides)
+        return found.float().cpu().numpy()
+
+    def _call(self, prompt: str, seed: int, kind: str, overrides: Mapping[str, Any]) -> Any:
         generator = torch.Generator("cpu").manual_seed(seed)
         call = {**self.config.call, **overrides}
         known = signature(self.pipe.__call__).parameters
@@ -115,12 +123,11 @@ class Host:
                     f" {nearest(name, known)}"
                 )
         try:
-            frames = self.pipe(prompt, generator=generator, output_type="np", **call).frames[0]
+            return self.pipe(prompt, generator=generator, output_type=kind, **call).frames[0]
         except ValueError as error:
             if isinstance(error, AccelError):
                 raise
             raise AccelError(f"{self.config.pipeline} refuses {call}: {error}") from error
-        return np.asarray(frames, dtype=np.float32)
 
     @property
     def steps(self) -> int:

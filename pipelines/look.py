@@ -58,7 +58,7 @@ def look(host: Host, plans: list[Plan], prompt: str, seed: int, path: Path) -> d
         pass
     finally:
         disable(host.pipe)
-        enable(host.pipe, by_denoiser(host.pipe, plans), check=False)
+        enable(host.pipe, by_denoiser(host.pipe, plans), check=False, guard=False)
     maps = [one for observer in observers for one in observer.maps]
     buffer = io.BytesIO()
     arrays = {f"{key}-{i}": one.pop(key) for i, one in enumerate(maps) for key in ("mass", "keep")}

@@ -1,76 +1,96 @@
-"""What plans will cost here: one dense generation with timed sites, and a table of prices."""
+"""What plans will cost here: one dense generation with timed sites, and tables of prices.
 
-import json
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+Both are kept in files, and measured anew where those are of another device, other versions or other
+code. Where `hardware` is not this device they come from a folder that a run elsewhere made, or from
+a data sheet.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from accel.choice import DENSE, Choice
+from accel.baseline import Baseline
+from accel.choice import Choice
 from accel.cost import CostTable, Shape, fastest_dense, measure, price
-from accel.errors import AccelError
+from accel.cost_calibration import Pair, calibrated
 from accel.estimators import Estimator
-from accel.files import write_atomically
-from accel.geometry import Geometry
+from accel.hardware import HERE, CostSource
 from accel.layout import Layout
+from accel.origin import Origin
 from accel.pipelines.adapters import denoisers_of, geometry_of
-from accel.pipelines.enable import enabled, session_of
+from accel.pipelines.cost_files import (
+    found_baseline,
+    found_table,
+    read_baseline,
+    save_baseline,
+)
+from accel.pipelines.dense_run import dense_plan, measure_baseline
 from accel.pipelines.host import Host
+from accel.pipelines.provenance import code_digest, device_name, versions
 from accel.plan import Plan
+from accel.roofline import roofline_baseline, roofline_table
 from accel.schedule import Schedule
 
-
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """A dense generation: its seconds, the part of them in each site, its layout and branches."""
-
-    seconds: float
-    share: dict[str, float]
-    layout: Layout
-    branches: int
-    steps: int
-
-    @property
-    def total_share(self) -> float:
-        return sum(self.share.values())
-
-
-def dense_plan(geometry: Geometry) -> Plan:
-    """A plan under which every site runs the user's own dense attention, and is timed."""
-    return Plan.uniform("dense", geometry, DENSE)
+__all__ = [
+    "Baseline",
+    "calibrate",
+    "cost_tables",
+    "dense_plan",
+    "load_or_measure_baseline",
+    "load_or_measure_costs",
+    "measure_baseline",
+    "origin_of",
+    "priced",
+    "save_baseline",
+    "warm_up_steps",
+]
 
 
-def measure_baseline(host: Host, prompt: str, seed: int) -> Baseline:
-    """One dense generation after a short warm-up, with every site's attention timed."""
-    model = denoisers_of(host.pipe)[0]
-    host.generate(prompt, seed, num_inference_steps=2)
-    with enabled(host.pipe, dense_plan(geometry_of(model))):
-        start = time.perf_counter()
-        host.generate(prompt, seed)
-        seconds = time.perf_counter() - start
-        session = session_of(model)
-        share = {site.name: 0.0 for site in session.geometry.sites}
-        for (site, _), record in session.records.items():
-            record.settle()
-            share[site] += sum(record.seconds) / seconds
-        run = session.run
-    if run.layout is None or not run.layout.grids:
-        raise AccelError("the layout of the model's call could not be read; see accel.enable")
-    return Baseline(seconds, share, run.layout, len(run.first_branches), host.steps)
+def origin_of(device: torch.device) -> Origin:
+    """Where what is measured now comes from."""
+    found = versions()
+    return Origin(device_name(device), {n: found[n] for n in ("torch", "triton")}, code_digest())
 
 
-def load_or_measure_baseline(host: Host, prompt: str, seed: int, path: Path) -> Baseline:
-    """The baseline kept in `path`, or a new one, which is kept there."""
+def load_or_measure_baseline(
+    host: Host, prompt: str, seed: int, path: Path, hardware: CostSource = HERE
+) -> Baseline:
+    """The baseline kept in `path`, or a new one, which is kept there.
+
+    Of other hardware it is the one in its folder of tables, or what its data sheet makes of the
+    one measured here.
+    """
+    here = origin_of(host.device)
+    geometry = geometry_of(host.pipe)
+    if hardware.table is not None and not Path(hardware.table).is_file():
+        return found_baseline(hardware, geometry, host.steps, here)
+    made = None
     if path.is_file():
-        data = json.loads(path.read_text())
-        return Baseline(layout=Layout.of(tuple(data.pop("grid"))), **data)
-    made = measure_baseline(host, prompt, seed)
-    data = asdict(made)
-    data.pop("layout")
-    write_atomically(path, json.dumps({**data, "grid": made.layout.grid}))
+        found, origin = read_baseline(path)
+        made = found if origin == here else None
+    if made is None:
+        made = measure_baseline(host, prompt, seed)
+        save_baseline(made, path, here)
+    if hardware.hardware is None:
+        return made
+    model = denoisers_of(host.pipe)[0]
+    parameters = sum(p.numel() for p in model.parameters())
+    return roofline_baseline(made, geometry, parameters, host.config.dtype, hardware.hardware)
+
+
+def calibrate(fitted: Sequence[Pair], held_out: Sequence[Pair], path: Path) -> Baseline:
+    """The baseline kept in `path` with a line from predicted to measured seconds, kept there too.
+
+    fitted, held_out: pairs of what `predict` said before there was a line, and what a generation
+    took. Predictions follow the line from then on.
+    """
+    baseline, origin = read_baseline(path)
+    made = replace(baseline, calibration=calibrated(fitted, held_out))
+    save_baseline(made, path, origin)
     return made
 
 
@@ -82,8 +102,14 @@ def load_or_measure_costs(
     path: Path,
     rounds: int = 5,
     precision: str = "full",
+    *,
+    batch: int = 1,
+    hardware: CostSource = HERE,
 ) -> CostTable:
-    """The table kept in `path`; what it lacks of this shape and these estimators is measured."""
+    """The table kept in `path`; what it lacks of this shape and these estimators is measured.
+
+    Of other hardware it is the one in its folder of tables, or computed from its data sheet.
+    """
     site = geometry_of(host.pipe).sites[0]
     shape = Shape(
         tokens=layout.length,
@@ -93,49 +119,81 @@ def load_or_measure_costs(
         device=host.device.type,
         block=block,
         precision=precision,
+        batch=batch,
     )
     wanted = {c.select.work: c.select for c in choices if isinstance(c.select, Estimator)}
+    here = origin_of(host.device)
+    if hardware.table is not None:
+        return found_table(hardware, shape, wanted, here)
+    if hardware.hardware is not None:
+        shape = replace(shape, device="cuda")
+        return roofline_table(shape, hardware.hardware, tuple(wanted.values()))
     known = CostTable.load(path) if path.is_file() else None
-    if known is not None and known.shape != shape:
+    if known is not None and (known.shape, known.origin) != (shape, here):
         known = None
     missing = [e for work, e in wanted.items() if known is None or work not in known.select]
     if known is not None and not missing:
         return known
 
-    def progress(jobs: Iterator[Any]) -> Iterator[Any]:
-        return iter(tqdm(list(jobs), desc="measuring costs", unit="price"))
+    def progress(groups: Iterator[Any]) -> Iterator[Any]:
+        return iter(tqdm(list(groups), desc="measuring costs", unit="group"))
 
-    table = measure(
+    found = measure(
         shape,
         estimators=tuple(missing),
         layout=layout,
         rounds=rounds,
         known=known,
+        origin=here,
         progress=progress,
     )
-    table.save(path)
-    return table
+    found.save(path)
+    return found
 
 
-def priced(host: Host, plan: Plan, baseline: Baseline, folder: Path, rounds: int = 5) -> Plan:
-    """`plan` with its predicted time in `expected`, its dense calls on what is faster here.
+def cost_tables(
+    host: Host,
+    plan: Plan,
+    baseline: Baseline,
+    folder: Path,
+    rounds: int = 5,
+    *,
+    hardware: CostSource = HERE,
+) -> dict[str, CostTable]:
+    """Precision -> table, for the block and the choices of a plan; kept in `folder`."""
+    choices = {c for bands in plan.sites.values() for heads in bands for c in heads}
+    return {
+        word: load_or_measure_costs(
+            host,
+            baseline.layout,
+            plan.block,
+            choices,
+            folder / f"costs-{plan.block[0]}x{plan.block[1]}-{word}.json",
+            rounds,
+            word,
+            batch=baseline.batch,
+            hardware=hardware,
+        )
+        for word in plan.precisions
+    }
+
+
+def priced(
+    host: Host,
+    plan: Plan,
+    baseline: Baseline,
+    folder: Path,
+    rounds: int = 5,
+    *,
+    hardware: CostSource = HERE,
+    keeps: Mapping[Choice, float] | None = None,
+) -> Plan:
+    """`plan` with its predicted time in `expected`, its dense calls on what is faster there.
 
     Tables of costs are kept in `folder`, one per block and precision.
     """
-    choices = {c for bands in plan.sites.values() for heads in bands for c in heads}
-    tables = {}
-    for word in plan.precisions:
-        path = folder / f"costs-{plan.block[0]}x{plan.block[1]}-{word}.json"
-        tables[word] = load_or_measure_costs(
-            host, baseline.layout, plan.block, choices, path, rounds, word
-        )
-    return price(
-        fastest_dense(plan, tables),
-        tables,
-        layout=baseline.layout,
-        steps=baseline.steps,
-        share=baseline.total_share,
-    )
+    tables = cost_tables(host, plan, baseline, folder, rounds, hardware=hardware)
+    return price(fastest_dense(plan, tables), tables, baseline, keeps=keeps)
 
 
 def warm_up_steps(schedule: Schedule, limit: int) -> int:

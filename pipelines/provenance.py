@@ -40,7 +40,9 @@ def versions(*more: str) -> dict[str, str]:
 def code_digest(*more: Path) -> str:
     """Names the code that computes: plans, kernels and interception, and the files `more`."""
     root = Path(accel.__file__).parent
-    files = [*more, *root.glob("*.py"), *(root / "recipes").glob("*.py")]
+    files = [*more, *root.glob("*.py")]
+    for package in ("estimators", "recipes"):
+        files += (root / package).glob("*.py")
     files += (root / "kernels").glob("*")
     files += [root / "pipelines" / f"{name}.py" for name in ("adapters", "enable", "video_dit")]
     digest = hashlib.sha256()

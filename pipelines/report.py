@@ -11,11 +11,15 @@ import numpy as np
 
 from accel.files import write_atomically
 from accel.pipelines import figures
+from accel.pipelines.compare_findings import sentences_of
 from accel.pipelines.compare_table import COLUMNS, failures, rows_of
 from accel.pipelines.report_style import STYLE
+from accel.pipelines.trade_off_picture import trade_off
 from accel.pipelines.video_files import encode_animation, load_frames
 
 ANIMATION_SIDE = 192  # pixels; smaller frames are enlarged
+UNFOLDED_TO = 8  # arms: of more, the frames are folded away
+KEPT_SHOWN = 8  # arms whose kept blocks are drawn
 
 
 def write_report(folder: Path) -> Path:
@@ -29,7 +33,7 @@ def write_report(folder: Path) -> Path:
     parts = [
         _head(results, shown),
         _section("Speed, memory and quality", _table(results, shown)),
-        _section("Trade-off", _trade_off(folder, sparse, shown)),
+        _section("Trade-off", _trade_off(folder, results, sparse, shown)),
     ]
     parts += [_videos(folder, results, prompt) for prompt in _prompts(arms[shown])]
     parts += [_kept(sparse), _maps(folder, shown, arms[shown].get("maps")), _about(results)]
@@ -81,6 +85,9 @@ def _table(results: Mapping[str, Any], shown: str) -> str:
     cells = "".join(f'<th title="{escape(meanings.get(h, ""))}">{escape(h)}</th>' for h in head)
     rows = []
     for row in body:
+        if len(row) == 1:
+            rows.append(f"<tr class=group><td colspan={len(head)}>{escape(row[0])}</td></tr>")
+            continue
         mark = " class=shown" if row[0] == shown else ""
         rows.append(f"<tr{mark}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>")
     notes = "".join(f"<li>{escape(line)}</li>" for line in failures(results))
@@ -94,16 +101,20 @@ def _table(results: Mapping[str, Any], shown: str) -> str:
     )
 
 
-def _trade_off(folder: Path, arms: Mapping[str, Any], shown: str) -> str:
+def _trade_off(
+    folder: Path, results: Mapping[str, Any], arms: Mapping[str, Any], shown: str
+) -> str:
     if not any(a.get("psnr") and a.get("speedup") for a in arms.values()):
         return ""
-    drawn = figures.trade_off(arms, shown)
+    drawn = trade_off(arms, shown, results["trade_off"]["lines"])
     write_atomically(folder / "trade-off.svg", drawn)
     picture = _image(drawn, "svg+xml", "speed-up against PSNR")
+    found = "".join(f"<li>{escape(line)}</li>" for line in sentences_of(results))
     return (
-        f"<div class=plot>{picture}</div><p>Up and to the right is better. A dot is the mean over"
-        " all videos, the whisker goes down to the worst one. Left of the line, dense is faster."
-        "</p>"
+        f"<div class=plot>{picture}</div><p>Up and to the right is better. A mark is the mean over"
+        " all videos, the whisker goes down to the worst one. Left of the grey line, dense is"
+        " faster. Lines join the plans of a front, by their numbers, and the plans with a cache"
+        f" that no other one beats.</p>{f'<ul class=found>{found}</ul>' if found else ''}"
     )
 
 
@@ -131,8 +142,10 @@ def _videos(folder: Path, results: Mapping[str, Any], prompt: int) -> str:
     text = results["settings"]["prompts"][prompt]
     content = (
         f"<div class=moving>{''.join(moving)}</div>"
-        f"<div class=strips><span></span><span>frames from first to last</span>"
+        f"<details{' open' if len(videos) <= UNFOLDED_TO else ''}><summary>Frames and differences"
+        "</summary><div class=strips><span></span><span>frames from first to last</span>"
         f"<span>difference to dense, {figures.AMPLIFIED} times</span>{''.join(still)}</div>"
+        "</details>"
     )
     return _section(f"Prompt {prompt + 1}: “{text}”", content)
 
@@ -148,15 +161,19 @@ def _stills(name: str, video: np.ndarray, dense: np.ndarray | None) -> str:
 
 
 def _kept(arms: Mapping[str, Any]) -> str:
-    if not any(arm.get("summary") for arm in arms.values()):
+    made = {n: a for n, a in arms.items() if a.get("summary") and not a["cache"]}
+    if not made:
         return ""
-    picture = _image(figures.keep_and_recall(arms), "svg+xml", "keep and recall by layer")
+    drawn = dict(list(made.items())[:KEPT_SHOWN])
+    picture = _image(figures.keep_and_recall(drawn), "svg+xml", "keep and recall by layer")
+    more = "" if len(made) == len(drawn) else f" Of the first {len(drawn)} plans and recipes."
     return _section(
         "What is computed, and what it holds",
         f"<div class=plot>{picture}</div><p>Above: the fraction of blocks computed, by layer (rows)"
         " and band of the schedule (columns); dense steps are left out. Below: recall, the share"
         " of attention that lies inside the computed blocks, on sampled rows; the bar goes down to"
-        " the worst head. Where block means replace the rest, recall understates the result.</p>",
+        " the worst head. Where block means replace the rest, recall understates the result."
+        f"{more}</p>",
     )
 
 
@@ -197,10 +214,11 @@ def _about(results: Mapping[str, Any]) -> str:
     command = f"<pre>{escape(settings['command'])}</pre>" if settings["command"] else ""
     return _section(
         "How it was measured",
-        "<p>Every arm is a process of its own with the same pipeline, prompts and noise. The arms"
-        " take turns, so that a speed-up is the median of ratios of neighbouring generations, to"
-        " the fastest dense arm in the fastest precision of this device; loading and warm-up are"
-        " not counted. Quality is that of the 8-bit frames.</p>"
+        "<p>Every arm is a process of its own with the same pipeline, prompts and noise."
+        f" {settings['loaded_at_once']} at most are loaded at once, the dense ones with each group."
+        " The arms take turns, so that a speed-up is the median of ratios of neighbouring"
+        " generations, to the fastest dense arm in the fastest precision of this device; loading"
+        " and warm-up are not counted. Quality is that of the 8-bit frames.</p>"
         f"<table class=about>{cells}</table>{command}",
     )
 

@@ -26,11 +26,14 @@ td { border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
 tr.shown td { background: var(--tint); }
 tr.shown td:first-child { color: var(--accent); }
+tr.group td { color: var(--soft); font-size: 12px; padding-top: 14px; text-transform: uppercase;
+  letter-spacing: 0.05em; }
 tbody tr:last-child td { border-bottom: 0; }
 table.about th, table.about td { text-align: left; white-space: normal; vertical-align: top;
   font-weight: 400; border-bottom: 1px solid var(--line); font-size: 14px; }
 table.about { margin-top: 14px; }
 ul.notes { color: #b45309; margin: 14px 0 0; padding-left: 20px; font-size: 14px; }
+ul.found { margin: 12px 0 0; padding-left: 20px; font-size: 14px; }
 details { margin-top: 14px; font-size: 14px; color: var(--soft); }
 summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; }

@@ -1,41 +1,73 @@
 """`accel-search`: the hydra command of the search."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
+from accel.hardware import CostSource
+from accel.pipelines.calibration import calibrated_recipe
 from omegaconf import DictConfig, OmegaConf
 
-from accel.command import run_command
+from accel.command import hydra_version, run_command
+from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
-from accel.plan import check_block
+from accel.plan import Plan
 from accel.schedule import Schedule
-from accel.search.run import Search, SearchSettings, describe
+from accel.search.run import Search, describe
+from accel.search.settings import Budget, Evolution, SearchSettings
+
+
+def settings_of(config: Mapping[str, Any]) -> SearchSettings:
+    """The settings that a configuration describes."""
+    return SearchSettings(
+        space=config["space"],
+        schedule=Schedule.from_dict(config["schedule"]),
+        budget=Budget(**config["budget"]),
+        evolution=Evolution(**config["search"]),
+        block=config["block"],
+        dense_starts=config["dense_starts"],
+        precisions=config["precisions"],
+        rows=config["rows"],
+        tolerance=config["tolerance"],
+        cost_rounds=config["cost_rounds"],
+        points=config["points"],
+        recipes=config["recipes"],
+        seed=config["seed"],
+        hardware=CostSource.of(config["hardware"]),
+    )
 
 
 def search(config: dict[str, Any]) -> None:
     """Run the search that `config` describes and say where the plan is."""
-    settings = SearchSettings(
-        space=config["space"],
-        budget=config["budget"]["time"],
-        schedule=Schedule.from_dict(config["schedule"]),
-        block=check_block(config["block"]),
-        precision=config["precision"],
-        rows=config["rows"],
-        tolerance=config["tolerance"],
-        cost_rounds=config["cost_rounds"],
-        validate=config["validate"],
-        seed=config["seed"],
-    )
     folder = Path(config["out"])
-    plan, points = Search(model_config(config["model"]), settings, folder).run()
-    path = plan.save(config["plan"] or folder / "plan.json")
-    for line in describe(plan, points, settings.budget):
+    model = model_config(config["model"])
+    if config["recipe"]:
+        host = Host(model)
+        plan = calibrated_recipe(
+            host,
+            config["recipe"],
+            folder,
+            seed=config["seed"],
+            rows=config["rows"],
+            **config["parameters"],
+        )
+        print(f"plan: {_save(plan, config, folder / f'{plan.name}.json')}")
+        return
+    settings = settings_of(config)
+    outcome = Search(model, settings, folder).run()
+    for line in describe(outcome, settings):
         print(line)
-    print(f"plan: {path}\ntrade-off: {folder / 'front.png'}")
+    print(f"plan: {_save(outcome.plan, config, folder / 'plan.json')}")
+    print(f"front: {folder / 'front.json'}\ntrade-off: {folder / 'front.png'}")
+    print(f"what every head does: {folder / 'heads.png'}")
 
 
-@hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="search")
+def _save(plan: Plan, config: Mapping[str, Any], default: Path) -> Path:
+    return plan.save(config["plan"] or default)
+
+
+@hydra.main(version_base=hydra_version(), config_path="pkg://accel.configs", config_name="search")
 def main(config: DictConfig) -> None:
     """Entry point of the console script."""
     settings: Any = OmegaConf.to_container(config, resolve=True)

@@ -1,385 +1,399 @@
-"""One search: measure costs, calibrate, probe, sweep the budget, write and check the plan."""
+"""One search: prepare, evolve, measure the front whole, and choose the plan that was asked for."""
 
-import hashlib
-import itertools
 import json
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
-from torch import nn
 from tqdm import tqdm
 
-from accel.choice import DENSE, Choice
-from accel.cost import (
-    CostTable,
-    dense_price,
-    dense_speedup,
-    fastest_dense,
-    keep_of,
-    price,
-    select_price,
-)
-from accel.errors import AccelError, nearest
+from accel.cost import cost_sentence
+from accel.cost_calibration import Calibration, calibrated
+from accel.errors import AccelError
 from accel.files import write_atomically
-from accel.kernels.arguments import PRECISIONS
-from accel.layout import Layout
-from accel.metrics import capped, psnr
-from accel.pipelines.adapters import adapter_of, denoisers_of, geometry_of, sites_of
-from accel.pipelines.enable import enabled, session_of
-from accel.pipelines.host import Host, ModelConfig, Video
-from accel.pipelines.pricing import (
-    Baseline,
-    dense_plan,
-    load_or_measure_baseline,
-    load_or_measure_costs,
-    warm_up_steps,
-)
-from accel.pipelines.provenance import code_digest, device_name, versions
-from accel.plan import Plan, check_block
-from accel.profile import Profile
+from accel.hardware import HERE
+from accel.pipelines.calibration import calibrated_recipe
+from accel.pipelines.compare_arm import peak_memory_bytes, reset_peak_memory
+from accel.pipelines.host import Host, ModelConfig
+from accel.pipelines.provenance import device_name, versions
+from accel.plan import Plan
 from accel.recipes import recipe
-from accel.schedule import Schedule
-from accel.search.front import Point, Times, front, within
-from accel.search.picture import draw_front
-from accel.search.profile import Calibrator, cheapest_harmless
-from accel.search.sensitivity import measure_sensitivities, predicted_psnr
-from accel.untrusted import check_whole, finite
+from accel.search.front import spread, unbeaten, within
+from accel.search.genome import Genome
+from accel.search.measure import Bench, Measured
+from accel.search.objective import Objective
+from accel.search.picture import draw_front, draw_heads
+from accel.search.prepare import Known, plan_of, prepare
+from accel.search.settings import SearchSettings
+from accel.search.study import Done, Trials, one_at_a_time, open_storage
 
-HERE = Path(__file__).parent
-# what finds prices and harms, besides the code that every measurement depends on
-CODE = (
-    *(HERE / f"{name}.py" for name in ("profile", "sensitivity")),
-    *(HERE.parent / "pipelines" / f"{name}.py" for name in ("host", "pricing")),
-)
+OWN_DENSE = "own dense"
 
 
 @dataclass(frozen=True, slots=True)
-class SearchSettings:
-    """What a search is asked for; see `configs/search.yaml`."""
+class Point:
+    """A plan that was measured whole. trial: its number in the study, None for a recipe."""
 
-    space: Mapping[str, Any]
-    budget: float
-    schedule: Schedule
-    block: tuple[int, int] = (128, 64)
-    precision: str = "full"
-    rows: int = 128
-    tolerance: float = 0.02
-    cost_rounds: int = 5
-    validate: bool = True
-    seed: int = 1000
+    name: str
+    plan: Plan
+    measured: Measured
+    trial: int | None = None
 
-    def __post_init__(self) -> None:
-        if not finite(self.budget) or not 0 < self.budget <= 1:
-            raise AccelError(
-                f"budget.time is {self.budget!r}; it is a fraction of the dense time, in (0, 1]"
-            )
-        object.__setattr__(self, "block", check_block(self.block))
-        if self.precision not in PRECISIONS:
-            raise AccelError(
-                f"precision {self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}"
-            )
-        for name, least in (("rows", 1), ("cost_rounds", 1), ("seed", 0)):
-            check_whole(name, getattr(self, name), least)
-        if not finite(self.tolerance) or self.tolerance < 0:
-            raise AccelError(f"tolerance is {self.tolerance!r}; it is a number, at least 0")
+    @property
+    def predicted_seconds(self) -> float | None:
+        return self.plan.expected.get("seconds")
 
-    def digest(self, model: ModelConfig, weights: str) -> str:
-        """Names what costs and calibration depend on; the budget is not part of it."""
-        parts = {
-            "device": device_name(model.resolved_device()),
-            "versions": versions(),
-            "code": code_digest(*CODE),
-            "cost_rounds": self.cost_rounds,
-            "space": self.space,
-            "schedule": self.schedule.to_dict(),
-            "block": self.block,
-            "precision": self.precision,
-            "rows": self.rows,
-            "tolerance": self.tolerance,
-            "seed": self.seed,
-            "model": {**asdict(model), "prompts": ()},
-            "weights": weights,
+    def to_dict(self, path: str) -> dict[str, Any]:
+        return {
+            "plan": path,
+            "trial": self.trial,
+            "predicted_seconds": self.predicted_seconds,
+            "measured_seconds": self.measured.seconds,
+            "predicted_speedup": self.plan.expected.get("speedup"),
+            "measured_speedup": self.measured.speedup,
+            "psnr": self.measured.psnr,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def candidates_of(space: Mapping[str, Any]) -> tuple[Choice, ...]:
-    """Every select with every order and every rest of its group; each once."""
-    found: dict[Choice, None] = {}
-    for number, group in enumerate(space.get("groups", ())):
-        missing = {"select", "orders", "rests"} - set(group)
-        if missing:
-            raise AccelError(f"space.groups[{number}] lacks {', '.join(sorted(missing))}")
-        for select, order, rest in itertools.product(
-            group["select"], group["orders"], group["rests"]
-        ):
-            found[Choice.from_dict({"select": select, "order": order, "rest": rest})] = None
-    if not found:
-        raise AccelError("the space has no candidate; see configs/space/video.yaml")
-    return tuple(found)
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a search found. points: the front, measured whole, by falling time; dense: accel's own
+    dense attention beside it, where plans use it; error: of predictions, in words.
+    """
 
+    plan: Plan
+    chosen: Point
+    points: tuple[Point, ...]
+    recipes: tuple[Point, ...]
+    dense: Measured | None
+    trials: tuple[Done, ...]
+    fastest_dense: float
+    prediction: Calibration | None
 
-def fingerprint(model: nn.Module) -> str:
-    """Eight hexadecimal digits of the weights: another training has other ones."""
-    sums = [float(p.detach().double().sum()) for p in model.parameters()]
-    return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
+    @property
+    def best_dense_speedup(self) -> float:
+        """Of the fastest dense generation over the host's own, measured."""
+        return max(1.0, self.dense.speedup if self.dense else 1.0)
 
 
 class Search:
-    """The stages of a search; what each makes is kept in `folder` and not made again."""
+    """The search of one model; what each stage makes is kept in `folder` and not made again."""
 
     def __init__(self, model: ModelConfig, settings: SearchSettings, folder: Path) -> None:
+        settings.check_steps(int(model.call["num_inference_steps"]))
         self.settings = settings
         self.folder = folder
-        self.candidates = candidates_of(settings.space)
-        steps = int(model.call["num_inference_steps"])
-        bands = {settings.schedule.phase(step, steps).band for step in range(steps)}
-        for band in range(settings.schedule.n_bands):
-            if band not in bands:
-                raise AccelError(
-                    f"band {band} of the schedule holds none of the {steps} steps; look at"
-                    " schedule.bands, dense_start and dense_end"
-                )
         self.host = Host(model)
-        self.denoiser = denoisers_of(self.host.pipe)[0]
-        self.digest = settings.digest(model, fingerprint(self.denoiser))
-        self.geometry = geometry_of(self.denoiser)
-        for choice in self.candidates:  # refuse now what could not stand in a plan later
-            Plan.uniform("candidate", self.geometry, choice, block=settings.block)
-        # dense everywhere, but in the bands of the plan to come: what the calibration observes
-        self.dense_plan = replace(
-            dense_plan(self.geometry),
-            sites={
-                s.name: ((DENSE,) * s.heads,) * settings.schedule.n_bands
-                for s in self.geometry.sites
-            },
-            schedule=settings.schedule,
-            precision=settings.precision,
+
+    def run(self) -> Outcome:
+        """Prepare once for all workers, evolve together, and finish: the first who is through."""
+        with one_at_a_time(self.folder / ".prepare.lock"):
+            known = prepare(self.host, self.settings, self.folder)
+        trials = self._trials(known)
+        self._evolve(known, trials)
+        with one_at_a_time(self.folder / ".finish.lock"):
+            return self._finish(known, trials.finished)
+
+    def _trials(self, known: Known) -> Trials:
+        evolution = self.settings.evolution
+        if evolution.warm:
+            first = warm_start(known, self._repair(known), evolution.population)
+        else:
+            first = cold_start(known, self._repair(known), evolution.population, self.settings.seed)
+        provenance = {
+            "prepared": known.digest,
+            "prices and errors": known.fingerprint(),
+            "levels": evolution.levels,
+            "dense_starts": list(self.settings.dense_starts),
+            "population": evolution.population,
+            "fidelity": evolution.fidelity,
+            "steps": evolution.steps,
+            "prompts": evolution.prompts,
+            "time_limit": evolution.time_limit,
+            "warm": evolution.warm,
+            "seed": self.settings.seed,
+        }
+        return Trials(
+            open_storage(evolution.storage, self.folder),
+            evolution.study or self.host.config.name,
+            known.genes,
+            provenance,
+            first,
+            repair=self._repair(known),
+            seed=self.settings.seed,
+            lock=self.folder / ".study.lock",
+            memory=evolution.memory,
         )
 
-    def run(self) -> tuple[Plan, list[Point]]:
-        """The plan within the budget, and the front it lies on."""
-        path = self.folder / f"baseline-{self.digest}.json"
-        prompt, seed = self.host.config.calibration[0], self.settings.seed
-        baseline = load_or_measure_baseline(self.host, prompt, seed, path)
-        layout = baseline.layout
-        table = load_or_measure_costs(
-            self.host,
-            layout,
-            self.settings.block,
-            self.candidates,
-            self.folder / f"costs-{self.digest}.json",
-            self.settings.cost_rounds,
-            self.settings.precision,
-        )
-        prices = self._prices(layout, table)
-        profile = self._profile(prices, baseline)
-        times = self._times(prices, table, baseline)
-        points = front(profile, times, self._sensitivity(profile, prices, times, table))
-        point = within(points, self.settings.budget * times.fastest_dense)
-        plan = self._plan(point, table, layout, baseline)
-        if self.settings.validate:
-            plan = self._validated(plan, baseline)
-        write_atomically(
-            self.folder / "front.json",
-            json.dumps([{"time": p.time, "harm": p.harm} for p in points], indent=1),
-        )
-        draw_front(points, plan, self.folder / "front.png")
-        return plan, points
+    def _repair(self, known: Known) -> Callable[[Genome], Genome]:
+        """Moves genomes to where plans are worth trying: time gets dearer, level by level, until they
+        are predicted to be faster than the fastest dense run by the limit.
 
-    def _prices(self, layout: Layout, table: CostTable) -> list[float]:
-        """Of a head under each candidate, as a ratio to a dense head; selections not included."""
-        prices = []
-        for choice in self.candidates:
-            keep = keep_of(choice, layout, self.settings.block)
-            if keep is None:
-                raise AccelError(f"{choice.name} has no keep of its own, so it cannot be priced")
-            prices.append(table.price(keep, choice.rest, choice.order != "thw"))
-        return prices
-
-    def _profile(self, prices: list[float], baseline: Baseline) -> Profile:
-        """The calibration, one generation for each prompt; a finished prompt is not repeated."""
-        path = self.folder / f"profile-{self.digest}.json"
-        done: list[str] = []
-        profile = Profile(self.candidates)
-        if path.is_file():
-            saved = json.loads(path.read_text())
-            done, profile = saved["done"], Profile.from_dict(saved["profile"])
-        prompts = [p for p in self.host.config.calibration if p not in done]
-        bands = self.settings.schedule.n_bands
-        jobs = len(prompts) * len(self.geometry.sites) * bands * 2 * baseline.branches
-        with tqdm(total=jobs, desc="calibrating", unit="site") as bar:
-            sites = sites_of(self.denoiser)
-            projection = adapter_of(self.denoiser).projection
-            calibrator = Calibrator(
-                profile,
-                self.settings.schedule,
-                self.settings.block,
-                prices,
-                {site.name: projection(module).detach() for site, module in sites.items()},
-                precision=self.settings.precision,
-                rows=self.settings.rows,
-                tolerance=self.settings.tolerance,
-                progress=bar.update,
-            )
-            for prompt in prompts:
-                calibrator.begin()
-                with enabled(self.host.pipe, self.dense_plan):
-                    session_of(self.denoiser).observer = calibrator
-                    self.host.generate(prompt, self.settings.seed)
-                done.append(prompt)
-                write_atomically(path, json.dumps({"done": done, "profile": profile.to_dict()}))
-        return profile
-
-    def _sensitivity(
-        self, profile: Profile, prices: list[float], times: Times, table: CostTable
-    ) -> list[float]:
-        """Of every band, by probes that are sparse in it alone, as far as the tolerance allows."""
-        probes: dict[int, tuple[Plan, float]] = {}
-        bands = range(self.settings.schedule.n_bands)
-        for band in bands:
-            harm, sites = 0.0, {}
-            for site in self.geometry.sites:
-                errors = profile.errors[site.name, band]
-                best = cheapest_harmless(errors, prices, self.settings.tolerance)
-                harm += sum(float(errors[i, head]) for head, i in enumerate(best))
-                chosen = tuple(self.candidates[i] for i in best)
-                sites[site.name] = tuple(
-                    chosen if b == band else (DENSE,) * site.heads for b in bands
-                )
-            probe = replace(self.dense_plan, name=f"probe of band {band}", sites=sites)
-            probe = fastest_dense(probe, {self.settings.precision: table})
-            probes[band] = probe, harm * times.steps[band]
-        path = self.folder / f"probes-{self.digest}.json"
-        return measure_sensitivities(self.host, probes, self.settings.seed, path)
-
-    def _times(self, prices: list[float], table: CostTable, baseline: Baseline) -> Times:
-        steps, schedule = self.host.steps, self.settings.schedule
-        phases = [schedule.phase(s, steps) for s in range(steps)]
-        heads = {s.name: s.heads for s in self.geometry.sites}
-        return Times(
-            head={s: share / steps / heads[s] for s, share in baseline.share.items()},
-            steps=[sum(p.band == b for p in phases) for b in range(schedule.n_bands)],
-            looks=[
-                select_price(c, table)
-                * len({p.generation for p in phases if not p.dense})
-                / schedule.n_bands
-                for c in self.candidates
-            ],
-            price=prices,
-            dense=dense_price(table),
-            share=baseline.total_share,
-        )
-
-    def _plan(self, point: Point, table: CostTable, layout: Layout, baseline: Baseline) -> Plan:
-        model = self.host.config
-        plan = Plan.of(
-            f"{model.name}-{self.settings.budget:g}",
-            replace(self.geometry, layout=layout),
-            point.choices(self.candidates),
-            schedule=self.settings.schedule,
-            block=self.settings.block,
-            precision=self.settings.precision,
-            provenance={
-                "made_by": "accel-search",
-                "model_path": model.path,
-                "scheduler": type(self.host.pipe.scheduler).__name__,
-                "call": dict(model.call),
-                "calibration": list(model.calibration),
-                "budget_time": self.settings.budget,
-                "tolerance": self.settings.tolerance,
-                "rows": self.settings.rows,
-                "seed": self.settings.seed,
-                "dtype": model.dtype,
-                "revision": model.load.get("revision"),
-                "weights": fingerprint(self.denoiser),
-                "device": device_name(self.host.device),
-                "versions": versions(),
-            },
-        )
-        tables = {self.settings.precision: table}
-        plan = price(
-            fastest_dense(plan, tables),
-            tables,
-            layout=layout,
-            steps=self.host.steps,
-            share=baseline.total_share,
-        )
-        return replace(plan, expected={**plan.expected, "psnr": predicted_psnr(point.harm)})
-
-    def _validated(self, plan: Plan, baseline: Baseline) -> Plan:
-        """The plan with what it measures on the calibration prompts, beside dense.
-
-        Arms are warmed up and take turns in being first. `own` is accel's own dense attention, the
-        other candidate for the fastest dense run; quality is against the host's.
+        Where not even the highest levels are, there is no limit.
         """
-        host = self.host
-        arms: dict[str, Plan | None] = {"dense": None, "plan": plan}
-        if plan.dense == "kernel":
-            arms["own"] = recipe(
-                "full" if self.settings.precision == "full" else "half", self.geometry
+        genes, resolver = known.genes, known.resolver
+        limit = self.settings.evolution.time_limit * resolver.fastest_dense
+
+        def repaired(genome: Genome) -> Genome:
+            moved = genome
+            for _ in range(genes.levels):
+                if resolver.resolve(moved).time <= limit:
+                    return moved
+                moved = genes.with_levels(moved, 1)
+            return genome
+
+        return repaired
+
+    def _evolve(self, known: Known, trials: Trials) -> None:
+        """Bring the study to its number of trials."""
+        evolution = self.settings.evolution
+        judge = Objective(
+            self.host,
+            self.folder,
+            known.digest,
+            fidelity=evolution.fidelity,
+            steps=evolution.steps,
+            seed=self.settings.seed,
+        )
+        prompts = self.host.config.calibration[: evolution.prompts]
+        device = self.host.device
+
+        def evaluate(genome: Genome) -> list[float]:
+            resolved = known.resolver.resolve(genome)
+            plan = plan_of(known, resolved, self.settings, self.host, "trial", genome)
+            time = plan.expected["seconds"] / known.dense_seconds
+            reset_peak_memory(device)
+            if evolution.fidelity == "profile":
+                quality = plan.expected["quality"]
+            else:
+                quality = judge(plan, prompts)
+            memory = [float(peak_memory_bytes(device))] if evolution.memory else []
+            return [time, quality, *memory]
+
+        finished = len(trials.finished)
+        with tqdm(
+            total=max(evolution.trials, finished),
+            initial=finished,
+            desc="evolving",
+            unit="trial",
+            disable=finished >= evolution.trials,
+        ) as bar:
+
+            def told(done: Done) -> None:
+                found = trials.finished
+                bar.update(len(found) - bar.n)
+                bar.set_postfix_str(self._best(known, found))
+
+            trials.run(evolution.trials, evaluate, told)
+
+    def _best(self, known: Known, found: list[Done]) -> str:
+        """The best so far within the budget, for the progress bar."""
+        best = self._wanted(known, found)
+        return f"best {best.values[1]:.1f} dB at {_relative(best, known):.2f} of dense"
+
+    def _wanted(self, known: Known, found: list[Done]) -> Done:
+        return within(
+            found,
+            lambda d: _relative(d, known),
+            lambda d: d.values[1],
+            most_time=self.settings.budget.time,
+        )
+
+    def _finish(self, known: Known, found: list[Done]) -> Outcome:
+        """Measure the front, and choose."""
+        if not found:
+            raise AccelError("the study has no finished trial; search.trials is at least 1")
+        front = unbeaten(found, lambda d: d.values[0], lambda d: d.values[1])
+        wanted = self._wanted(known, found)
+        tried = {d.number: d for d in spread(front, self.settings.points, lambda d: d.values[0])}
+        tried[wanted.number] = wanted
+        plans = {
+            f"{self.host.config.name}-{d.number:03d}": plan_of(
+                known,
+                known.resolver.resolve(d.genome),
+                self.settings,
+                self.host,
+                f"{self.host.config.name}-{d.number:03d}",
+                d.genome,
             )
-        seconds: dict[str, list[float]] = {name: [] for name in arms}
-        quality = []
-        prompts = host.config.calibration
-        with tqdm(total=len(arms) * len(prompts), desc="validating", unit="video") as bar:
-            for arm in arms.values():
-                self._timed(
-                    arm, prompts[0], num_inference_steps=warm_up_steps(plan.schedule, host.steps)
-                )
-            for number, prompt in enumerate(prompts):
-                videos = {}
-                for name in list(arms)[:: -1 if number % 2 else 1]:
-                    videos[name], took = self._timed(arms[name], prompt)
-                    seconds[name].append(took)
-                    bar.update()
-                quality.append(capped(psnr(videos["plan"], videos["dense"])))
-        over = {
-            name: median(a / b for a, b in zip(times, seconds["plan"], strict=True))
-            for name, times in seconds.items()
+            for d in tried.values()
         }
-        measured = {
-            "measured_speedup": over["dense"],
-            "measured_speedup_over_own_dense": over.get("own"),
-            "measured_psnr": mean(quality),
-            "dense_seconds": baseline.seconds,
+        numbers = dict(zip(plans, tried, strict=True))
+        others = self._recipes(known)
+        own = self._own_dense(known, plans)
+        bench = Bench(
+            self.host,
+            Objective(
+                self.host,
+                self.folder,
+                known.digest,
+                fidelity="whole",
+                steps=self.host.steps,
+                seed=self.settings.seed,
+            ),
+            self.folder / f"measured-{known.digest}.json",
+            self.settings.seed,
+        )
+        prompts = self.host.config.calibration
+        measured = bench.measure({**own, **plans, **others}, prompts, "measuring")
+        points = [Point(n, p, measured[n], numbers[n]) for n, p in plans.items()]
+        recipes = [Point(n, p, measured[n]) for n, p in others.items()]
+        dense = measured.get(OWN_DENSE)
+        chosen = self._choose(known, points, numbers_wanted=wanted.number)
+        prediction = self._prediction([*points, *recipes])
+        points = [_with_measured(p, dense, prediction) for p in points]
+        chosen = next(p for p in points if p.name == chosen.name)
+        kept = unbeaten(points, lambda p: 1 / p.measured.speedup, lambda p: p.measured.psnr)
+        outcome = Outcome(
+            chosen.plan,
+            chosen,
+            tuple(kept),
+            tuple(recipes),
+            dense,
+            tuple(found),
+            known.resolver.fastest_dense,
+            prediction,
+        )
+        self._write(known, outcome)
+        return outcome
+
+    def _choose(self, known: Known, points: list[Point], numbers_wanted: int) -> Point:
+        """The plan of the budget: by predicted time, or by the PSNR that was measured."""
+        least = self.settings.budget.psnr
+        if least is None:
+            return next(p for p in points if p.trial == numbers_wanted)
+        return within(
+            points,
+            lambda p: 1 / p.measured.speedup,
+            lambda p: p.measured.psnr,
+            most_time=1.0,
+            least_quality=least,
+        )
+
+    def _recipes(self, known: Known) -> dict[str, Plan]:
+        return {
+            name: known_price(known, calibrated_recipe(self.host, name, self.folder))
+            for name in self.settings.recipes
         }
-        return replace(plan, expected={**plan.expected, **measured})
 
-    def _timed(self, plan: Plan | None, prompt: str, **overrides: Any) -> tuple[Video, float]:
-        """A generation with `plan`, or by the untouched host, and its seconds."""
-        with nullcontext() if plan is None else enabled(self.host.pipe, plan, check=False):
-            start = time.perf_counter()
-            video = self.host.generate(prompt, self.settings.seed, **overrides)
-            return video, time.perf_counter() - start
+    def _own_dense(self, known: Known, plans: Mapping[str, Plan]) -> dict[str, Plan]:
+        """Accel's own dense attention, where it is the fastest dense run to compare with."""
+        if not any(plan.dense == "kernel" for plan in plans.values()):
+            return {}
+        word = "full" if self.settings.precisions[0] == "full" else "half"
+        return {OWN_DENSE: recipe(word, known.geometry)}
+
+    def _prediction(self, points: list[Point]) -> Calibration | None:
+        """How far predictions were from what was measured; None for costs of another device."""
+        pairs = [
+            (p.predicted_seconds, p.measured.seconds)
+            for p in points
+            if p.predicted_seconds is not None
+        ]
+        if self.settings.hardware != HERE or len(pairs) < 4:
+            return None
+        # every other one in order of time, so that both halves span the front
+        ordered = sorted(pairs)
+        return calibrated(ordered[::2], ordered[1::2])
+
+    def _write(self, known: Known, outcome: Outcome) -> None:
+        """front.json, the plan files it names, and the pictures."""
+        listed = []
+        for point in outcome.points:
+            path = point.plan.save(self.folder / "plans" / f"{point.name}.json")
+            listed.append(point.to_dict(f"plans/{path.name}"))
+        front = {
+            "schema": 1,
+            "model": self.host.config.name,
+            "points": listed,
+            "recipes": [p.to_dict(p.name) for p in outcome.recipes],
+            "own_dense_speedup": outcome.dense.speedup if outcome.dense else None,
+            "dense_seconds": known.dense_seconds,
+            "trials": len(outcome.trials),
+            "chosen": outcome.chosen.name,
+            "prediction": None if outcome.prediction is None else str(outcome.prediction),
+            "calibration": list(self.host.config.calibration),
+            "seed": self.settings.seed,
+            "device": device_name(self.host.device),
+            "versions": versions("optuna"),
+        }
+        write_atomically(self.folder / "front.json", json.dumps(front, indent=1))
+        draw_front(outcome, known.dense_seconds, self.folder / "front.png")
+        draw_heads(outcome.plan, self.folder / "heads.png")
 
 
-def describe(plan: Plan, points: Sequence[Point], budget: float) -> Iterable[str]:
+def warm_start(known: Known, repair: Any, population: int) -> list[Genome]:
+    """Plans of one level everywhere, evenly spaced: the front of the calibration."""
+    levels = known.genes.levels
+    ranks = [1 + round(i * (levels - 2) / (population - 1)) for i in range(population)]
+    return list(dict.fromkeys(repair(known.genes.uniform(level)) for level in ranks))
+
+
+def cold_start(known: Known, repair: Any, population: int, seed: int) -> list[Genome]:
+    """Random genomes: what evolution begins with when nothing was calibrated for it."""
+    from random import Random
+
+    rng = Random(f"{seed} cold")
+    return list(dict.fromkeys(repair(known.genes.random(rng)) for _ in range(population)))
+
+
+def known_price(known: Known, plan: Plan) -> Plan:
+    """A recipe with its prediction where its block is that of the tables, else as it is."""
+    shape = next(iter(known.tables.values())).shape
+    if plan.block != shape.block or not set(plan.precisions) <= known.tables.keys():
+        return plan
+    return known.priced(plan)
+
+
+def _relative(done: Done, known: Known) -> float:
+    """Predicted time of a trial as a fraction of the fastest dense run."""
+    return done.values[0] / known.resolver.fastest_dense
+
+
+def _with_measured(point: Point, dense: Measured | None, prediction: Calibration | None) -> Point:
+    expected = {
+        **point.plan.expected,
+        "psnr": point.measured.psnr,
+        "measured_psnr": point.measured.psnr,
+        "measured_seconds": point.measured.seconds,
+        "measured_speedup": point.measured.speedup,
+    }
+    if dense is not None:
+        expected["measured_speedup_over_own_dense"] = point.measured.speedup / dense.speedup
+    if prediction is not None:
+        expected["prediction"] = str(prediction)
+    return replace(point, plan=replace(point.plan, expected=expected))
+
+
+def describe(outcome: Outcome, settings: SearchSettings) -> Iterable[str]:
     """What a person wants to know of a finished search, line by line."""
-    expected = plan.expected
-    fastest = dense_speedup(expected, str(plan.precision)) if plan.dense == "kernel" else 1.0
-    assert fastest is not None  # a priced plan has its own precision
-    speedup = expected["speedup"] / fastest
-    yield f"front: {len(points)} plans, time {points[-1].time:.2f} to {points[0].time:.2f} of dense"
+    best, points = outcome.best_dense_speedup, outcome.points
+    chosen = outcome.chosen
+    slowest, fastest = points[0].measured, points[-1].measured
     yield (
-        f"plan {plan.name!r} ({plan.digest}): predicted speed-up {expected['speedup']:.2f} over the"
-        f" host's dense attention, {speedup:.2f} over the fastest dense here;"
-        f" PSNR {expected['psnr']:.1f} dB"
+        f"front: {len(points)} plans measured, of {len(outcome.trials)} trials:"
+        f" {slowest.speedup / best:.2f}x at {slowest.psnr:.1f} dB to {fastest.speedup / best:.2f}x"
+        f" at {fastest.psnr:.1f} dB, over the fastest dense"
     )
-    if 1 / speedup > budget + 0.01:
+    yield (
+        f"plan {chosen.plan.name!r} ({chosen.plan.digest}): it would generate in"
+        f" {chosen.measured.seconds:.1f} s, {chosen.measured.speedup:.2f} times as fast as the"
+        f" host's dense attention and {chosen.measured.speedup / best:.2f} times the fastest dense"
+        f" here, at {chosen.measured.psnr:.1f} dB (on {len(chosen.measured.by_prompt)} calibration"
+        " prompts)"
+    )
+    limit = settings.budget
+    if limit.psnr is not None and chosen.measured.psnr < limit.psnr:
         yield (
-            f"the budget of {budget:g} is not reached: this is the fastest plan of the space; make"
-            " schedule.dense_start smaller, or add cheaper candidates to the space"
+            f"the budget of {limit.psnr:g} dB is not reached: this is the best plan of the front;"
+            " make schedule.dense_start larger, or add candidates that keep more to the space"
         )
-    if "measured_speedup" in expected:
-        over_own = expected["measured_speedup_over_own_dense"]
-        beside = "" if over_own is None else f" ({over_own:.2f} over accel's own dense kernel)"
+    took = chosen.plan.expected["seconds"] / chosen.plan.expected["dense_seconds"]
+    if limit.psnr is None and took / outcome.fastest_dense > limit.time + 0.01:
         yield (
-            f"measured on the calibration prompts: {expected['measured_speedup']:.2f} times the"
-            f" host's dense{beside}, PSNR {expected['measured_psnr']:.1f} dB"
+            f"the budget of {limit.time:g} is not reached: this is the fastest plan of the front;"
+            " make schedule.dense_start smaller, or add cheaper candidates to the space"
         )
+    said = cost_sentence(chosen.plan.expected)
+    yield f"costs: {said}" + (f"; {outcome.prediction}" if outcome.prediction else "")

@@ -7,6 +7,7 @@ per site, head and step band by what they saw of the model beforehand; such a re
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from accel.choice import Choice
@@ -21,11 +22,42 @@ from accel.schedule import Schedule
 class Demand:
     """What a recipe has to see before it can choose: these candidates, in the bands of `schedule`,
     selected in blocks of `block`.
+
+    precision: in which the run goes on with candidates; see `sparse_attention`.
+    orders: of which the statistics of the attention map are wanted (`accel.map_statistics`).
+    precisions: of which the error of dense attention is wanted.
+    mass: the weight by which `best_orders` finds the order of each head in which its block mass is
+        wanted; None for no mass.
+    tolerance: error of a site that the run goes on with, by the cheapest candidates as far as it
+        allows, so that later layers and steps see what has built up (DiTFastAttnV2, arXiv
+        2503.22796); at 0 the run goes on dense.
     """
 
     candidates: tuple[Choice, ...]
     schedule: Schedule
     block: tuple[int, int]
+    precision: str = "full"
+    orders: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    mass: float | None = None
+    tolerance: float = 0.0
+
+    def check(self, profile: Profile, geometry: Geometry) -> None:
+        """Refuse, naming what is missing, a profile of something else than what was asked."""
+        for what in ("candidates", "orders", "precisions"):
+            if getattr(profile, what) != getattr(self, what):
+                raise PlanError(
+                    f"the profile was calibrated for other {what} than the recipe chooses from;"
+                    " calibrate with the recipe's own parameters"
+                )
+        for site in geometry.sites:
+            bands = profile.bands(site.name)
+            if bands != list(range(self.schedule.n_bands)):
+                raise PlanError(
+                    f"the profile knows bands {bands} of {site.name!r}, the recipe asks for"
+                    f" {self.schedule.n_bands}; calibrate with the recipe's own parameters, and"
+                    " with steps enough for every band"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +65,8 @@ class Recipe:
     """A published method.
 
     plan: (geometry, **parameters), or (geometry, profile, **parameters) of one with a demand.
-    demand: (geometry, **the same parameters); None for a method that needs no calibration.
+    demand: (geometry, **those of the parameters that it names), which all have their defaults from
+        the plan; None for a method that needs no calibration.
     """
 
     plan: Callable[..., Plan]
@@ -70,14 +103,28 @@ def recipe(
             f"recipe {name!r} chooses by a calibration of the model; make its plan with"
             f" accel-search recipe={name}"
         )
-    seen = () if found.demand is None else (profile,)
-    return _checked(name, lambda: found.plan(geometry, *seen, **parameters))
+    asked = demand(name, geometry, **parameters)
+    if asked is None:
+        return _checked(name, lambda: found.plan(geometry, **parameters))
+    assert profile is not None
+    asked.check(profile, geometry)
+    return _checked(name, lambda: found.plan(geometry, profile, **parameters))
 
 
 def demand(name: str, geometry: Geometry, **parameters: Any) -> Demand | None:
     """What recipe `name` has to see of a model; None for one that needs no calibration."""
-    asked = _known(name).demand
-    return None if asked is None else _checked(name, lambda: asked(geometry, **parameters))
+    found = _known(name)
+    asked = found.demand
+    if asked is None:
+        return None
+
+    def make() -> Demand:
+        given = signature(found.plan).bind(geometry, None, **parameters)
+        given.apply_defaults()
+        read = list(signature(asked).parameters)[1:]
+        return asked(geometry, **{name: given.arguments[name] for name in read})
+
+    return _checked(name, make)
 
 
 def _known(name: str) -> Recipe:

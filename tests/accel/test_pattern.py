@@ -13,10 +13,13 @@ from accel import pattern as patterns
 from accel.blocking import Blocking
 from accel.layout import Layout
 from accel.pattern import (
+    Band,
     FirstFrames,
     Full,
+    Identity,
     MultiDiagonal,
     Radial,
+    Share,
     Skip,
     Stripe,
     Union,
@@ -29,6 +32,12 @@ SEVERAL = Layout.of([(3, 5, 2), (1, 6, 4)], text_before=7, text_after=2, padding
 EXAMPLES = [
     Full(),
     Skip(),
+    Identity(),
+    Share(),
+    Share(of="branch"),
+    Band(0.07),
+    Band(0),
+    Band(0.5),
     Window(),
     Window(1, 2, 1),
     Window(0, 0, 0),
@@ -44,6 +53,7 @@ EXAMPLES = [
     Radial(decay=0.1, first_frame_sink=True),
     Radial(decay=0.02),
     Union((Window(0, 1, 1), FirstFrames(1))),
+    Union((Band(0.02), Union((MultiDiagonal(), Stripe(start=2))))),
 ]
 
 
@@ -53,11 +63,16 @@ def half(extent, size):
     return math.floor(extent * size + 0.5) if isinstance(extent, float) else extent
 
 
-def allows(pattern, q, k, grid):
-    """The token rule, pair by pair, from the families' definitions."""
+def allows(pattern, q, k, grid, apart):
+    """The token rule, pair by pair, from the families' definitions.
+
+    apart: how far the two lie from each other in the order.
+    """
     dt, dh, dw = (abs(a - b) for a, b in zip(q, k, strict=True))
     if isinstance(pattern, Full):
         return True
+    if isinstance(pattern, Band):
+        return apart <= math.floor(pattern.width * math.prod(grid) + 0.5)
     if isinstance(pattern, Window | MultiDiagonal):
         extents = (pattern.t, pattern.h, pattern.w)
         return all(d <= half(e, n) for d, e, n in zip((dt, dh, dw), extents, grid, strict=True))
@@ -83,7 +98,7 @@ def allows(pattern, q, k, grid):
         if width / 2 >= columns:
             return dh <= width / 2 // columns
         return dh == 0 and dw <= width / 2
-    return any(allows(part, q, k, grid) for part in pattern.parts)
+    return any(allows(part, q, k, grid, apart) for part in pattern.parts)
 
 
 def brute_force(pattern, blocking):
@@ -106,7 +121,8 @@ def brute_force(pattern, blocking):
             if "text" in (kinds[q], kinds[k]) or owner[q] != owner[k]:
                 row[column] = True
             else:
-                row[column] = allows(pattern, coords[q], coords[k], layout.grids[owner[q]])
+                grid = layout.grids[owner[q]]
+                row[column] = allows(pattern, coords[q], coords[k], grid, abs(i - j))
     keep = torch.tensor(rows)
     # a text token forces its block even against keys of its own kind alone
     for row in range(blocking.q_blocks):
@@ -141,7 +157,8 @@ def test_mask_on_any_layout(pattern, grid, text_and_padding, order, block):
     if layout.length <= 60:
         assert torch.equal(mask, brute_force(pattern, blocking))
     rows = mask.any(-1)
-    expected = torch.zeros_like(rows) if pattern.kind == "skip" else ~blocking.pad_blocks()[0]
+    nothing = isinstance(pattern, Skip)
+    expected = torch.zeros_like(rows) if nothing else ~blocking.pad_blocks()[0]
     assert torch.equal(rows, expected)
 
 
@@ -218,6 +235,47 @@ def test_names():
     assert Full().name == "full"
     assert Union((Full(), FirstFrames(2))).name == "union(full,first_frames(n=2))"
     assert pattern_from_dict({"kind": "sink", "n": 3}) == FirstFrames(3)
+    assert [p.name for p in (Identity(), Share(), Band(0.25))] == [
+        "identity",
+        "share(of=step)",
+        "band(width=0.25)",
+    ]
+
+
+def test_a_band_follows_the_order():
+    """In `hwt` the band of one token to each side joins frames at the same place."""
+    grid = (3, 4, 2)
+    natural, by_place = (
+        Band(1 / 24).mask(Blocking(Layout.of(grid), order, (1, 1))) for order in ("thw", "hwt")
+    )
+    assert torch.equal(natural, by_place)
+    assert natural.sum(-1).tolist() == [2] + [3] * 22 + [2]
+    order = Blocking(Layout.of(grid), "hwt", (1, 1)).indices()
+    tokens = torch.zeros(24, 24, dtype=torch.bool)
+    tokens[order[:, None], order] = by_place
+    first, place = tokens[0].nonzero().flatten().tolist(), Layout.of(grid).coordinates()
+    assert place[first].tolist() == [[0, 0, 0], [1, 0, 0]]
+
+
+def test_a_union_may_hold_a_band():
+    blocking = Blocking(LAYOUT, "hilbert", (16, 8))
+    parts = Band(0.05), FirstFrames(1)
+    together = Union(parts).mask(blocking)
+    assert torch.equal(together, parts[0].mask(blocking) | parts[1].mask(blocking))
+    assert not torch.equal(together, parts[0].mask(blocking))
+    assert not torch.equal(together, parts[1].mask(blocking))
+
+
+def test_a_mask_is_made_once_for_a_pattern_a_blocking_and_a_device():
+    known, device = {}, torch.device("cpu")
+    blocking = Blocking(LAYOUT, "hilbert", (16, 8))
+    first = patterns.known_mask(Window(1, 1, 1), blocking, device, known)
+    assert torch.equal(first, Window(1, 1, 1).mask(blocking))
+    assert patterns.known_mask(Window(1, 1, 1), blocking, device, known) is first
+    for other in (Blocking(LAYOUT, "thw", (16, 8)), Blocking(LAYOUT, "hilbert", (8, 8))):
+        made = patterns.known_mask(Window(1, 1, 1), other, device, known)
+        assert torch.equal(made, Window(1, 1, 1).mask(other))
+    assert len(known) == 3
 
 
 def test_a_whole_axis_is_not_one_unit():
@@ -243,6 +301,13 @@ def test_a_whole_axis_is_not_one_unit():
         ({"kind": "first_frames", "n": 0}, "at least 1"),
         ({"kind": "radial", "decay": 0}, "positive"),
         ({"kind": "radial", "first_frame_sink": 1}, "radial"),
+        ({"kind": "band"}, "width"),
+        ({"kind": "band", "width": 1.5}, "fraction of the sequence"),
+        ({"kind": "band", "width": -0.1}, "fraction of the sequence"),
+        ({"kind": "band", "width": True}, "fraction of the sequence"),
+        ({"kind": "share", "of": "steps"}, "share"),
+        ({"kind": "identity", "of": "step"}, "identity has no 'of'"),
+        ({"kind": "union", "parts": [{"kind": "share"}, {"kind": "full"}]}, "leave skip out"),
         ({"kind": "union"}, "parts"),
         ({"kind": "union", "parts": []}, "at least one"),
         ({"kind": "union", "parts": [{"kind": "skip"}]}, "leave skip out"),

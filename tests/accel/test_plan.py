@@ -15,7 +15,8 @@ from accel.estimators import AdaptiveBlockMass, Antidiagonal, BlockMassTopK, Poo
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
 from accel.pattern import FirstFrames, Full, MultiDiagonal, Radial, Skip, Stripe, Union, Window
-from accel.plan import DENSE_BY, MAX_FILE_BYTES, Plan
+from accel.plan import DENSE_BY, Plan
+from accel.plan_file import MAX_FILE_BYTES
 from accel.schedule import Schedule
 
 extents = st.none() | st.integers(0, 9) | st.sampled_from([0.1, 0.25, 0.5, 1.0])
@@ -66,6 +67,7 @@ def plans(draw):
         sites,
         schedule=schedule,
         dense=draw(st.sampled_from(DENSE_BY)),
+        recall_floor=draw(st.none() | fractions),
         grid=draw(st.none() | st.tuples(*[st.integers(1, 99)] * 3)),
         provenance=draw(st.dictionaries(st.text(), json_values, max_size=3)),
     )
@@ -113,8 +115,18 @@ def test_the_digest_names_what_a_plan_does():
         tiny_plan(Choice(Window(t=1)), precision="half"),
         tiny_plan(Choice(Window(t=1)), precision={SITES[0]: "fp8"}),
         tiny_plan(Choice(Window(t=1)), schedule=Schedule(dense_start=0.5)),
+        tiny_plan(Choice(Window(t=1)), schedule=Schedule(dense_start=0.0, drift=0.2)),
+        tiny_plan(Choice(Window(t=1)), recall_floor=0.8),
     ):
         assert other.digest != plan.digest
+
+
+def test_a_plan_says_nothing_of_what_it_does_not_use():
+    data = tiny_plan(Choice(Window(t=1))).to_dict()
+    assert "recall_floor" not in data
+    assert "drift" not in data["schedule"]
+    assert Plan.from_dict({**data, "recall_floor": None}).recall_floor is None
+    assert tiny_plan(DENSE, recall_floor=0.9).to_dict()["recall_floor"] == 0.9
 
 
 def test_the_file_holds_every_choice_once():
@@ -243,6 +255,8 @@ BAD = {
     "block of lists": (_edit("block", [[32], [32]]), "block must be two powers of two"),
     "dense unknown": (_edit("dense", "kernl"), "dense 'kernl' is unknown; did you mean 'kernel'"),
     "dense a number": (_edit("dense", 1), "dense must be of type str, got 1"),
+    "no floor": (_edit("recall_floor", 0), "recall_floor must be in (0, 1], got 0"),
+    "floor a word": (_edit("recall_floor", "0.9"), "recall_floor must be in (0, 1], got '0.9'"),
     "precision unknown": (
         _edit("precision", "halv"),
         "precision 'halv' is unknown; did you mean 'half'",

@@ -56,6 +56,17 @@ def test_top_mass_is_the_smallest_set(seed, tau):
         assert row[visual].min() >= row[~kept_row].max() if (~kept_row).any() else True
 
 
+@settings(max_examples=12)
+@given(st.integers(0, 10**6), st.floats(0.01, 0.9), st.sampled_from([0.05, 0.3, 0.7, 1.0]))
+def test_top_mass_has_a_least_share(seed, tau, least):
+    """It is the union of the two selections, since both take the heaviest."""
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(2, 3, 8, 16, generator=generator) ** 4
+    kept = top_mass(mass, tau, BLOCKING, least=least)
+    expected = top_mass(mass, tau, BLOCKING) | top_blocks(mass, least, BLOCKING)
+    assert torch.equal(kept, expected)
+
+
 def test_counts_do_not_suffer_from_float_steps():
     """0.7 of 10 blocks is 7, though 0.7 * 10 = 7.000000000000001."""
     blocking = Blocking(Layout.of((1, 8, 10)), "thw", (8, 8))

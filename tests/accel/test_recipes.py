@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from profiles import synthetic_profile
 from tiny_denoiser import call, inputs, tiny_denoiser, tiny_geometry
 
 import accel
@@ -12,21 +13,35 @@ from accel.geometry import Geometry, Site
 from accel.kernels.attention import resolve_backend
 from accel.kernels.reference import block_mass_reference
 from accel.layout import Layout
+from accel.masks import site_mask
 from accel.pattern import Window
 from accel.pipelines.enable import session_of
 from accel.plan import Plan
-from accel.recipes import RECIPES, recipe
+from accel.recipes import RECIPES, demand, recipe
 
 GRID = (5, 4, 6)
 LAYOUT = Layout.of(GRID)
 BLOCK = (32, 16)
 STEPS = 10
-ASKED = {"sparsed": 0.3, "adaspa": 0.2, "pisa": 0.15}
+ASKED = {"sparsed": 0.3, "adaspa": 0.2, "pisa": 0.15, "subblock": 0.25, "svg_ear": 0.25}
+# dense steps of 50 where they are not 10
+DENSE_STEPS = {"radial": 12, "xattention": 5, "jenga": 0, "sparge": 0}
+# those that need no calibration; of the others test_calibrated_recipes.py says more
+SPARSE = [n for n, found in RECIPES.items() if found.demand is None and n not in ("full", "half")]
+
+
+def made(name, geometry, **parameters):
+    """A plan of any recipe; one that asks for a calibration gets random numbers."""
+    asked = demand(name, geometry, **parameters)
+    profile = None if asked is None else synthetic_profile(asked, geometry, LAYOUT)
+    return recipe(name, geometry, profile, **parameters)
 
 
 @pytest.fixture(scope="module")
 def plans():
-    return {name: recipe(name, tiny_geometry(), block=BLOCK) for name in RECIPES}
+    """In small blocks, but where the method ties them to its tiles."""
+    blocks = {name: {} if name == "sta" else {"block": BLOCK} for name in RECIPES}
+    return {name: made(name, tiny_geometry(), **blocks[name]) for name in RECIPES}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +49,7 @@ def ran(plans):
     """Every recipe after one run on the tiny model: the model and its last output."""
     done = {}
     for name, plan in plans.items():
-        model = accel.enable(tiny_denoiser(), plan, strict=True)
+        model = accel.enable(tiny_denoiser(), plan, strict=True, guard=False)
         for step in range(STEPS):
             out = call(model, step, STEPS, **inputs(grid=GRID, seed=step))
         done[name] = model, out
@@ -50,38 +65,52 @@ class TestContract:
         assert plan.name == plan.provenance["recipe"] == name
 
     def test_defaults_make_a_plan_for_a_geometry_without_a_layout(self, name):
-        plan = recipe(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64))))
+        plan = made(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64))))
         assert (plan.grid, plan.n_sites, plan.head_dim) == (None, 2, 64)
-        plan = recipe(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64)), LAYOUT))
+        plan = made(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64)), LAYOUT))
         assert plan.grid == GRID
 
+    def test_it_runs(self, name, ran):
+        model, out = ran[name]
+        assert out.isfinite().all()
+        assert accel.summary(model).notices == {}
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("full", "half")])
+
+def smooth_call(grid, heads=2, dim=64):
+    """q, k and v of slow waves over the grid: blocks are much alike and attention is near."""
+    generator = torch.Generator().manual_seed(0)
+    layout = Layout.of(grid)
+    waves = torch.randn(3, dim // 2, generator=generator) * 2
+    turn = layout.coordinates() / torch.tensor(grid) @ waves
+    noise = torch.randn(3, 1, heads, layout.length, dim, generator=generator)
+    q = torch.cat([turn.sin(), turn.cos()], 1) * 2.5
+    return layout, q + noise[0] * 0.3, q + noise[1] * 0.3, noise[2]
+
+
+@pytest.mark.parametrize("name", SPARSE)
 class TestSparseContract:
     @pytest.mark.parametrize("grid", [(17, 16, 16), (21, 30, 52)], ids=["sample", "wan-480p"])
     def test_defaults_leave_blocks_out_at_real_sizes(self, name, grid):
         """A mask that keeps every block is dense attention that takes longer."""
         plan = recipe(name, Geometry("M", (Site("a", 2, 64), Site("b", 2, 64))))
-        keeps = {
-            keep_of_choice(choice, Layout.of(grid), plan.block)
-            for bands in plan.sites.values()
-            for heads in bands
-            for choice in heads
-        }
-        assert all(keep < 0.65 for keep in keeps)
+        for bands in plan.sites.values():
+            for heads in bands:
+                keeps = {keep_of_choice(choice, Layout.of(grid), plan.block) for choice in heads}
+                if None not in keeps:
+                    assert max(keeps) < 0.65
+                elif grid[0] == 17:  # only the call can tell, and large ones take long
+                    layout, q, k, v = smooth_call(grid)
+                    found = site_mask(heads, q, k, v, layout=layout, block=plan.block, lse={})
+                    assert found.keep < 0.65
 
     def test_it_begins_dense(self, name, plans):
         schedule = plans[name].schedule
         dense = [schedule.phase(step, 50).dense for step in range(50)]
-        first = 12 if name == "radial" else 10
-        assert dense == [step < first for step in range(50)]
+        assert dense == [step < DENSE_STEPS.get(name, 10) for step in range(50)]
 
-    def test_it_runs_and_says_what_was_asked(self, name, ran):
-        model, out = ran[name]
-        assert out.isfinite().all()
-        summary = accel.summary(model)
-        assert summary.notices == {}
-        rows = [r for r in summary.rows if r.kernels != ("dense",)]
+    def test_it_says_what_was_asked(self, name, ran):
+        model, _ = ran[name]
+        rows = [r for r in accel.summary(model).rows if r.kernels != ("dense",)]
         assert {r.site for r in rows} == set(session_of(model).plan.sites)
         for row in rows:
             assert 0 < row.worst_recall <= row.recall <= 1 + 1e-5
@@ -162,12 +191,12 @@ def test_radial_keeps_more_of_nearer_frames():
     assert (by_frame[:, 0] == 1).all()
 
 
-@pytest.mark.parametrize("name", ["radial", "pisa"])
+@pytest.mark.parametrize("name", ["radial", "pisa", "svg", "sol_attn", "svg_ear"])
 def test_the_first_site_is_dense(ran, name):
     assert accel.summary(ran[name][0]).left == ("blocks.0.attn1",)
 
 
-@pytest.mark.parametrize("name", ["radial", "pisa"])
+@pytest.mark.parametrize("name", ["radial", "pisa", "svg", "sol_attn", "svg_ear"])
 @pytest.mark.parametrize("count", [2, -1])
 def test_more_dense_sites_than_there_are_is_an_error(name, count):
     with pytest.raises(accel.PlanError, match=f"dense_sites is {count}; the model has 2 sites"):
@@ -180,7 +209,7 @@ def test_more_dense_sites_than_there_are_is_an_error(name, count):
 
 def test_window_is_the_window():
     plan = recipe("window", tiny_geometry(), t=1, h=1, w=2, sink_frames=0, order="thw", block=BLOCK)
-    model = accel.enable(tiny_denoiser(), plan)
+    model = accel.enable(tiny_denoiser(), plan, guard=False)
     call(model, 5, **inputs(grid=GRID))
     _, keep = keep_of(model)
     place = LAYOUT.coordinates()

@@ -1,6 +1,7 @@
 """What a run reports: calls, kept blocks, recall, times, notices."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from accel.geometry import Geometry, Site
 from accel.kernels.attention import resolve_backend
 from accel.layout import Layout
 from accel.masks import sampled_recall, site_mask
-from accel.pattern import Window
+from accel.pattern import Share, Window
 from accel.plan import Plan
 from accel.records import Record, Stopwatch, phase_label
 from accel.router import Session
@@ -210,13 +211,47 @@ def test_labels(band):
     assert phase_label(band) == ("dense" if band is None else f"band {band}")
 
 
+def test_looks_at_drift_are_time_of_masks():
+    one = run(session())
+    record = one.records["a", "band 0"]
+    record.seconds[:], record.mask_seconds[:] = [0.001] * 3, [0.002]
+    record.check_seconds[:] = [0.001] * 3
+    row = next(r for r in summarise([one]).rows if (r.site, r.phase) == ("a", "band 0"))
+    assert (row.mask_s, row.total_s) == pytest.approx((0.005, 0.008))
+
+
+def test_heads_that_something_stands_in_for():
+    shared = Choice(Share())
+    one = session(sites=("a",))
+    one.plan = replace(one.plan, sites={"a": ((shared, shared),)})
+    rows = summarise([run(one)]).rows
+    row = next(r for r in rows if (r.site, r.phase) == ("a", "band 0"))
+    assert (row.keep, row.recall, row.worst_recall, row.kernels) == (0.0, None, None, ())
+    line = next(x for x in str(summarise([one])).splitlines() if "band 0" in x)
+    assert line.split()[4:8] == ["0.000", "-", "-", "-"]
+
+
 def test_a_stopwatch_adds_one_entry():
     record = Record()
     Stopwatch(record, torch.device("cpu")).stop()
-    Stopwatch(record, torch.device("cpu"), mask=True).stop()
+    Stopwatch(record, torch.device("cpu"), "mask_seconds").stop()
     record.settle()
     assert (len(record.seconds), len(record.mask_seconds)) == (1, 1)
     assert record.seconds[0] >= 0
+
+
+@pytest.mark.gpu
+def test_events_that_have_not_passed_are_not_waited_for():
+    record, tensor = Record(), torch.randn(4096, 4096, device="cuda")
+    watch = Stopwatch(record, tensor.device)
+    for _ in range(50):
+        tensor = tensor @ tensor
+    watch.stop()
+    record.settle(wait=False)
+    assert record.seconds == []
+    record.settle()
+    record.settle()
+    assert len(record.seconds) == 1
 
 
 @pytest.mark.gpu

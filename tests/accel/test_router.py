@@ -41,13 +41,13 @@ class TestMasks:
         ("precision", "dtype"), [("full", torch.float32), ("half", torch.bfloat16)]
     )
     def test_estimators_see_what_the_precision_allows(self, precision, dtype, monkeypatch):
-        seen, select = [], BlockMassTopK._select
+        seen, select = [], BlockMassTopK.select_in
 
         def spy(self, call):
             seen.append((call.q.dtype, call.k.dtype))
             return select(self, call)
 
-        monkeypatch.setattr(BlockMassTopK, "_select", spy)
+        monkeypatch.setattr(BlockMassTopK, "select_in", spy)
         one = session(ONLINE)
         one.plan = replace(one.plan, precision=precision)
         run(one, [9])
@@ -64,13 +64,13 @@ class TestMasks:
 
     def test_a_refresh_reuses_the_rows_that_it_found(self, monkeypatch):
         given = []
-        find = AdaptiveBlockMass._select
+        find = AdaptiveBlockMass.select_in
 
         def spy(self, call):
             given.append(call.lse is not None)
             return find(self, call)
 
-        monkeypatch.setattr(AdaptiveBlockMass, "_select", spy)
+        monkeypatch.setattr(AdaptiveBlockMass, "select_in", spy)
         run(session(Choice(AdaptiveBlockMass(keep=0.5)), refresh=(0.5,)), range(10))
         assert given == [False, False, True, True]
 

@@ -16,7 +16,8 @@ points = st.lists(st.floats(0, 1, exclude_min=True, exclude_max=True), unique=Tr
 def schedules(draw):
     start = draw(st.floats(0, 1))
     end = draw(st.floats(0, 1).filter(lambda e: start + e <= 1))
-    return Schedule(start, end, tuple(draw(points)), tuple(draw(points)))
+    drift = draw(st.none() | st.floats(0, 9, exclude_min=True))
+    return Schedule(start, end, tuple(draw(points)), tuple(draw(points)), drift)
 
 
 @given(schedules(), st.integers(1, 80))
@@ -64,6 +65,19 @@ def test_sparse_steps_are_those_that_are_not_dense(schedule, total):
     assert schedule.sparse_steps(total) == total - dense
 
 
+@given(schedules(), st.integers(1, 80))
+def test_steps_of_a_band_are_those_in_it(schedule, total):
+    phases = [schedule.phase(step, total) for step in range(total)]
+    for band in range(schedule.n_bands):
+        assert schedule.steps_of(band, total) == [p for p in phases if p.band == band]
+
+
+def test_a_schedule_without_drift_says_nothing_of_it():
+    assert "drift" not in Schedule().to_dict()
+    assert Schedule(drift=0.2).to_dict()["drift"] == 0.2
+    assert Schedule.from_dict({"drift": None}) == Schedule()
+
+
 def test_phases_by_hand():
     schedule = Schedule(dense_start=0.2, dense_end=0.1, bands=(0.5,), refresh=(0.6,))
     assert [schedule.phase(step, 10) for step in range(10)] == [
@@ -101,6 +115,11 @@ BAD = {
     "nan in refresh": ({"refresh": [float("nan")]}, "schedule.refresh must ascend"),
     "refresh a number": ({"refresh": 0.5}, "schedule.refresh is a list of numbers"),
     "bands a string": ({"bands": "0.5"}, "schedule.bands is a list of numbers"),
+    "no drift": ({"drift": 0}, "schedule.drift is a number above 0, or null, got 0.0"),
+    "drift below 0": ({"drift": -1}, "schedule.drift is a number above 0, or null, got -1.0"),
+    "drift nan": ({"drift": float("nan")}, "above 0, or null, got nan"),
+    "drift infinite": ({"drift": float("inf")}, "above 0, or null, got inf"),
+    "drift a word": ({"drift": "0.2"}, "schedule.drift must be a number, got '0.2'"),
     "unknown key": ({"dense_strat": 0.1}, "no key 'dense_strat'; did you mean 'dense_start'?"),
 }
 

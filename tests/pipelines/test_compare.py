@@ -13,11 +13,14 @@ from tiny_wan import tiny_wan_config
 from accel.choice import DENSE as DENSE_CHOICE
 from accel.errors import AccelError, PlanError
 from accel.pipelines import compare_book
-from accel.pipelines.compare_arm import Arm, StepClock, serve
-from accel.pipelines.compare_book import ArmSpec, Book, Job
-from accel.pipelines.compare_results import fastest_of
+from accel.pipelines.arm_commands import serve
+from accel.pipelines.arm_meter import StepClock
+from accel.pipelines.compare_arm import Arm
+from accel.pipelines.compare_arms import DENSE, ArmSpec, named_plans
+from accel.pipelines.compare_book import Book, Job
+from accel.pipelines.compare_results import fastest_of, records_of
 from accel.pipelines.compare_run import Comparison
-from accel.pipelines.compare_settings import DENSE, CompareSettings, named_plans
+from accel.pipelines.compare_settings import CompareSettings
 from accel.pipelines.compare_table import as_markdown, as_text
 from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.model_settings import model_config
@@ -33,7 +36,7 @@ class InProcess:
 
     def __init__(self, folder, spec):
         self._name = folder.name
-        self._arm = Arm(json.loads(json.dumps(spec))["model"], spec["plan"])
+        self._arm = Arm(**json.loads(json.dumps(spec)))
 
     def ask(self, command, timeout_s):
         assert timeout_s > 0
@@ -298,7 +301,7 @@ def test_a_worker_that_fails_says_how(tmp_path, do, message):
 def test_an_arm_ends_with_its_stdin_whatever_it_is_doing(tmp_path):
     busy = (
         "import sys, time\n"
-        "from accel.pipelines.compare_arm import until_closed\n"
+        "from accel.pipelines.arm_commands import until_closed\n"
         "for line in until_closed(sys.stdin): print('{\"ok\": {}}', flush=True); time.sleep(600)"
     )
     worker = Worker(tmp_path, {}, (sys.executable, "-c", busy))
@@ -415,9 +418,9 @@ def test_no_dense_arm_is_faster_than_the_fastest():
     dense, full = ArmSpec("dense"), ArmSpec("full")
     book = TimedBook({"dense": (2.0, 0.8), "full": (1.0, 2.0)})  # medians of ratios: 1.2 and 1.5
     jobs = [Job(arm, prompt, 0) for arm in (dense, full) for prompt in (0, 1)]
-    assert fastest_of(book, (dense, full), jobs) == dense
+    assert fastest_of(records_of(book, jobs), (dense, full)) == dense
     book.seconds["full"] = (1.0, 1.5)
-    assert fastest_of(book, (dense, full), jobs) == full
+    assert fastest_of(records_of(book, jobs), (dense, full)) == full
 
 
 def test_a_baseline_is_dense(settings):

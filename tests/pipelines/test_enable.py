@@ -8,6 +8,7 @@ import sys
 import weakref
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -649,6 +650,50 @@ def test_a_plan_comes_from_a_file_or_a_folder(model, tmp_path):
     for path in (plan.save(tmp_path / "a.json"), str(plan.save(tmp_path / "accel_plan.json"))):
         assert torch.equal(call(accel.enable(model, path), 0), expected)
     assert torch.equal(call(accel.enable(model, tmp_path), 0), expected)
+
+
+def test_a_plan_comes_from_the_hub(model, tmp_path, monkeypatch):
+    plan = tiny_plan(SPARSE)
+    expected = call(accel.enable(build(), plan), 0)
+    asked = []
+
+    def download(repo_id, **_):
+        asked.append(repo_id)
+        return str(plan.save_pretrained(tmp_path))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert torch.equal(call(accel.enable(model, "someone/plan"), 0), expected)
+    assert asked == ["someone/plan"]
+
+
+class TestGuard:
+    """Sparse calls that are measured to be slower than dense ones."""
+
+    def run(self, model):
+        """Ten steps of which three are dense, after the sixth as if sparse calls were slow."""
+        for step in range(10):
+            if step == 6:
+                for (_, phase), record in session_of(model).records.items():
+                    record.seconds[:] = [{"dense": 0.01}.get(phase, 0.02)] * 3
+            out = call(model, step, **inputs(seed=step))
+        return out
+
+    def test_they_are_turned_off_and_it_is_said(self, model, caplog):
+        plan = tiny_plan(Choice(NEAR), schedule=Schedule(dense_start=0.3))
+        with caplog.at_level(logging.WARNING, logger="accel"):
+            out = self.run(accel.enable(model, plan))
+        assert torch.equal(out, call(build(), **inputs(seed=9)))
+        assert [r.message.split(",")[0] for r in caplog.records] == [
+            f"accel: sparse attention is slower than dense attention at {site} here"
+            for site in SITES
+        ]
+        assert sorted(accel.summary(model).notices.values()) == [4, 4]
+
+    def test_not_where_nobody_wants_it(self, model):
+        plan = tiny_plan(Choice(NEAR), schedule=Schedule(dense_start=0.3))
+        out = self.run(accel.enable(model, plan, guard=False))
+        assert not torch.equal(out, call(build(), **inputs(seed=9)))
+        assert not accel.summary(model).notices
 
 
 def test_the_first_tensor_may_be_positional(model):

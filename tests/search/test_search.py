@@ -1,23 +1,21 @@
-"""A whole search on a tiny random pipeline: its files, its plan, its resumption."""
+"""A whole search on a tiny random pipeline: its files, its plans, its resumption."""
 
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tiny_wan import CALL
 
-from accel.cost import KEEPS, CostTable
+from accel.cost_table import KEEPS, CostTable, Price
 from accel.errors import AccelError
 from accel.pipelines import pricing
-from accel.pipelines.host import ModelConfig
+from accel.pipelines.host import Host, ModelConfig
 from accel.plan import Plan
 from accel.schedule import Schedule
-from accel.search import run as search_run
-from accel.search import sensitivity
-from accel.search.picture import draw_front
-from accel.search.run import Search, SearchSettings, candidates_of, describe
+from accel.search import prepare as search_prepare
+from accel.search.run import Search, describe
+from accel.search.settings import Budget, Evolution, SearchSettings, candidates_of
 
 SPACE = {
     "groups": [
@@ -31,8 +29,10 @@ SPACE = {
             "orders": ["thw"],
             "rests": ["drop"],
         },
+        {"select": [{"kind": "identity"}], "orders": ["thw"], "rests": ["drop"]},
     ]
 }
+EVOLUTION = Evolution(trials=8, population=4, levels=8, steps=4, time_limit=0.95)
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +47,46 @@ def model(tiny_wan_path):
     )
 
 
+def priced_at(sparse: float, own: float):
+    def measure(shape, *, estimators, **_):
+        by_keep = tuple(Price.known(0.05 + sparse * keep) for keep in KEEPS)
+        rests, orders = ("drop", "mean", "taylor"), ("natural", "ordered")
+        return CostTable(
+            shape,
+            Price.known(1.0),
+            {f"{rest}/{order}": by_keep for rest in rests for order in orders},
+            {e.work: Price.known(0.1) for e in estimators},
+            dict.fromkeys(("full", "half"), Price.known(own)),
+        )
+
+    return measure
+
+
 @pytest.fixture(scope="module", autouse=True)
 def prices():
     """Prices that do not depend on how busy the machine is: by what a head keeps."""
+    measured = pricing.measure_baseline
 
-    def measure(shape, *, estimators, **_):
-        by_keep = tuple(0.05 + 0.8 * keep for keep in KEEPS)
-        names = ("drop/natural", "drop/ordered", "mean/natural", "mean/ordered")
-        select = {e.work: 0.1 for e in estimators}
-        own = {"full": 0.9, "half": 0.85}
-        return CostTable(shape, 1.0, dict.fromkeys(names, by_keep), select, own)
+    def baseline(*args, **kwargs):
+        found = measured(*args, **kwargs)
+        return replace(found, seconds=2.0, share=dict.fromkeys(found.share, 0.3), denoiser=1.8)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pricing, "measure", measure)
+        patch.setattr(pricing, "measure", priced_at(0.8, 0.9))
+        patch.setattr(pricing, "measure_baseline", baseline)
         yield
 
 
-def settings(**changes) -> SearchSettings:
+def settings(evolution=EVOLUTION, **changes) -> SearchSettings:
     values = {
         "space": SPACE,
-        "budget": 0.9,
         "schedule": Schedule(dense_start=0.25, bands=(0.5,)),
+        "budget": Budget(time=0.8),
+        "evolution": evolution,
         "block": (32, 32),
         "rows": 16,
         "cost_rounds": 1,
+        "points": 3,
     }
     return SearchSettings(**{**values, **changes})
 
@@ -78,45 +94,128 @@ def settings(**changes) -> SearchSettings:
 @pytest.fixture(scope="module")
 def done(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
-    plan, points = Search(model, settings(), folder).run()
-    return SimpleNamespace(folder=folder, plan=plan, points=points)
+    outcome = Search(model, settings(recipes=("window",)), folder).run()
+    return SimpleNamespace(folder=folder, outcome=outcome, plan=outcome.plan)
 
 
 def test_the_plan_fits_the_model_and_says_how_it_was_made(done, model):
-    assert set(done.plan.sites) == {"blocks.0.attn1", "blocks.1.attn1"}
-    assert done.plan.grid == (5, 8, 12)
-    assert done.plan.provenance["calibration"] == list(model.calibration)
-    assert done.plan.expected["speedup"] > 0
-    assert 0 < done.plan.expected["psnr"] <= 100
-    assert "measured_psnr" in done.plan.expected
-    assert Plan.from_dict(done.plan.to_dict()) == done.plan
-    assert len(done.plan.provenance["weights"]) == 8
-    assert len(list(describe(done.plan, done.points, 1.0))) == 3
+    plan = done.plan
+    assert set(plan.sites) == {"blocks.0.attn1", "blocks.1.attn1"}
+    assert plan.grid == (5, 8, 12)
+    assert plan.provenance["calibration"] == list(model.calibration)
+    assert plan.expected["speedup"] > 0
+    assert 0 < plan.expected["psnr"] <= 100
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert len(plan.provenance["weights"]) == 8
+    lines = list(describe(done.outcome, settings()))
+    assert "times as fast as the host's dense attention" in lines[1]
+
+
+def test_the_front_names_plans_that_load_and_nothing_beats(done):
+    front = json.loads((done.folder / "front.json").read_text())
+    points = front["points"]
+    assert 1 <= len(points) <= 4
+    for point in points:
+        plan = Plan.load(done.folder / point["plan"])
+        assert plan.expected["measured_psnr"] == point["psnr"]
+        assert plan.expected["seconds"] == point["predicted_seconds"]
+        assert 0 <= point["trial"] < 8
+    speedups = [p["measured_speedup"] for p in points]
+    assert speedups == sorted(speedups)
+    qualities = [p["psnr"] for p in points]
+    assert qualities == sorted(qualities, reverse=True)
+    assert [r["plan"] for r in front["recipes"]] == ["window"]
+    assert front["trials"] == 8
+
+
+def test_the_pictures_are_there(done):
+    for name in ("front", "heads"):
+        assert (done.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_trial_is_worth_trying(done):
+    limit = EVOLUTION.time_limit * done.outcome.fastest_dense
+    assert all(d.values[0] <= limit + 0.01 for d in done.outcome.trials)
+
+
+def test_another_budget_makes_no_trial_and_no_calibration_again(done, model, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("this was done before")
+
+    monkeypatch.setattr(search_prepare, "calibrate_once", refuse, raising=False)
+    monkeypatch.setattr(Host, "latents", refuse)
+    found = Search(model, settings(budget=Budget(time=0.3), recipes=("window",)), done.folder).run()
+    assert [d.genome for d in found.trials] == [d.genome for d in done.outcome.trials]
+    assert found.plan.expected["speedup"] >= done.plan.expected["speedup"]
+
+
+def test_a_budget_of_quality_takes_the_fastest_that_is_good_enough(done, model):
+    qualities = [p.measured.psnr for p in done.outcome.points]
+    asked = settings(budget=Budget(psnr=min(qualities)), recipes=("window",))
+    found = Search(model, asked, done.folder).run()
+    assert found.chosen.measured.psnr >= min(qualities)
+    assert found.chosen.measured.speedup == max(p.measured.speedup for p in found.points)
 
 
 def test_a_budget_that_no_plan_meets_is_told(done):
-    told = list(describe(done.plan, done.points, 0.01))
+    told = list(describe(done.outcome, settings(budget=Budget(time=0.01))))
     assert any("the budget of 0.01 is not reached" in line for line in told)
+    told = list(describe(done.outcome, settings(budget=Budget(psnr=101))))
+    assert any("the budget of 101 dB is not reached" in line for line in told)
 
 
-def test_a_plan_that_leaves_everything_dense_is_written_too(model, tmp_path, monkeypatch):
-    """Its videos are those of dense, bit for bit: their PSNR is no number that a file can hold."""
-
-    def expensive(shape, *, estimators, **_):
-        names = ("drop/natural", "drop/ordered", "mean/natural", "mean/ordered")
-        select, own = {e.work: 1.0 for e in estimators}, {"full": 1.5, "half": 1.5}
-        return CostTable(shape, 1.0, dict.fromkeys(names, (1.5,) * len(KEEPS)), select, own)
-
-    monkeypatch.setattr(pricing, "measure", expensive)
-    plan, _ = Search(replace(model, calibration=model.calibration[:1]), settings(), tmp_path).run()
-    assert plan.expected["measured_psnr"] == 100
-    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+def test_more_trials_go_on_with_the_same_study(done, model):
+    more = settings(replace(EVOLUTION, trials=10), recipes=("window",))
+    found = Search(model, more, done.folder).run()
+    before = done.outcome.trials
+    assert len(found.trials) == 10
+    assert found.trials[: len(before)] == before
 
 
-def test_weights_are_told_apart_by_their_fingerprint():
-    one, other = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
-    assert search_run.fingerprint(one) == search_run.fingerprint(one)
-    assert search_run.fingerprint(one) != search_run.fingerprint(other)
+def test_other_settings_do_not_go_on_with_the_study(done, model):
+    other = settings(replace(EVOLUTION, levels=9))
+    with pytest.raises(AccelError, match="made with levels 8, this search has 9"):
+        Search(model, other, done.folder).run()
+
+
+def test_interrupted_anywhere_it_ends_where_it_would_have(done, model, tmp_path, monkeypatch):
+    """Stopped in the calibration, in a trial and while the front is measured."""
+
+    class Stop(Exception):
+        pass
+
+    generate, latents = Host.generate, Host.latents
+
+    def stopping(function, at):
+        calls = iter(range(10**6))
+
+        def call(self, *args, **kwargs):
+            if next(calls) == at:
+                raise Stop
+            return function(self, *args, **kwargs)
+
+        return call
+
+    for name, function, at in (
+        ("generate", generate, 3),
+        ("latents", latents, 2),
+        ("latents", latents, 5),
+        ("generate", generate, 6),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Host, name, stopping(function, at))
+            with pytest.raises(Stop):
+                Search(model, settings(), tmp_path).run()
+    found = Search(model, settings(), tmp_path).run()
+    assert found.trials == done.outcome.trials
+    assert [p.trial for p in found.points] == [p.trial for p in done.outcome.points]
+
+
+def test_a_space_in_which_nothing_is_faster_still_gives_a_plan(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pricing, "measure", priced_at(3.0, 1.5))
+    one = replace(model, calibration=model.calibration[:1])
+    outcome = Search(one, settings(replace(EVOLUTION, trials=4)), tmp_path).run()
+    assert Plan.load(outcome.plan.save(tmp_path / "plan.json")) == outcome.plan
 
 
 def test_a_band_without_steps_is_refused_before_anything_is_measured(model, tmp_path):
@@ -125,112 +224,36 @@ def test_a_band_without_steps_is_refused_before_anything_is_measured(model, tmp_
         Search(model, wanted, tmp_path)
 
 
-def test_the_folder_has_the_front_and_its_picture(done):
-    front = json.loads((done.folder / "front.json").read_text())
-    assert [p["time"] for p in front] == [p.time for p in done.points]
-    assert (done.folder / "front.png").read_bytes().startswith(b"\x89PNG")
+def test_settings_are_checked():
+    for changes, why in (
+        ({"budget": lambda: Budget(time=0)}, r"budget\.time is 0"),
+        ({"budget": lambda: Budget(psnr=-3)}, r"budget\.psnr is -3"),
+        ({"evolution": lambda: Evolution(trials=-1)}, r"search\.trials is -1"),
+        ({"evolution": lambda: Evolution(fidelity="step")}, r"'step' is unknown; .*steps"),
+        ({"evolution": lambda: Evolution(time_limit=2)}, r"search\.time_limit is 2"),
+        ({"dense_starts": lambda: (0.1,)}, r"dense_starts has 0\.1"),
+        ({"precisions": lambda: ("hlaf",)}, r"'hlaf' is unknown; .*half"),
+        ({"recipes": lambda: ("sprased",)}, r"no recipe 'sprased'"),
+        ({"points": lambda: 0}, r"points is 0"),
+        ({"rows": lambda: True}, r"rows is True"),
+        ({"tolerance": lambda: -1.0}, r"tolerance is -1"),
+    ):
+        with pytest.raises(AccelError, match=why):
+            settings(**{name: make() for name, make in changes.items()})
 
 
-def test_a_front_without_a_faster_plan_is_drawn_too(done):
-    dense = done.points[:1]
-    path = draw_front(dense, done.plan, done.folder / "dense.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_candidates_are_every_combination_of_a_group_once():
+    found = candidates_of(SPACE)
+    assert len(found) == 2 * 2 * 2 + 1 + 1
+    assert len(set(found)) == len(found)
+    with pytest.raises(AccelError, match=r"space\.groups\[0\] lacks rests"):
+        candidates_of({"groups": [{"select": [], "orders": ["thw"]}]})
+    with pytest.raises(AccelError, match="no candidate"):
+        candidates_of({"groups": []})
 
 
-def test_another_budget_reuses_the_calibration(done, model, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the calibration was made again")
-
-    monkeypatch.setattr(search_run.Calibrator, "__call__", refuse)
-    monkeypatch.setattr(search_run.Host, "generate", refuse)
-    plan, points = Search(model, settings(budget=0.2, validate=False), done.folder).run()
-    assert [p.time for p in points] == [p.time for p in done.points]
-    assert plan.expected["speedup"] >= done.plan.expected["speedup"]
-
-
-def test_a_killed_calibration_goes_on_with_the_next_prompt(model, tmp_path, monkeypatch):
-    begun = []
-    begin = search_run.Calibrator.begin
-
-    def killed_in_the_second(self):
-        begun.append(None)
-        if len(begun) == 2:
-            raise KeyboardInterrupt
-        begin(self)
-
-    monkeypatch.setattr(search_run.Calibrator, "begin", killed_in_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        Search(model, settings(validate=False), tmp_path).run()
-    Search(model, settings(validate=False), tmp_path).run()
-    assert len(begun) == 3  # prompt one; killed; prompt two
-
-
-def test_a_killed_probe_goes_on_with_the_next_band(model, tmp_path, monkeypatch):
-    quality = iter([12.5, KeyboardInterrupt])
-
-    def killed_in_the_second(video, dense):
-        found = next(quality)
-        if found is KeyboardInterrupt:
-            raise KeyboardInterrupt
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sensitivity, "psnr", killed_in_the_second)
-        with pytest.raises(KeyboardInterrupt):
-            Search(model, settings(validate=False), tmp_path).run()
-    Search(model, settings(validate=False), tmp_path).run()
-    (path,) = tmp_path.glob("probes-*.json")
-    known = json.loads(path.read_text())
-    assert known[model.calibration[0]]["0"] == 12.5  # made before the kill, and not made again
-    assert [len(bands) for bands in known.values()] == [2, 2]
-
-
-def test_sensitivity_is_the_error_of_the_mean_psnr_over_harm():
-    assert sensitivity.sensitivity([20.0, 40.0], 0.5) == pytest.approx(2e-3)
-    assert sensitivity.sensitivity([100.0], 0.0) == pytest.approx(1.0)
-    assert sensitivity.predicted_psnr(1e-3) == pytest.approx(30.0)
-    assert sensitivity.predicted_psnr(0.0) == 100.0
-
-
-def test_other_weights_are_calibrated_anew(done, model, monkeypatch):
-    monkeypatch.setattr(search_run, "fingerprint", lambda model: "other")
-    other = Search(model, settings(), done.folder)
-    monkeypatch.undo()
-    assert other.digest != Search(model, settings(), done.folder).digest
-
-
-@pytest.mark.parametrize("other", ["device_name", "versions", "code_digest"])
-def test_what_another_device_or_code_measured_is_not_taken_over(done, model, monkeypatch, other):
-    known = Search(model, settings(), done.folder).digest
-    monkeypatch.setattr(search_run, other, lambda *_: "another")
-    assert Search(model, settings(), done.folder).digest != known
-
-
-def test_an_estimator_that_cannot_use_the_block_is_refused_at_once(model, tmp_path):
-    select = {"kind": "antidiagonal", "keep": 0.5, "stride": 64}
-    group = {"select": [select], "orders": ["thw"], "rests": ["drop"]}
-    with pytest.raises(AccelError, match="stride"):
-        Search(model, settings(space={"groups": [group]}), tmp_path)
-
-
-@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5])
-def test_a_budget_outside_its_range_is_refused(budget):
-    with pytest.raises(AccelError, match=r"budget\.time is"):
-        settings(budget=budget)
-
-
-@pytest.mark.parametrize(
-    ("space", "message"),
-    [
-        ({"groups": []}, "no candidate"),
-        ({"groups": [{"select": [], "orders": ["thw"]}]}, "lacks rests"),
-        (
-            {"groups": [{"select": [{"kind": "windw"}], "orders": ["thw"], "rests": ["drop"]}]},
-            "did you mean 'window'",
-        ),
-    ],
-    ids=["empty", "incomplete", "misspelt"],
-)
-def test_a_space_that_cannot_be_searched_is_refused(space, message):
-    with pytest.raises(AccelError, match=message):
-        candidates_of(space)
+def test_what_was_measured_is_kept_plan_by_plan(done):
+    kept = json.loads(next(done.folder.glob("measured-*.json")).read_text())
+    assert all(
+        set(prompts) == set(done.plan.provenance["calibration"]) for prompts in kept.values()
+    )

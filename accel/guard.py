@@ -1,0 +1,109 @@
+"""Whether what was measured of a run still speaks for its sparse calls.
+
+Two questions: which heads of a new mask miss too much of the softmax mass, and whether the sparse
+calls of a site take longer than its dense ones. The second is asked of times that are there
+already: on a GPU only events that have passed count, and nothing waits.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median, median_low
+
+from jaxtyping import Float
+from torch import Tensor
+
+from accel.choice import Choice
+from accel.geometry import Site
+from accel.pattern import Skip
+from accel.records import DENSE_LABEL, Record, phase_label
+from accel.run_state import Run
+from accel.schedule import Schedule
+
+MARGIN = 1.1  # a site is slower when its sparse call takes longer than a dense one by this factor
+FEW = 3  # measured calls of either kind, below which nothing is said
+LEAST_S = 2e-4  # dense calls shorter than this are not worth the question
+
+
+def weak_heads(
+    recall: Float[Tensor, " heads"], floor: float, choices: Sequence[Choice]
+) -> tuple[int, ...]:
+    """Heads whose recall is under `floor`. Waits for the device.
+
+    Heads that keep no block on purpose have none to lose.
+    """
+    return tuple(
+        head
+        for head, (share, choice) in enumerate(zip(recall.tolist(), choices, strict=True))
+        if share < floor and not isinstance(choice.select, Skip)
+    )
+
+
+def is_slower(dense: Sequence[float], sparse: Sequence[float], more: float = 0.0) -> bool:
+    """Whether sparse calls are slower than dense ones beyond what noise explains.
+
+    dense, sparse: seconds of calls, at least FEW of each; more: seconds that a sparse call pays
+    besides, its part in the making of masks. The median sparse call has to take MARGIN times the
+    median dense one: a call that compiles does not decide. And the fastest sparse call has to take
+    longer than the fastest dense one: other work on the machine only ever adds time, so a burst of
+    it does not decide either.
+    """
+    if min(len(dense), len(sparse)) < FEW or median(dense) < LEAST_S:
+        return False
+    slower = median(sparse) + more > MARGIN * median(dense)
+    return slower and min(sparse) + more > min(dense)
+
+
+def slower_than_dense(
+    schedule: Schedule,
+    run: Run,
+    site: Site,
+    choices: Sequence[Choice],
+    records: Mapping[tuple[str, str], Record],
+) -> str | None:
+    """What was measured, where the sparse calls of a site are slower than its dense ones.
+
+    Each band is judged by its own calls, as they stand.
+    """
+    dense = records.get((site.name, DENSE_LABEL))
+    sparse = records.get((site.name, phase_label(run.phase.band)))
+    if dense is None or sparse is None:
+        return None
+    for record in (dense, sparse):
+        record.settle(wait=False)
+    more = 0.0
+    # masks of patterns alone are made once for all sites: no site pays for them
+    if any(c.online for c in choices):
+        more = _making_seconds(sparse, records.values(), _masks_per_call(schedule, run, sparse))
+    if not is_slower(dense.seconds, sparse.seconds, more):
+        return None
+    took, would = ((1000 * s) for s in (median(sparse.seconds) + more, median(dense.seconds)))
+    return (
+        f"{took:.2f} ms with masks against {would:.2f} ms, medians of {len(sparse.seconds)} and"
+        f" {len(dense.seconds)} calls"
+    )
+
+
+def _making_seconds(own: Record, records: Iterable[Record], masks_per_call: float) -> float:
+    """What a sparse call pays for its masks and for its look at their drift.
+
+    A mask has the median price of the site's masks or of all sites', whichever is lower: a site
+    may have made a single one, which compiled.
+    """
+    looks = median(own.check_seconds) if own.check_seconds else 0.0
+    if not own.mask_seconds:
+        return looks
+    every = [s for record in records for s in record.mask_seconds]
+    return looks + masks_per_call * min(median_low(own.mask_seconds), median_low(every))
+
+
+def _masks_per_call(schedule: Schedule, run: Run, sparse: Record) -> float:
+    """Masks over calls of the band that is running: by the schedule, or more where drift made more.
+
+    A mask is spread over all calls that it serves, those to come among them.
+    """
+    assert run.where is not None
+    assert run.phase.band is not None
+    steps = schedule.steps_of(run.phase.band, run.where.total)
+    looks: float = len(set(steps))
+    if schedule.drift is not None:
+        looks = max(looks, len(sparse.mask_seconds) / (run.outputs.calls_before or 1))
+    return looks / len(steps)

@@ -1,0 +1,78 @@
+"""Sliding tile attention (arXiv 2502.04507)."""
+
+from math import prod
+
+from accel.choice import Choice
+from accel.geometry import Geometry
+from accel.pattern import Extent
+from accel.pattern_tiles import TileWindow
+from accel.plan import Plan
+from accel.profile import Profile
+from accel.recipes.choosing import by_site, even_bands
+from accel.recipes.registry import Demand, published
+from accel.schedule import Schedule
+
+# tiles of the windows of its code for HunyuanVideo, as parts of the (3, 6, 10) tiles there
+WINDOWS: tuple[tuple[Extent, Extent, Extent], ...] = (
+    (1.0, 1 / 6, 1.0),
+    (1 / 3, 5 / 6, 0.7),
+    (1.0, 0.5, 0.3),
+    (1 / 3, 1.0, 0.5),
+    (1 / 3, 0.5, 1.0),
+    (1.0, 1.0, 0.1),
+)
+
+
+def _demand(
+    _: Geometry,
+    tile: tuple[int, int, int],
+    windows: tuple[tuple[Extent, Extent, Extent], ...],
+    bands: int,
+    dense_start: float,
+) -> Demand:
+    tokens = prod(tile)
+    return Demand(
+        candidates=tuple(
+            Choice(TileWindow(tile, window), order="tile({},{},{})".format(*tile))
+            for window in windows
+        ),
+        schedule=Schedule(dense_start=dense_start, bands=even_bands(bands, dense_start)),
+        block=(tokens, tokens),
+    )
+
+
+@published(demand=_demand)
+def sta(
+    geometry: Geometry,
+    profile: Profile,
+    *,
+    tile: tuple[int, int, int] = (4, 4, 4),
+    windows: tuple[tuple[Extent, Extent, Extent], ...] = WINDOWS,
+    bands: int = 5,
+    dense_start: float = 0.24,
+) -> Plan:
+    """Sliding tile attention: per layer, step band and head the window of tiles of least error.
+
+    Tokens lie tile by tile, a block is a tile, and a window holds whole tiles, so no block is cut.
+    The candidates keep about equally much, so the least error of the head's output decides; there
+    is no dense one. 12 of 50 steps are dense (arXiv 2502.04507).
+
+    What departs: tiles are of 4 x 4 x 4 tokens, a block of the kernels here, where the paper has
+    6 x 8 x 8; windows are parts of the grid's tiles, those of the published ones for HunyuanVideo;
+    and the choice is made in `bands` equal parts of the run, not for every step.
+    """
+    asked = _demand(geometry, tile, windows, bands, dense_start)
+    return Plan.of(
+        "sta",
+        geometry,
+        by_site(
+            geometry,
+            bands,
+            lambda key, _: [
+                profile.candidates[i] for i in profile.head_errors[key].argmin(0).tolist()
+            ],
+        ),
+        schedule=asked.schedule,
+        block=asked.block,
+        provenance={"recipe": "sta", "tile": list(tile)},
+    )

@@ -1,0 +1,70 @@
+"""The masks of a run: found once, shared where that is right, found anew when they are stale."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from accel.choice import Choice
+from accel.drift import BlockMeans
+from accel.geometry import Site
+from accel.masks import SiteMask, site_mask
+from accel.plan import Plan
+from accel.records import Record, Stopwatch
+from accel.run_state import Run
+
+
+def found_mask(
+    plan: Plan,
+    run: Run,
+    site: Site,
+    choices: tuple[Choice, ...],
+    record: Record,
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    v: Float[Tensor, "batch kv_heads tokens dim"],
+) -> tuple[tuple[Any, ...], SiteMask]:
+    """The mask of a call of `site` and its key in `run.masks`; made where none still holds.
+
+    Masks of patterns alone hold for a run, and for all sites and branches with the same choices.
+    Those that looked at q and k belong to a site and branch, and hold until the next refresh point
+    of the schedule, or until q and k have drifted away.
+    """
+    assert run.layout is not None
+    assert run.where is not None
+    online = [h for h, c in enumerate(choices) if c.online]
+    owner = (site.name, run.where.branch) if online else None
+    generation = run.phase.generation if online else None
+    key = (owner, choices, generation, q.shape[0] if online else None, q.device)
+    rows = (owner, q.shape[0], q.device)
+    chosen = run.masks.get(key)
+    bound = plan.schedule.drift
+    if online and bound is not None:
+        watch = Stopwatch(record, q.device, "check_seconds")
+        means = BlockMeans.of(q, k, plan.block, run.layout.valid_length)
+        if chosen is not None and means.has_left(run.anchors[owner], bound, online):
+            chosen = None
+            run.lse.pop(rows, None)  # the rows have moved as well
+        if chosen is None:
+            run.anchors[owner] = means
+        watch.stop()
+    if chosen is None:
+        if owner is not None:
+            run.let_go(owner)
+        watch = Stopwatch(record, q.device, "mask_seconds")
+        lse = run.lse.pop(rows, {})
+        if plan.schedule.looks_again(run.phase):
+            run.lse[rows] = lse
+        chosen = run.masks[key] = site_mask(
+            choices,
+            q,
+            k,
+            v,
+            layout=run.layout,
+            block=plan.block,
+            lse=lse,
+            patterns=run.patterns,
+            precision=plan.precision_of(site.name),
+        )
+        watch.stop()
+    return key, chosen

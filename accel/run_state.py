@@ -1,0 +1,84 @@
+"""The state of one generation: where it stands, and what it keeps from call to call."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from accel.context import Where
+from accel.drift import BlockMeans
+from accel.kernels.block_mask import BlockMask
+from accel.layout import Layout
+from accel.masks import SiteMask
+from accel.schedule import Phase
+from accel.stand_in import Outputs
+
+UNNAMED_CALLS = 3  # of one step at most: guidance in three directions
+
+
+@dataclass(slots=True)
+class Run:
+    """What one generation keeps between steps. A fresh one replaces it when a run begins.
+
+    where, layout: the last ones known; placed: whether the call of the moment has a place of its
+    own; first_step, first_branches: where the run began.
+    said: the last place as it was given; turns: calls of its step so far, by branch.
+    anchors: means of the blocks that the masks of a site and branch were made for; weak: heads
+    under the plan's floor of recall, while their mask lives; off: sites that were measured to be
+    slower than dense, with the reason; outputs: what later calls take over.
+    """
+
+    where: Where | None = None
+    layout: Layout | None = None
+    placed: bool = False
+    phase: Phase = field(default_factory=lambda: Phase(None, 0))
+    reason: str | None = None
+    masks: dict[Any, SiteMask] = field(default_factory=dict)
+    full: dict[Any, BlockMask] = field(default_factory=dict)
+    patterns: dict[Any, Tensor] = field(default_factory=dict)
+    lse: dict[Any, dict[int, Tensor]] = field(default_factory=dict)
+    recalls: dict[Any, Tensor] = field(default_factory=dict)
+    weak: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    anchors: dict[Any, BlockMeans] = field(default_factory=dict)
+    off: dict[str, str] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=Outputs)
+    first_step: int | None = None
+    first_branches: set[str] = field(default_factory=set)
+    said: Where | None = None
+    turns: Counter[str] = field(default_factory=Counter)
+
+    def take(self, where: Where) -> None:
+        """Note `where`; the second call of a step under one name is the branch "name#2"."""
+        if self.said is None or self.said.step != where.step:
+            self.outputs.next_step()
+            self.turns.clear()
+        self.said = where
+        self.outputs.calls += 1
+        self.turns[where.branch] += 1
+        turn = self.turns[where.branch]
+        self.where = where if turn == 1 else replace(where, branch=f"{where.branch}#{turn}")
+        if self.first_step is None:
+            self.first_step = where.step
+        if where.step == self.first_step:
+            self.first_branches.add(self.where.branch)
+
+    def forget(self) -> None:
+        """Let go of what was found in the queries and keys of earlier steps."""
+        self.masks = {key: mask for key, mask in self.masks.items() if key[0] is None}
+        for found in (self.lse, self.recalls, self.weak, self.anchors):
+            found.clear()
+        self.outputs = Outputs()
+        self.first_step = None
+        self.first_branches.clear()
+
+    def let_go(self, owner: tuple[str, str]) -> None:
+        """Drop the masks of a site and branch, and what was seen of them."""
+        self.masks = {key: mask for key, mask in self.masks.items() if key[0] != owner}
+        for seen in (self.recalls, self.weak):
+            for key in [key for key in seen if key[:2] == owner]:
+                del seen[key]
+
+    def stands_still(self, branch: str) -> bool:
+        """Whether a step has more calls than guidance makes: then nobody steps the scheduler."""
+        return self.turns[branch] > (1 if branch else UNNAMED_CALLS)

@@ -1,0 +1,198 @@
+"""The arms of a comparison: dense, plans, fronts of plans, recipes, caches, and plans with caches.
+
+An arm's `identity` names what it does; its measurements are kept under it (`compare_book`).
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accel.errors import AccelError, PlanError, nearest
+from accel.pipelines.caches import CacheSpec
+from accel.pipelines.enable import HUB_FILE
+from accel.pipelines.host import find_path
+from accel.plan import Plan
+from accel.recipes import RECIPES
+from accel.untrusted import refuse_constant, table, typed
+
+# recipes that leave nothing out, called like the precision they compute in
+OWN_DENSE = ("full", "half")
+# what an arm is, in the order of tables, and what many of a kind are called
+KINDS = {
+    "dense": "dense",
+    "plan": "plans",
+    "front": "fronts",
+    "recipe": "recipes",
+    "cache": "caches",
+    "plan + cache": "plan + cache",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSpec:
+    """One arm. plan: a plan file, the name of a recipe, or None for an arm without one.
+
+    identity: names what the plan does and expects, since it runs dense where it expects dense to
+    be faster; what cannot be read has only its path. cache: `CacheSpec.identity`, or "". front:
+    the front that the plan is a point of, or "".
+    """
+
+    name: str
+    plan: str | None = None
+    identity: str = ""
+    kind: str = "dense"
+    cache: str = ""
+    front: str = ""
+
+    @classmethod
+    def of(cls, name: str, plan: str, kind: str = "plan", front: str = "") -> "ArmSpec":
+        identity, path = plan, Path(plan)
+        if path.exists():
+            with suppress(PlanError):
+                found = Plan.load(path / HUB_FILE if path.is_dir() else path)
+                expected = json.dumps(found.expected, sort_keys=True)
+                identity = f"{found.digest} {expected}"
+        return cls(name, plan, identity, kind, front=front)
+
+    def with_cache(self, name: str, spec: CacheSpec) -> "ArmSpec":
+        """The same plan and this cache at once."""
+        named = f"{self.name}+{name}"
+        return replace(self, name=named, kind="plan + cache", cache=spec.identity, front="")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its plan or its cache chooses by a calibration of the model."""
+        if self.cache and json.loads(self.cache)["cache"] == "magcache":
+            return True
+        return self.plan in RECIPES and RECIPES[self.plan].demand is not None
+
+
+DENSE = ArmSpec("dense")
+
+
+def dense_arms(baselines: Sequence[str]) -> tuple[ArmSpec, ...]:
+    """Arms that leave nothing out: the host's own attention, then accel's."""
+    return (DENSE, *(ArmSpec.of(name, name, "dense") for name in baselines[1:]))
+
+
+def recipe_names(recipes: Sequence[str]) -> tuple[str, ...]:
+    """The recipes that are asked for; `all` stands for every one that leaves something out."""
+    names: list[str] = []
+    for name in recipes:
+        if name == "all":
+            names += [n for n in RECIPES if n not in OWN_DENSE]
+        elif name not in RECIPES:
+            raise PlanError(f"there is no recipe {name!r}; {nearest(name, [*RECIPES, 'all'])}")
+        else:
+            names.append(name)
+    return tuple(dict.fromkeys(names)) if "all" in recipes else tuple(names)
+
+
+def named_caches(caches: Any) -> dict[str, CacheSpec]:
+    """`caches` of the configuration (nothing, a name, a list of them, or names with what they
+    are) by name.
+    """
+    if caches is None:
+        return {}
+    if isinstance(caches, Mapping):
+        return {str(name): CacheSpec.of(what) for name, what in caches.items()}
+    specs = [CacheSpec.of(one) for one in ([caches] if isinstance(caches, str) else caches)]
+    named = {spec.kind: spec for spec in specs}
+    if len(named) != len(specs):
+        raise AccelError(f"two caches have the same name among {caches}; caches={{name: cache}}")
+    return named
+
+
+def named_plans(plan: Any) -> dict[str, str]:
+    """`plan` of the configuration (nothing, a path, a list, or names with paths) by name.
+
+    Files are read once here: one that is missing or broken is an error before anything is measured.
+    """
+    if plan is None or plan == "":
+        return {}
+    if isinstance(plan, str):
+        plan = [plan]
+    if not isinstance(plan, Mapping):
+        named = {Path(str(path)).stem: str(path) for path in plan}
+        if len(named) != len(plan):
+            raise AccelError(
+                f"two plans have the same name among {list(plan)}; plan={{name: path}}"
+            )
+        plan = named
+    for name, path in plan.items():
+        if str(path).endswith(".json"):
+            file = Path(find_path(str(path)))
+            if not file.is_file():
+                raise AccelError(f"plan {name!r}: there is no file {str(path)!r}")
+            Plan.load(file)
+    return {str(name): str(path) for name, path in plan.items()}
+
+
+def named_fronts(front: Any) -> dict[str, tuple[str, ...]]:
+    """`front` of the configuration (nothing, a path, or names with paths): the plan files of each.
+
+    One that is not named is called "front". All files are read once here.
+    """
+    if front is None or front == "":
+        return {}
+    if not isinstance(front, Mapping):
+        front = {"front": front}
+    for name in front:
+        if name in KINDS.values():
+            raise AccelError(f"a front cannot be called {name!r}, as other arms together are")
+    return {str(name): read_front(str(path)) for name, path in front.items()}
+
+
+def read_front(path: str) -> tuple[str, ...]:
+    """The plan files of a front that accel-search wrote, in its order; names are relative to it."""
+    file = Path(find_path(path))
+    if not file.is_file():
+        raise AccelError(f"front: there is no file {path!r}")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise AccelError(f"front {path!r} is not a whole JSON file: {error}") from error
+    points = typed("points", table(f"front {path!r}", data, None, {"points"})["points"], list)
+    if not points:
+        raise AccelError(f"front {path!r} has no points")
+    plans = []
+    for point in points:
+        name = typed("plan", table("a point of the front", point, None, {"plan"})["plan"], str)
+        plan = file.parent / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not plan.is_file():
+            raise AccelError(f"front {path!r}: there is no plan file {name!r} beside it")
+        Plan.load(plan)
+        plans.append(str(plan))
+    return tuple(plans)
+
+
+def combined_arms(
+    combined: Any, plans: Mapping[str, ArmSpec], caches: Mapping[str, CacheSpec]
+) -> list[ArmSpec]:
+    """Arms of a plan with a cache. combined: [{plan: name of an arm, cache: name}, ...], or "all":
+    every one of the comparison's plans, its fronts and recipes aside, with every one of its caches.
+    """
+    if combined == "all":
+        chosen = [arm for arm in plans.values() if arm.kind == "plan"]
+        return [arm.with_cache(name, spec) for arm in chosen for name, spec in caches.items()]
+    arms = []
+    for pair in combined or ():
+        if not isinstance(pair, Mapping) or set(pair) != {"plan", "cache"}:
+            raise AccelError(f"combined has {pair!r:.80}; it is 'all' or a list of {{plan, cache}}")
+        plan, cache = str(pair["plan"]), pair["cache"]
+        if plan not in plans:
+            raise AccelError(f"combined: there is no plan {plan!r}; {nearest(plan, plans)}")
+        spec = caches[cache] if cache in caches else CacheSpec.of(cache)
+        arms.append(plans[plan].with_cache(str(cache), spec))
+    return arms
+
+
+def check_names(arms: Iterable[ArmSpec]) -> None:
+    """Names are folders, so each is there once."""
+    names = [arm.name for arm in arms]
+    for name in names:
+        if names.count(name) > 1 or not name or set(name) & set("/\\:"):
+            raise AccelError(f"an arm cannot be called {name!r}; name it: plan={{name: path}}")

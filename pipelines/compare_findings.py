@@ -1,0 +1,200 @@
+"""What arms say together: fronts, hypervolumes, predictions, plans that travelled."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from accel.cost_calibration import mape, rank_correlation
+from accel.pipelines.trade_off import (
+    CAP_DB,
+    FLOOR_DB,
+    Point,
+    hypervolume,
+    quality_at,
+    unbeaten,
+)
+
+Arms = Mapping[str, Mapping[str, Any]]
+# kinds of arms that are judged together, by the name of the set
+JUDGED = {"recipes": "recipe", "caches": "cache", "plan + cache": "plan + cache"}
+
+
+def findings_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results with what the arms say together: `arms` with `against_front`, `trade_off`,
+    `prediction` and `travelled`.
+    """
+    arms: Arms = results["arms"]
+    lines = lines_of(arms)
+    fronts = {name: line for name, line in lines.items() if arms[line[0]]["kind"] == "front"}
+    judged = {
+        name: {**arm, "against_front": _against(arms, name, fronts)} for name, arm in arms.items()
+    }
+    return {
+        "arms": judged,
+        "trade_off": {
+            "reference": {"time": 1.0, "psnr_floor": FLOOR_DB, "psnr_cap": CAP_DB},
+            "lines": lines,
+            "hypervolume": {
+                name: hypervolume(_points(arms, members)) for name, members in _sets(arms).items()
+            },
+        },
+        "prediction": prediction_of(arms),
+        "travelled": travelled(arms),
+    }
+
+
+def point_of(arm: Mapping[str, Any]) -> Point | None:
+    """(time as a fraction of the fastest dense, mean PSNR); None where either was not measured."""
+    if not arm.get("speedup") or not arm.get("psnr"):
+        return None
+    return 1 / arm["speedup"], arm["psnr"]["mean"]
+
+
+def lines_of(arms: Arms) -> dict[str, list[str]]:
+    """What is drawn as a line: by name, its arms by rising time.
+
+    Of a front that was searched, all points; of plans with caches, those that no other one beats.
+    """
+    lines: dict[str, list[str]] = {}
+    for name, members in _sets(arms).items():
+        made = {arm: p for arm in members if (p := point_of(arms[arm])) is not None}
+        if name == "plan + cache":
+            kept = unbeaten(made.values())
+            made = {arm: p for arm, p in made.items() if p in kept}
+        elif any(arms[arm]["kind"] != "front" for arm in made):
+            continue
+        if made:
+            lines[name] = sorted(made, key=lambda arm: made[arm])
+    return lines
+
+
+def prediction_of(arms: Arms) -> dict[str, Any] | None:
+    """How far predicted times are from measured ones, over the arms that have both; None for none.
+
+    mape: mean absolute error as a fraction of the measured time. rank_correlation: Spearman's.
+    """
+    pairs = [
+        (1 / arm["predicted_speedup"], 1 / arm["speedup"])
+        for arm in arms.values()
+        if arm["kind"] != "dense" and arm["predicted_speedup"] and arm["speedup"]
+    ]
+    if not pairs:
+        return None
+    return {
+        "plans": len(pairs),
+        "mape": mape(pairs),
+        "rank_correlation": rank_correlation(pairs),
+    }
+
+
+def travelled(arms: Arms) -> dict[str, dict[str, Any]]:
+    """The plans that were made elsewhere than they ran here, by arm: where they were made, and what
+    they lose against the plan made here that is nearest in time.
+
+    loss_db: how much lower their PSNR is; time_ratio: their time over that plan's.
+    """
+    placed = {
+        name: arm
+        for name, arm in arms.items()
+        if arm["kind"] in ("plan", "front", "recipe") and arm.get("made_at") and arm.get("call")
+    }
+    here = {n: p for n, a in placed.items() if a["made_at"] == a["call"] and (p := point_of(a))}
+    found = {}
+    for name, arm in placed.items():
+        if arm["made_at"] == arm["call"]:
+            continue
+        found[name] = {"made_at": arm["made_at"], "ran_at": arm["call"]}
+        point = point_of(arm)
+        if point is not None and here:
+            other = min(here, key=lambda n: abs(here[n][0] - point[0]))
+            time, psnr = here[other]
+            found[name] |= {
+                "against": other,
+                "loss_db": psnr - point[1],
+                "time_ratio": point[0] / time,
+            }
+    return found
+
+
+def sentences_of(results: Mapping[str, Any]) -> list[str]:
+    """The findings in words, one line each."""
+    arms: Arms = results["arms"]
+    lines = []
+    areas = results["trade_off"]["hypervolume"]
+    if len(areas) > 1:
+        listed = ", ".join(f"{name} {area:.2f}" for name, area in areas.items())
+        lines.append(
+            f"hypervolume (time below the fastest dense run times dB from {FLOOR_DB:g} to"
+            f" {CAP_DB:g}): {listed}"
+        )
+    for front in _fronts(arms):
+        above = {
+            name: arm["against_front"][front]["above_db"]
+            for name, arm in arms.items()
+            if arm["kind"] == "recipe" and front in arm["against_front"]
+        }
+        if above:
+            least = min(above, key=above.__getitem__)
+            lines.append(
+                f"at the time of every recipe that it reaches ({len(above)}), {front} has at least"
+                f" {above[least]:+.1f} dB; nearest is {least}"
+            )
+    told = results["prediction"]
+    if told is not None:
+        ranks = told["rank_correlation"]
+        order = "" if ranks is None else f"; rank correlation {ranks:.2f}"
+        lines.append(
+            f"predicted times are off by {told['mape']:.1%} in the mean over {told['plans']}"
+            f" plans{order}"
+        )
+    for name, one in results["travelled"].items():
+        told_place, ran = _place(one["made_at"]), _place(one["ran_at"])
+        if "against" in one:
+            verb = "loses" if one["loss_db"] >= 0 else "gains"
+            lines.append(
+                f"found at {told_place}, {name!r} {verb} {abs(one['loss_db']):.1f} dB against"
+                f" {one['against']!r}, which was searched here ({ran}), at"
+                f" {one['time_ratio']:.2f} times its time"
+            )
+        else:
+            lines.append(f"{name!r} was found at {told_place} and ran at {ran}")
+    return lines
+
+
+def _place(where: Mapping[str, Any]) -> str:
+    return f"{'x'.join(map(str, where['grid']))} in {where['steps']} steps"
+
+
+def _fronts(arms: Arms) -> list[str]:
+    return list(dict.fromkeys(a["front"] for a in arms.values() if a["kind"] == "front"))
+
+
+def _sets(arms: Arms) -> dict[str, list[str]]:
+    """Arms that are judged together, by name: fronts, recipes, caches, plans with caches."""
+    sets = {
+        front: [n for n, a in arms.items() if a["kind"] == "front" and a["front"] == front]
+        for front in _fronts(arms)
+    }
+    for kind, name in (
+        ("recipe", "recipes"),
+        ("cache", "caches"),
+        ("plan + cache", "plan + cache"),
+    ):
+        sets[name] = [n for n, arm in arms.items() if arm["kind"] == kind]
+    return {name: members for name, members in sets.items() if members}
+
+
+def _points(arms: Arms, names: Iterable[str]) -> list[Point]:
+    return [point for name in names if (point := point_of(arms[name])) is not None]
+
+
+def _against(arms: Arms, name: str, fronts: Mapping[str, list[str]]) -> dict[str, Any]:
+    """For every front, its PSNR at the time of this arm, and how much that is above the arm's."""
+    point = point_of(arms[name])
+    if point is None or arms[name]["kind"] in ("dense", "front"):
+        return {}
+    found = {}
+    for front, members in fronts.items():
+        psnr = quality_at(_points(arms, members), point[0])
+        if psnr is not None:
+            found[front] = {"psnr": psnr, "above_db": psnr - point[1]}
+    return found

@@ -1,0 +1,279 @@
+"""The trials of a search: an Optuna study that survives its workers.
+
+Every worker asks for a genome, evaluates it in its own process, and tells the result; the storage
+is all they share. What is asked depends on the storage and the seed alone, not on a random state
+that a process takes with it: a search that was killed and goes on finds what it would have found.
+
+* A trial whose worker is gone is taken over under its own number: nothing is lost or moved.
+* The first generation is enqueued when the study is made. A trial that was enqueued has no
+  generation unless the sampler is asked for it, and would never become a parent.
+* Children are made by `Genes.child` from two tournaments among the parents that NSGA-II selected,
+  moved by `repair` to where they are feasible, and drawn again while they are known. One that is
+  known all the same is answered with the value that it had.
+* A worker that sees more trials under way than are wanted gives its own back.
+
+Uses a few names of Optuna that are not public, for each of which there is a test: the id of a trial
+(`_trial_id`), by which a trial is taken over, and `get_trial_generation` of its samplers.
+"""
+
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.samplers import NSGAIISampler
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from accel.errors import AccelError
+from accel.search.genome import Genes, Genome
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, one worker
+    fcntl = None  # type: ignore[assignment]
+
+ATTEMPTS = 200  # children drawn before one that is known is taken
+STALE_S = 3600.0  # a worker of another machine that says nothing for so long is gone
+WAIT_S = 0.5
+
+MINIMIZE, MAXIMIZE = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
+DIRECTIONS = (MINIMIZE, MAXIMIZE)  # time, quality; a third objective is memory
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished trial. values: time as a fraction of the host's dense, quality in dB, and peak
+    memory in bytes where that is an objective.
+    """
+
+    number: int
+    genome: Genome
+    values: tuple[float, ...]
+
+
+def open_storage(where: str, folder: Path) -> BaseStorage:
+    """The storage that `where` names: a URL that Optuna knows, a journal file, or, with "", the
+    journal `study.log` of the folder.
+    """
+    if "://" in where:
+        try:
+            return optuna.storages.get_storage(where)
+        except Exception as error:  # of SQLAlchemy, of a driver that is missing, of a server
+            raise AccelError(f"storage {where!r} cannot be opened: {error!s:.300}") from error
+    path = Path(where) if where else folder / "study.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Workers on one machine, or on one file system with locks, pass here one by one; a lock ends
+    with its process, however that ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Trials:
+    """The study of one search.
+
+    provenance: what values depend on; a study of another one is refused. first: genomes of the
+    first generation, as many as a population has. memory: whether that is a third objective.
+    """
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        genes: Genes,
+        provenance: Mapping[str, Any],
+        first: Sequence[Genome],
+        *,
+        repair: Callable[[Genome], Genome],
+        seed: int,
+        lock: Path,
+        memory: bool = False,
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage = storage
+        self._name = name
+        self._genes = genes
+        self._seed = seed
+        self._repair = repair
+        self._lock = lock
+        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+        self._space = {n: IntDistribution(0, s - 1) for n, s in genes.sizes.items()}
+        self._strategy = _Offspring(genes, seed, repair)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._sampler = NSGAIISampler(
+                population_size=max(2, len(first)),
+                seed=seed,
+                child_generation_strategy=self._strategy,
+            )
+        more = (MINIMIZE,) if memory else ()
+        with one_at_a_time(lock):
+            self._study = optuna.create_study(
+                storage=storage,
+                study_name=name,
+                sampler=self._sampler,
+                directions=[*DIRECTIONS, *more],
+                load_if_exists=True,
+            )
+            self._check(provenance)
+            if "first_generation" not in self._study.user_attrs:
+                for genome in first:
+                    self._study.enqueue_trial(genes.to_params(genome), skip_if_exists=True)
+                self._study.set_user_attr("first_generation", len(first))
+
+    def _check(self, provenance: Mapping[str, Any]) -> None:
+        known = self._study.user_attrs.get("provenance")
+        if known is None:
+            self._study.set_user_attr("provenance", dict(provenance))
+            return
+        for key in dict.fromkeys([*known, *provenance]):
+            if known.get(key) != provenance.get(key):
+                raise AccelError(
+                    f"the study {self._name!r} was made with {key} {known.get(key)!r:.120}, this"
+                    f" search has {provenance.get(key)!r:.120}; their values are not comparable:"
+                    " take another study=… or another out=…"
+                )
+
+    @property
+    def finished(self) -> list[Done]:
+        """Every finished trial, by number."""
+        return [
+            Done(t.number, self._genes.from_params(t.params), tuple(t.values))
+            for t in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        ]
+
+    def note(self, number: int, name: str, value: Any) -> None:
+        """Keep something beside trial `number`, for those who look at the study."""
+        found = self._study.get_trials(deepcopy=False)[number]
+        self._storage.set_trial_user_attr(found._trial_id, name, value)
+
+    def run(
+        self,
+        wanted: int,
+        evaluate: Callable[[Genome], Sequence[float]],
+        told: Callable[[Done], None] = lambda done: None,
+    ) -> None:
+        """Evaluate until the study has `wanted` finished trials, whoever finishes them."""
+        while True:
+            finished = self.finished
+            if len(finished) >= wanted:
+                return
+            claimed = self._claim(wanted)
+            if claimed is None:
+                time.sleep(WAIT_S)  # others are at the last ones
+                continue
+            number, genome = claimed
+            known = {done.genome: done for done in reversed(self.finished)}
+            if genome in known:
+                values: Sequence[float] = known[genome].values
+                self.note(number, "same_as", known[genome].number)
+            else:
+                values = evaluate(genome)
+            self._study.tell(number, list(values), skip_if_finished=True)
+            told(Done(number, genome, tuple(values)))
+
+    def _claim(self, wanted: int) -> tuple[int, Genome] | None:
+        """A trial to evaluate: one whose worker is gone, or a new one; None where all are taken."""
+        with one_at_a_time(self._lock):
+            trials = self._study.get_trials(deepcopy=False)
+            for trial in trials:
+                if trial.state == TrialState.RUNNING and self._gone(trial):
+                    return self._take(trial._trial_id)
+            alive = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.RUNNING)]
+            if len(alive) >= wanted:
+                return None
+            return self._take(self._study.ask()._trial_id)
+
+    def _take(self, trial_id: int) -> tuple[int, Genome]:
+        trial = Trial(self._study, trial_id)
+        trial.set_user_attr("worker", self._me)
+        self._strategy.number = trial.number
+        self._sampler.get_trial_generation(self._study, self._storage.get_trial(trial_id))
+        params = {n: trial.suggest_int(n, 0, d.high) for n, d in self._space.items()}
+        return trial.number, self._genes.from_params(params)
+
+    def _gone(self, trial: FrozenTrial) -> bool:
+        """Whether the worker of a running trial has ended."""
+        worker = trial.user_attrs.get("worker")
+        if worker is None:
+            return True  # claims are made one at a time, and this one was not finished
+        if worker == self._me:
+            return True  # an evaluation of this process that an error or Ctrl-C ended
+        if worker["host"] == self._me["host"]:
+            return _began(worker["pid"]) != worker["began"]
+        began = trial.datetime_start
+        return began is not None and time.time() - began.timestamp() > STALE_S
+
+
+def _began(pid: int) -> str | None:
+    """When a process of this machine began, in the kernel's ticks; None where there is none."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.joinpath("self").exists():
+        try:
+            return stat.read_text().rsplit(")", 1)[1].split()[19]
+        except (OSError, IndexError):
+            return None
+    try:
+        os.kill(pid, 0)
+    except (OSError, ValueError):
+        return None
+    return "running"
+
+
+class _Offspring:
+    """Optuna's `child_generation_strategy`: a child of two of the parents that NSGA-II selected.
+
+    number: of the trial that is being made; with the seed it is all the randomness there is.
+    """
+
+    def __init__(self, genes: Genes, seed: int, repair: Callable[[Genome], Genome]) -> None:
+        self._genes = genes
+        self._seed = seed
+        self._repair = repair
+        self.number = 0
+
+    def __call__(
+        self, study: Study, search_space: dict[str, Any], parent_population: list[FrozenTrial]
+    ) -> dict[str, int]:
+        rng = Random(f"{self._seed} {self.number}")
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        trials = study.get_trials(deepcopy=False, states=states)
+        names = self._genes.sizes.keys()
+        known = {self._genes.from_params(t.params) for t in trials if names <= t.params.keys()}
+        parents = sorted((self._genes.from_params(t.params), t.values) for t in parent_population)
+        for _ in range(ATTEMPTS):
+            one, other = (_tournament(rng.choices(parents, k=2), study) for _ in range(2))
+            child = self._repair(self._genes.child(one, other, rng))
+            if child not in known:
+                break
+        else:
+            child = self._repair(self._genes.random(rng))
+        return self._genes.to_params(child)
+
+
+def _tournament(pair: Sequence[tuple[Genome, Sequence[float]]], study: Study) -> Genome:
+    """The better of two parents, the first where neither is better in everything."""
+    (one, a), (other, b) = pair
+    signs = [1 if d == MINIMIZE else -1 for d in study.directions]
+    gains = [s * (x - y) for s, x, y in zip(signs, a, b, strict=True)]
+    return other if all(g >= 0 for g in gains) and any(g > 0 for g in gains) else one
