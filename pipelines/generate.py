@@ -1,4 +1,4 @@
-"""`accel-generate`: one video from one prompt, with a plan or without."""
+"""`accel-generate`: one video from one prompt, with a plan or a cache, both or neither."""
 
 import time
 from typing import Any
@@ -8,6 +8,8 @@ from omegaconf import OmegaConf
 
 from accel.command import run_command
 from accel.errors import AccelError
+from accel.pipelines.cache_hooks import enable_cache, magnitude_ratios
+from accel.pipelines.caches import CacheSpec
 from accel.pipelines.enable import enable, summary
 from accel.pipelines.host import Host, find_path
 from accel.pipelines.model_settings import model_config
@@ -20,11 +22,17 @@ def generate(config: dict[str, Any]) -> None:
     if not prompt:
         raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
     model = model_config(config["model"])
+    cache = None if config["cache"] is None else CacheSpec.of(config["cache"])
     path = checked_path(config["out"])
     host = Host(model)
     if config["plan"]:
         enable(host.pipe, find_path(config["plan"]), strict=config["strict"])
     overrides = {} if config["steps"] is None else {"num_inference_steps": config["steps"]}
+    if cache is not None:
+        ratios = None
+        if cache.kind == "magcache":  # which a whole generation has to come before
+            ratios = magnitude_ratios(host, model.calibration[0], 0)
+        enable_cache(host.pipe, cache, steps=config["steps"] or host.steps, ratios=ratios)
     begun = time.perf_counter()
     host.pipe.set_progress_bar_config(disable=False)
     video = host.generate(prompt, config["seed"], **overrides)

@@ -45,7 +45,10 @@ CODE = (
     *(HERE / f"{name}.py" for name in ("objective", "prepare", "sensitivity")),
     *(
         HERE.parent / "pipelines" / f"{name}.py"
-        for name in ("calibration", "calibrator", "host", "pricing")
+        for name in (
+            *("calibration", "calibrator", "candidate_measures"),
+            *("cost_files", "dense_run", "host", "pricing"),
+        )
     ),
 )
 
@@ -130,10 +133,7 @@ def prepare(host: Host, settings: SearchSettings, folder: Path) -> Known:
     }
     first = tables[settings.precisions[0]]
     static = {c: keep_of(c, baseline.layout, settings.block) for c in candidates}
-    prices = [
-        first.price(1.0 if keep is None else keep, c.rest, c.order != "thw")
-        for c, keep in static.items()
-    ]
+    prices = [_price(c, 1.0 if keep is None else keep, first) for c, keep in static.items()]
     demand = Demand(
         candidates=candidates,
         schedule=settings.schedule,
@@ -144,10 +144,7 @@ def prepare(host: Host, settings: SearchSettings, folder: Path) -> Known:
     )
     profile = calibrate(host, demand, folder, seed=settings.seed, rows=settings.rows, prices=prices)
     keeps = _realised(candidates, profile)
-    prices = [
-        first.price(keeps[c] if keep is None else keep, c.rest, c.order != "thw")
-        for c, keep in static.items()
-    ]
+    prices = [_price(c, keeps[c], first) for c in candidates]
     genes = Genes.of(
         [site.name for site in geometry.sites],
         settings.schedule.n_bands,
@@ -168,12 +165,19 @@ def prepare(host: Host, settings: SearchSettings, folder: Path) -> Known:
         candidates,
         baseline,
         tables,
-        {c: keeps[c] for c, keep in static.items() if keep is None},
+        keeps,
         profile,
         found,
         genes,
         resolver,
     )
+
+
+def _price(choice: Choice, keep: float, table: CostTable) -> float:
+    """Of a head that keeps so much, as a ratio to a dense one; selections not included."""
+    if keep == 0 and choice.rest == "drop":
+        return 0.0
+    return table.price(keep, choice.rest, choice.order != "thw")
 
 
 def _realised(candidates: Sequence[Choice], profile: Profile) -> dict[Choice, float]:
@@ -199,7 +203,7 @@ def _times(
     return Times(
         head={s: share / baseline.steps / heads[s] for s, share in baseline.share.items()},
         steps=[sum(p.band == band for p in phases) for band in bands],
-        price=[table.price(keep, c.rest, c.order != "thw") for c, keep in keeps.items()],
+        price=[_price(c, keep, table) for c, keep in keeps.items()],
         looks=[[looks_price(c, table, looks[band]) for c in keeps] for band in bands],
         total_steps=baseline.steps,
         dense=dense_price(table),

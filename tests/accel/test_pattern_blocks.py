@@ -56,19 +56,21 @@ def by_hand(found, blocking):
 
     def source(side, block):
         size = blocking.block[side]
-        token = int(blocking.indices()[middle(block, size)])
+        token = natural[middle(block, size)]
         t, h, w = blocking.layout.grid
         at = (token // (h * w), token // w % h, token % w)
         there = [(2 * x + 1) * m // (2 * n) for x, n, m in zip(at, (t, h, w), GRID, strict=True)]
         wanted = (there[0] * GRID[1] + there[1]) * GRID[2] + there[2]
-        order = Blocking(Layout.of(GRID), found.order, BLOCK).indices().tolist()
-        return order.index(wanted) // found.block[side]
+        return places.index(wanted) // found.block[side]
 
+    natural = blocking.indices().tolist()
+    places = Blocking(Layout.of(GRID), found.order, BLOCK).indices().tolist()
     keep = torch.zeros(blocking.q_blocks, blocking.kv_blocks, dtype=torch.bool)
-    columns = found.shape[1]
+    from_columns = [source(1, j) for j in range(blocking.kv_blocks)]
     for i in range(blocking.q_blocks):
-        for j in range(blocking.kv_blocks):
-            bit = source(0, i) * columns + source(1, j)
+        from_row = source(0, i)
+        for j, from_column in enumerate(from_columns):
+            bit = from_row * found.shape[1] + from_column
             keep[i, j] = bool(found.bits[bit // 8] >> (7 - bit % 8) & 1)
         if not keep[i].any():
             keep[i, middle(i, blocking.block[0]) // blocking.block[1]] = True

@@ -16,6 +16,7 @@ def config(tiny_wan_path, tmp_path):
         "model": tiny_wan_config(tiny_wan_path),
         "prompt": "a seven moving left",
         "plan": "sparsed",
+        "cache": None,
         "strict": True,
         "seed": 0,
         "steps": 2,
@@ -34,12 +35,21 @@ def test_a_plan_makes_a_gif_and_a_summary(config, tmp_path, capsys):
     assert "9 frames of 48 x 32" in said
 
 
+@pytest.mark.parametrize("cache", ["magcache", {"cache": "fbcache", "threshold": 0.9}])
+def test_a_cache_goes_with_a_plan_or_alone(config, tmp_path, capsys, cache):
+    generate({**config, "cache": cache})
+    assert "plan 'sparsed'" in capsys.readouterr().out
+    generate({**config, "plan": None, "cache": cache, "out": str(tmp_path / "alone.gif")})
+    assert (tmp_path / "alone.gif").is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"prompt": " "}, AccelError, "there is no prompt"),
         ({"prompt": None}, AccelError, "there is no prompt"),
         ({"out": "video.avi"}, AccelError, "did you mean '.gif'"),
+        ({"cache": "fbcash"}, AccelError, "did you mean 'fbcache'"),
         ({"plan": "sparsd"}, PlanError, "did you mean 'sparsed'"),
     ],
 )

@@ -1,0 +1,142 @@
+"""One arm with a cache, with a calibrated recipe, and with a plan from elsewhere."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny_wan import CALL, tiny_wan_config
+
+from accel.choice import Choice
+from accel.estimators import BlockMassTopK
+from accel.pipelines.adapters import geometry_of
+from accel.pipelines.caches import CACHES, CacheSpec
+from accel.pipelines.compare_arm import Arm
+from accel.pipelines.compare_arms import ArmSpec
+from accel.pipelines.compare_book import Book
+from accel.pipelines.host import Host
+from accel.pipelines.model_settings import model_config
+from accel.plan import Plan
+from accel.recipes import RECIPES
+
+
+@pytest.fixture
+def model(tiny_wan_path):
+    return {**tiny_wan_config(tiny_wan_path), "call": {**CALL, "num_inference_steps": 8}}
+
+
+def test_a_cache_alone(model):
+    arm = Arm(model, None, cache={"cache": "fbcache", "threshold": 0.9})
+    started = arm.start()
+    assert started["plan"] is started["made_at"] is started["call"] is None
+    assert started["note"] == ""
+    made = arm.generate("a seven", 0)
+    assert made["summary"] is None
+    assert made["step_seconds"]["dense"] > 0
+    assert arm.host.pipe.transformer.is_cache_enabled
+
+
+def test_what_a_cache_leaves_out_of_its_paper_is_told(model):
+    arm = Arm(model, None, cache={"cache": "faster_cache"})
+    assert arm.start()["note"] == CACHES["faster_cache"].note != ""
+
+
+def test_ratios_are_measured_once_for_all_arms(model, tmp_path):
+    cache = CacheSpec("magcache").to_dict()
+    Arm(model, None, cache=cache, folder=str(tmp_path)).start()
+    path = tmp_path / "magcache.json"
+    ratios = json.loads(path.read_text())["ratios"]
+    assert len(ratios) == 8
+    path.write_text(json.dumps({"ratios": [0.5] * 8}))
+    both = Arm(model, "window", cache=cache, folder=str(tmp_path))
+    both.start()
+    assert both.host.pipe.transformer._cache_config.mag_ratios.tolist() == [0.5] * 8
+
+
+def test_a_plan_with_a_cache_is_priced_by_what_it_computes(model, tmp_path):
+    """Prices and the dense generation are those without the cache; it is there again afterwards."""
+    alone = Arm(model, "window")
+    alone.start()
+    expected = alone.price(str(tmp_path))["attention_share"]
+    arm = Arm(model, "window", cache={"cache": "pab"})
+    arm.start()
+    (tmp_path / "baseline.json").unlink()
+    priced = arm.price(str(tmp_path))
+    assert priced["predicted_speedup"] is None
+    # with PAB a part of the attention would be missing
+    assert 0.5 * expected < priced["attention_share"] < 2 * expected
+    assert arm.host.pipe.transformer.is_cache_enabled
+    made = arm.generate("a seven", 0)
+    assert made["summary"]["plan"] == "window"
+    assert alone.generate("a seven", 0)["summary"]["rows"] != made["summary"]["rows"]
+
+
+def test_an_interrupted_generation_leaves_nothing_to_the_next(model, tmp_path, monkeypatch):
+    arm = Arm(model, None, cache={"cache": "pab"})
+    arm.start()
+    arm.generate("a seven", 0, save=str(tmp_path / "a.npz"))
+    step, calls = type(arm.host.pipe.scheduler).step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(arm.host.pipe.scheduler), "step", interrupted)
+        arm.generate("a two", 1)
+    arm.generate("a seven", 0, save=str(tmp_path / "b.npz"))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_an_arm_says_where_its_plan_was_made_and_where_it_runs(model, tmp_path):
+    plan = Plan.uniform(
+        "p",
+        geometry_of(Host(model_config(model)).pipe),
+        Choice(BlockMassTopK(keep=0.5)),
+        block=(32, 32),
+        grid=(3, 8, 12),
+        provenance={"call": {"num_inference_steps": 6}},
+    )
+    started = Arm(model, str(plan.save(tmp_path / "p.json"))).start()
+    assert started["made_at"] == {"grid": [3, 8, 12], "steps": 6}
+    assert started["call"] == {"grid": [5, 8, 12], "steps": 8}
+    travelled = plan.for_grid((5, 8, 12)).save(tmp_path / "q.json")
+    assert Arm(model, str(travelled)).start()["made_at"] == started["made_at"]
+    nowhere = replace(plan, provenance={}).save(tmp_path / "r.json")
+    assert Arm(model, str(nowhere)).start()["made_at"] is None
+
+
+def test_a_recipe_with_a_demand_is_calibrated_first(model, tmp_path):
+    names = [name for name, one in RECIPES.items() if one.demand is not None]
+    if not names:
+        pytest.skip("no recipe asks for a calibration")
+    arm = Arm(model, names[0], folder=str(tmp_path))
+    started = arm.start()
+    assert started["plan"] == names[0]
+    files = {path: path.read_bytes() for path in tmp_path.glob("profile-*.json")}
+    assert files
+    again = Arm(model, names[0], folder=str(tmp_path))
+    assert again.start()["digest"] == started["digest"]
+    assert {path: path.read_bytes() for path in tmp_path.glob("profile-*.json")} == files
+
+
+def test_keys_name_caches_and_what_calibrates_them(model, tmp_path):
+    def key(arm, **changes):
+        config = replace(model_config(model), **changes)
+        return Book(tmp_path, config, ("a one",), 0, "now").key(arm, 0)
+
+    mild, bold = (
+        ArmSpec("fb", kind="cache", cache=CacheSpec("fbcache", {"threshold": t}).identity)
+        for t in (0.02, 0.2)
+    )
+    ratios = ArmSpec("mag", kind="cache", cache=CacheSpec("magcache").identity)
+    plan = ArmSpec.of("window", "window", "recipe")
+    arms = (mild, bold, ratios, plan, plan.with_cache("fb", CacheSpec("fbcache")), ArmSpec("dense"))
+    assert len({key(arm) for arm in arms}) == len(arms)
+    other = {"calibration": ("a two",)}
+    assert key(mild) == key(mild, **other)
+    assert key(plan) == key(plan, **other)
+    assert key(ratios) != key(ratios, **other)
+    # a name is only a name
+    assert key(mild) == key(replace(mild, name="another"))
