@@ -23,9 +23,8 @@ def run_command(job: Callable[[], None], *, resumes: bool = False) -> None:
 
 
 def hydra_version() -> str | None:
-    """What `hydra.main` wants as `version_base`: hydra 1.3 warns when it is not given, 1.4 when it is.
-
-    1.4 reads None as its own defaults.
+    """What `hydra.main` wants as `version_base`: 1.3 warns when it is not given, 1.4 when it is, and
+    reads None as its own defaults.
     """
     import hydra
 

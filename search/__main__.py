@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from accel.hardware import CostSource
-from accel.pipelines.calibration import calibrated_recipe
 from omegaconf import DictConfig, OmegaConf
 
 from accel.command import hydra_version, run_command
+from accel.hardware import CostSource
+from accel.pipelines.calibration import calibrated_recipe
 from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
-from accel.plan import Plan
+from accel.plan import Plan, check_block
 from accel.schedule import Schedule
 from accel.search.run import Search, describe
 from accel.search.settings import Budget, Evolution, SearchSettings
@@ -25,7 +25,7 @@ def settings_of(config: Mapping[str, Any]) -> SearchSettings:
         schedule=Schedule.from_dict(config["schedule"]),
         budget=Budget(**config["budget"]),
         evolution=Evolution(**config["search"]),
-        block=config["block"],
+        block=check_block(config["block"]),
         dense_starts=config["dense_starts"],
         precisions=config["precisions"],
         rows=config["rows"],

@@ -127,8 +127,8 @@ class Search:
         )
 
     def _repair(self, known: Known) -> Callable[[Genome], Genome]:
-        """Moves genomes to where plans are worth trying: time gets dearer, level by level, until they
-        are predicted to be faster than the fastest dense run by the limit.
+        """Moves genomes to where plans are worth trying: time gets dearer, level by level, until
+        they are predicted to be faster than the fastest dense run by the limit.
 
         Where not even the highest levels are, there is no limit.
         """

@@ -10,8 +10,10 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tiny_wan import tiny_wan_config
 
+from accel.command import hydra_version
 from accel.pipelines.compare import compare
 from accel.pipelines.generate import generate
+from accel.plan import Plan
 from accel.search.__main__ import search
 
 COMMANDS = {
@@ -60,11 +62,31 @@ def test_compare_writes_results_table_and_report(tiny_wan_path, tmp_path, capsys
 
 
 def test_search_writes_the_plan(tiny_wan_path, tmp_path, capsys):
-    overrides = ["cost_rounds=1", "rows=16", "block=[32,32]", "validate=false", "budget.time=1.0"]
+    overrides = [
+        *("cost_rounds=1", "rows=16", "block=[32,32]", "budget.time=1.0", "points=2"),
+        *("search.trials=3", "search.population=2", "search.steps=3", "dense_starts=[]"),
+    ]
     config = configured("search", tiny_wan_path, tmp_path, *overrides)
     search(config | {"schedule": {"dense_start": 0.25}})
-    assert (tmp_path / "plan.json").is_file()
-    assert "plan: " in capsys.readouterr().out
+    for name in ("plan.json", "front.json", "front.png", "heads.png", "study.log"):
+        assert (tmp_path / name).is_file()
+    said = capsys.readouterr().out
+    assert "plan: " in said
+    assert "it would generate in" in said
+
+
+def test_search_makes_the_plan_of_a_recipe(tiny_wan_path, tmp_path, capsys):
+    config = configured("search", tiny_wan_path, tmp_path, "recipe=window", "+parameters.t=1")
+    search(config)
+    assert Plan.load(tmp_path / "window.json").provenance["recipe"] == "window"
+    assert "window.json" in capsys.readouterr().out
+
+
+def test_hydra_is_asked_for_what_it_wants(monkeypatch):
+    """1.3 warns when version_base is not given, 1.4 when it is."""
+    for version, wanted in (("1.3.8", "1.3"), ("1.4.0rc3", None), ("2.0.0", None)):
+        monkeypatch.setattr("hydra.__version__", version)
+        assert hydra_version() == wanted
 
 
 def test_generate_writes_a_video(tiny_wan_path, tmp_path):

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from accel.command import run_command
+from accel.command import hydra_version, run_command
 from accel.errors import AccelError
 from accel.pipelines.bench.case import BenchSettings, Case, Part
 from accel.pipelines.bench.kernels import KERNELS, Bench, fastest
@@ -95,7 +95,7 @@ def _measure(
         results.add(made.rows(kernel, part, known))
 
 
-@hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="bench")
+@hydra.main(version_base=hydra_version(), config_path="pkg://accel.configs", config_name="bench")
 def main(config: Any) -> None:
     """Entry point of the console script."""
     settings: Any = OmegaConf.to_container(config, resolve=True)

@@ -215,6 +215,8 @@ class TestRecallFloor:
             one.begin(Layout.of((3, 4, 7), padding=28), Where(0, 1))
             outs.append(attend(one, tensors=tensors)[0][:, :, :84])
             assert one.notices
+            counts = list(one.run.masks.values())[-1].mask.counts
+            assert torch.equal(counts[:, 0], counts[:, 1]), "nor are they given any"
         torch.testing.assert_close(outs[0], outs[1])
         dense = torch.nn.functional.scaled_dot_product_attention(*qkv())
         torch.testing.assert_close(outs[0], dense, atol=1e-5, rtol=1e-5)

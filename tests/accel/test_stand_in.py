@@ -125,6 +125,12 @@ class TestOutputs:
         assert (record.calls, record.keep, record.recall, record.kernels) == (2, 0.0, [], set())
         assert out.isfinite().all()
 
+    def test_a_kernel_knows_nothing_of_their_order_and_rest(self):
+        one = wide(*[Choice(Identity(), order="hwt", rest="mean"), STATIC] * 3)
+        call(one, Where(0, 4))
+        (mask,) = one.run.masks.values()
+        assert (mask.order, mask.rest) == (None, "drop")
+
     def test_keep_and_recall_are_those_of_the_heads_that_are_computed(self):
         mixed, plain = wide(*[STEP, STATIC] * 3), wide(*[STATIC] * 6)
         for one in (mixed, plain):

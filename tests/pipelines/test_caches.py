@@ -8,7 +8,11 @@ from tiny_denoiser import tiny_denoiser
 from tiny_wan import CALL, tiny_wan_config
 
 import accel
+from accel.choice import Choice
 from accel.errors import AccelError
+from accel.estimators import BlockMassTopK
+from accel.pattern import Share
+from accel.pipelines.adapters import geometry_of
 from accel.pipelines.cache_hooks import (
     disable_cache,
     enable_cache,
@@ -20,6 +24,8 @@ from accel.pipelines.caches import CACHES, CacheSpec
 from accel.pipelines.enable import session_of
 from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
+from accel.plan import Plan
+from accel.schedule import Schedule
 
 STEPS = 8
 RATIOS = [1.0] * STEPS
@@ -245,16 +251,27 @@ def test_what_a_cache_cannot_serve_is_said():
     assert not odd.transformer.is_cache_enabled
 
 
+@pytest.mark.parametrize("kind", ["pab", "fbcache"])
+def test_heads_that_share_take_over_what_was_last_computed(pipe, kind):
+    """Steps and branches that a cache answers never reach the sites; what they would have left
+    behind is not waited for.
+    """
+    heads = (Choice(Share("step")), Choice(Share("branch")))
+    geometry = geometry_of(pipe)
+    sites = {site.name: (heads,) for site in geometry.sites}
+    accel.enable(pipe, Plan.of("p", geometry, sites, schedule=Schedule(dense_start=0.2)))
+    shared = generate(pipe)
+    enable(pipe, kind)
+    both = generate(pipe)
+    assert both.isfinite().all()
+    assert not torch.equal(both, shared)
+    assert not accel.summary(pipe).notices
+
+
 def test_a_plan_looks_anew_at_the_first_step_that_a_cache_computes(pipe):
     """A refresh that falls into a step which the cache answers comes with the next that is
     computed, and holds from there.
     """
-    from accel.choice import Choice
-    from accel.estimators import BlockMassTopK
-    from accel.pipelines.adapters import geometry_of
-    from accel.plan import Plan
-    from accel.schedule import Schedule
-
     schedule = Schedule(dense_start=0.2, refresh=(3 / 8,))  # step 3 is served by PAB
     plan = Plan.uniform(
         "p", geometry_of(pipe), Choice(BlockMassTopK(keep=0.4)), schedule=schedule, block=(32, 32)

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tiny_wan import CALL, tiny_wan_config
 
 from accel.choice import Choice
 from accel.estimators import BlockMassTopK
+from accel.pipelines import compare_arm
 from accel.pipelines.adapters import geometry_of
 from accel.pipelines.caches import CACHES, CacheSpec
 from accel.pipelines.compare_arm import Arm
@@ -16,7 +18,7 @@ from accel.pipelines.compare_book import Book
 from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
 from accel.plan import Plan
-from accel.recipes import RECIPES
+from accel.recipes import RECIPES, recipe
 
 
 @pytest.fixture
@@ -52,22 +54,36 @@ def test_ratios_are_measured_once_for_all_arms(model, tmp_path):
     assert both.host.pipe.transformer._cache_config.mag_ratios.tolist() == [0.5] * 8
 
 
-def test_a_plan_with_a_cache_is_priced_by_what_it_computes(model, tmp_path):
+def test_a_plan_with_a_cache_is_priced_by_what_it_computes(model, monkeypatch):
     """Prices and the dense generation are those without the cache; it is there again afterwards."""
-    alone = Arm(model, "window")
-    alone.start()
-    expected = alone.price(str(tmp_path))["attention_share"]
+
+    def baseline(host, prompt, seed, path):
+        denoiser = host.pipe.transformer
+        assert not denoiser.is_cache_enabled
+        assert "_accel" not in denoiser.__dict__
+        assert path.name == "baseline.json"
+        return SimpleNamespace(total_share=0.5)
+
+    def priced(host, plan, baseline, folder):
+        return replace(plan, expected={"speedup": 2.0})
+
+    monkeypatch.setattr(compare_arm, "load_or_measure_baseline", baseline)
+    monkeypatch.setattr(compare_arm, "priced", priced)
     arm = Arm(model, "window", cache={"cache": "pab"})
     arm.start()
-    (tmp_path / "baseline.json").unlink()
-    priced = arm.price(str(tmp_path))
-    assert priced["predicted_speedup"] is None
-    # with PAB a part of the attention would be missing
-    assert 0.5 * expected < priced["attention_share"] < 2 * expected
+    assert arm.price("costs") == {
+        "attention_share": 0.5,
+        "predicted_speedup": None,  # of what a cache leaves out nothing is known
+        "predicted_dense": {},
+    }
     assert arm.host.pipe.transformer.is_cache_enabled
     made = arm.generate("a seven", 0)
     assert made["summary"]["plan"] == "window"
-    assert alone.generate("a seven", 0)["summary"]["rows"] != made["summary"]["rows"]
+    alone = Arm(model, "window")
+    alone.start()
+    assert alone.price("costs")["predicted_speedup"] == 2.0
+    rows = (alone.generate("a seven", 0)["summary"]["rows"], made["summary"]["rows"])
+    assert sum(row["calls"] for row in rows[0]) > sum(row["calls"] for row in rows[1])
 
 
 def test_an_interrupted_generation_leaves_nothing_to_the_next(model, tmp_path, monkeypatch):
@@ -82,9 +98,10 @@ def test_an_interrupted_generation_leaves_nothing_to_the_next(model, tmp_path, m
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(type(arm.host.pipe.scheduler), "step", interrupted)
-        arm.generate("a two", 1)
+        with pytest.raises(KeyboardInterrupt):
+            arm.generate("a two", 1)
     arm.generate("a seven", 0, save=str(tmp_path / "b.npz"))
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
@@ -107,18 +124,19 @@ def test_an_arm_says_where_its_plan_was_made_and_where_it_runs(model, tmp_path):
     assert Arm(model, str(nowhere)).start()["made_at"] is None
 
 
-def test_a_recipe_with_a_demand_is_calibrated_first(model, tmp_path):
-    names = [name for name, one in RECIPES.items() if one.demand is not None]
-    if not names:
-        pytest.skip("no recipe asks for a calibration")
-    arm = Arm(model, names[0], folder=str(tmp_path))
-    started = arm.start()
-    assert started["plan"] == names[0]
-    files = {path: path.read_bytes() for path in tmp_path.glob("profile-*.json")}
-    assert files
-    again = Arm(model, names[0], folder=str(tmp_path))
-    assert again.start()["digest"] == started["digest"]
-    assert {path: path.read_bytes() for path in tmp_path.glob("profile-*.json")} == files
+def test_a_recipe_with_a_demand_is_calibrated_first(model, tmp_path, monkeypatch):
+    name = next(name for name, one in RECIPES.items() if one.demand is not None)
+    asked = []
+
+    def calibrated(host, name, folder):
+        asked.append((name, folder))
+        return replace(recipe("window", geometry_of(host.pipe)), name=name)
+
+    monkeypatch.setattr(compare_arm, "calibrated_recipe", calibrated)
+    assert Arm(model, name, folder=str(tmp_path)).start()["plan"] == name
+    assert Arm(model, "window", folder=str(tmp_path)).start()["plan"] == "window"
+    assert asked == [(name, tmp_path)]
+    assert ArmSpec.of(name, name, "recipe").calibrated
 
 
 def test_keys_name_caches_and_what_calibrates_them(model, tmp_path):
