@@ -23,9 +23,7 @@ def run_command(job: Callable[[], None], *, resumes: bool = False) -> None:
 
 
 def hydra_version() -> str | None:
-    """What `hydra.main` wants as `version_base`: 1.3 warns when it is not given, 1.4 when it is, and
-    reads None as its own defaults.
-    """
+    """What `hydra.main` wants as `version_base`: 1.3 warns when it is not given, 1.4 when it is."""
     import hydra
 
     major, minor = (int(part) for part in hydra.__version__.split(".")[:2])

@@ -47,18 +47,28 @@ class Measures:
     def select(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> list[RowBlocks]:
         """The blocks of every candidate, as far as the sampled rows need them.
 
-        Candidates that differ in the rest alone select once, and all of them share one log-sum-exp.
+        Candidates that differ in the rest alone select once, those that differ in the share weigh
+        once, and all of them share one log-sum-exp.
         """
         q, k, v = selectable(self.demand.precision, q[:1], k[:1], v[:1])
         rows = evenly_spaced(self.rows, layout.valid_length, q.device)
         found: dict[object, RowBlocks] = {}
+        scores: dict[str, dict[str, Any]] = {}
         lse = None
         for choice in self.demand.candidates:
             if (choice.select, choice.order) in found:
                 continue
             blocking = Blocking(layout, choice.order, self.demand.block)
             if isinstance(choice.select, Estimator):
-                selection = choice.select.select(q, k, v, blocking=blocking, lse=lse)
+                selection = choice.select.select(
+                    q,
+                    k,
+                    v,
+                    blocking=blocking,
+                    lse=lse,
+                    patterns=self.patterns,
+                    scores=scores.setdefault(choice.order, {}),
+                )
                 lse = selection.lse if lse is None else lse
                 keep = selection.keep[0]
             else:

@@ -55,7 +55,8 @@ class Call:
     """One attention call, checked, with defaults filled in; tensors in natural layout.
 
     lengths: valid tokens of each batch element; padded: whether that may be fewer than all.
-    patterns: block masks of patterns met before (`known_mask`). order: of `blocking`, int64
+    patterns: block masks of patterns met before (`known_mask`). scores: what was found in this very
+    call before, in the same order, by work of the estimator. order: of `blocking`, int64
     `[tokens]`, None where it is natural. valid: which tokens are, in order.
     """
 
@@ -68,6 +69,7 @@ class Call:
     lengths: Int[Tensor, " batch"]
     padded: bool
     patterns: dict[Any, Tensor]
+    scores: dict[str, Any]
     order: Int[Tensor, " tokens"] | None = field(init=False)
     valid: Bool[Tensor, "batch tokens"] = field(init=False)
 
@@ -154,14 +156,16 @@ class Estimator(Kind):
         kv_length: int | Int[Tensor, " batch"] | None = None,
         lse: Float[Tensor, "batch heads tokens"] | None = None,
         patterns: dict[Any, Tensor] | None = None,
+        scores: dict[str, Any] | None = None,
     ) -> Selection:
         """The blocks of this call, per batch element and head.
 
         Natural tokens from `kv_length` on are padding, as are those of the layout. `scale` is
         `dim ** -0.5` unless given. An `lse` of an earlier step saves the estimators that weigh
         true mass a pass: the rows' normalisers hardly move between steps (AdaSpa). `patterns`
-        holds the masks of the patterns met so far, for estimators that have any; it is read and
-        filled.
+        holds the masks of the patterns met so far, for estimators that have any; `scores` what
+        others found in the same tensors, lengths, blocks and order, for those that do the same work
+        with another share. Both are read and filled.
         """
         check_tensors(q, k, v)
         layout = blocking.layout
@@ -183,6 +187,7 @@ class Estimator(Kind):
             lengths=lengths.clamp(max=layout.valid_length),
             padded=kv_length is not None or layout.valid_length < layout.length,
             patterns={} if patterns is None else patterns,
+            scores={} if scores is None else scores,
         )
         with torch.no_grad():  # a choice of blocks has none
             return self.select_in(call)

@@ -79,7 +79,9 @@ class BlockMassTopK(Estimator):
 
     def select_in(self, call: Call) -> Selection:
         self.check_block(call.blocking.block)
-        mass, scores, lse = _mass(call, self.every)
+        if self.work not in call.scores:
+            call.scores[self.work] = _mass(call, self.every)
+        mass, scores, lse = call.scores[self.work]
         if self.by_grid:
             keep = torch.zeros_like(scores, dtype=torch.bool)
             owner = call.blocking.grid_blocks(scores.device)

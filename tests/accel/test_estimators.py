@@ -22,6 +22,7 @@ from accel.estimators import (
     SubBlock,
     Threshold,
     estimator_from_dict,
+    mass,
 )
 from accel.layout import Layout
 from accel.pattern import Band, FirstFrames, Identity, Window, known_mask
@@ -679,3 +680,28 @@ def test_a_keep_is_told_where_it_is_one():
         "threshold",
         "joined",
     }
+
+
+@pytest.mark.parametrize("every", [None, 4])
+def test_shares_of_one_mass_are_weighed_once(every, monkeypatch):
+    """Selections that share scores are those made alone, and the mass is streamed once."""
+    q, k, v = (torch.randn(2, 3, 210, 16) for _ in range(3))
+    blocking = Blocking(Layout.of((5, 6, 7)), "hwt", (32, 16))
+    alone = {
+        keep: BlockMassTopK(keep, every=every).select(q, k, v, blocking=blocking).keep
+        for keep in (0.1, 0.3, 0.8)
+    }
+    calls = []
+    own = mass.block_mass
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(mass, "block_mass", counted)
+    scores = {}
+    for keep, wanted in alone.items():
+        chosen = BlockMassTopK(keep, every=every)
+        found = chosen.select(q, k, v, blocking=blocking, scores=scores)
+        assert torch.equal(found.keep, wanted)
+    assert len(calls) == 1

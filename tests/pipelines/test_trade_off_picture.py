@@ -46,13 +46,13 @@ def test_caches_of_two_plans_keep_the_plans_name(arms):
 
 def test_names_hardly_cover_each_other(arms, monkeypatch):
     """Fifteen recipes at nearly one place: of all names together not a tenth is covered."""
-    kept = []
-    label = trade_off_picture._label
-    monkeypatch.setattr(
-        trade_off_picture,
-        "_label",
-        lambda figure, *rest: (kept.append(figure), label(figure, *rest)),
-    )
+    kept, label = [], trade_off_picture._label
+
+    def keeping(figure, *rest):
+        kept.append(figure)
+        label(figure, *rest)
+
+    monkeypatch.setattr(trade_off_picture, "_label", keeping)
     trade_off(arms, "ours", {})
     figure: Figure = kept[0]
     FigureCanvasAgg(figure).draw()
