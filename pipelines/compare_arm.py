@@ -85,6 +85,8 @@ class Arm:
         self.host.generate(self._config.prompts[0], 0, num_inference_steps=steps)
         reset_peak_memory(self.host.device)
         enabled = self.plans[0] if self.plans else None
+        made = None if enabled is None else _origin(enabled)
+        here = None if enabled is None else self._place()
         return {
             "load_s": loaded - begun,
             "calibration_s": calibrated - loaded,
@@ -92,10 +94,11 @@ class Arm:
             "device": device_name(self.host.device),
             "plan": None if enabled is None else enabled.name,
             "digest": None if enabled is None else enabled.digest,
-            "made_at": None if enabled is None else _origin(enabled),
-            "call": None if enabled is None else self._place(),
+            "made_at": made,
+            "call": here,
             "note": "" if self._cache is None else CACHES[self._cache.kind].note,
-            **self._predictions(enabled),
+            # what a plan expects of another call is no prediction of this one
+            **self._predictions(enabled if made in (None, here) else None),
         }
 
     def price(self, folder: str) -> dict[str, Any]:

@@ -114,14 +114,16 @@ def test_an_arm_says_where_its_plan_was_made_and_where_it_runs(model, tmp_path):
         block=(32, 32),
         grid=(3, 8, 12),
         provenance={"call": {"num_inference_steps": 6}},
+        expected={"speedup": 3.0},
     )
     started = Arm(model, str(plan.save(tmp_path / "p.json"))).start()
     assert started["made_at"] == {"grid": [3, 8, 12], "steps": 6}
     assert started["call"] == {"grid": [5, 8, 12], "steps": 8}
+    assert started["predicted_speedup"] is None  # that of another call
     travelled = plan.for_grid((5, 8, 12)).save(tmp_path / "q.json")
     assert Arm(model, str(travelled)).start()["made_at"] == started["made_at"]
     nowhere = replace(plan, provenance={}).save(tmp_path / "r.json")
-    assert Arm(model, str(nowhere)).start()["made_at"] is None
+    assert Arm(model, str(nowhere)).start()["predicted_speedup"] == 3.0
 
 
 def test_a_recipe_with_a_demand_is_calibrated_first(model, tmp_path, monkeypatch):
