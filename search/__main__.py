@@ -14,7 +14,8 @@ from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
 from accel.plan import Plan, check_block
 from accel.schedule import Schedule
-from accel.search.run import Search, describe
+from accel.search.finish import describe
+from accel.search.run import Search
 from accel.search.settings import Budget, Evolution, SearchSettings
 
 

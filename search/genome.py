@@ -110,21 +110,33 @@ class Genes:
         return tuple(rng.randrange(size) for size in self.sizes.values())
 
     def child(self, one: Genome, other: Genome, rng: Random) -> Genome:
-        """Uniform crossover of two parents, then every gene mutates with probability 1 / genes.
+        """Uniform crossover of two parents, then a mutation.
 
-        A level moves to a near one, for levels are ordered: by 1, 2, 3 … with halving probability.
-        Any other gene is drawn anew. At least one gene mutates.
+        Levels are ordered, and what is worth changing is how they stand to each other: all levels
+        of one band, of one group of layers, or a single one, move by 1, 2, 3 … with halving
+        probability, and every other time others move by as much the other way, so that the time
+        spent stays about the same. Any other gene is drawn anew with probability 1 / genes.
         """
         mixed = [rng.choice(pair) for pair in zip(one, other, strict=True)]
-        sizes = list(self.sizes.items())
-        turned = [i for i in range(len(sizes)) if rng.random() < 1 / len(sizes)]
-        for i in turned or [rng.randrange(len(sizes))]:
-            name, size = sizes[i]
-            if name.startswith("level."):
-                step = 1
-                while step < size and rng.random() < 0.5:
-                    step += 1
-                mixed[i] = min(max(mixed[i] + rng.choice((-step, step)), 0), size - 1)
-            else:
-                mixed[i] = rng.randrange(size)
+        step = 1
+        while step < self.levels and rng.random() < 0.5:
+            step += 1
+        up, down = self._some_levels(rng), self._some_levels(rng)
+        if rng.random() < 0.5:  # one way alone
+            up, down = rng.choice(((up, set()), (set(), down)))
+        for i in up ^ down:
+            moved = mixed[i] + (step if i in up else -step)
+            mixed[i] = min(max(moved, 0), self.levels - 1)
+        sizes = list(self.sizes.values())
+        for i in range(self.bands * len(self.groups), len(sizes)):
+            if rng.random() < 1 / len(sizes):
+                mixed[i] = rng.randrange(sizes[i])
         return tuple(mixed)
+
+    def _some_levels(self, rng: Random) -> set[int]:
+        """Places of the levels of one band, of one group of layers, or of one of both."""
+        groups = len(self.groups)
+        band, group = rng.randrange(self.bands), rng.randrange(groups)
+        of_band = {band * groups + g for g in range(groups)}
+        of_group = {b * groups + group for b in range(self.bands)}
+        return rng.choice((of_band, of_group, of_band & of_group))

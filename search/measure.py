@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from accel.files import write_atomically
 from accel.pipelines.enable import enabled
-from accel.pipelines.host import Host
+from accel.pipelines.host import Host, Video
 from accel.pipelines.pricing import warm_up_steps
 from accel.plan import Plan
 from accel.schedule import Schedule
@@ -72,27 +72,25 @@ class Bench:
         warm: set[str | None],
         bar: tqdm,
     ) -> None:
-        dense = self._reference.dense(prompt)
         seconds: dict[str | None, float] = {}
-        quality: dict[str, float] = {}
+        videos: dict[str | None, Video] = {}
         arms: list[tuple[str | None, Plan | None]] = [(None, None), *plans.items()]
         for name, plan in arms[::-1] if backwards else arms:
             if name not in warm:
                 self._generate(plan, prompt, short=True)
                 warm.add(name)
-            video, seconds[name] = self._generate(plan, prompt)
-            if name is not None:
-                quality[name] = self._reference.quality(video, dense)
+            videos[name], seconds[name] = self._generate(plan, prompt)
             bar.update()
+        dense = self._reference.dense(prompt, known=videos[None])
         for name, plan in plans.items():
             self._known.setdefault(plan.digest, {})[prompt] = {
                 "seconds": seconds[name],
                 "dense_seconds": seconds[None],
-                "psnr": quality[name],
+                "psnr": self._reference.quality(videos[name], dense),
             }
         write_atomically(self._path, json.dumps(self._known, indent=1))
 
-    def _generate(self, plan: Plan | None, prompt: str, short: bool = False):
+    def _generate(self, plan: Plan | None, prompt: str, short: bool = False) -> tuple[Video, float]:
         """A generation with a plan, or by the untouched host, and its seconds."""
         steps = self._host.steps
         if short:

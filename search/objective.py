@@ -57,14 +57,15 @@ class Objective:
         pairs = zip(found, map(self.dense, prompts), strict=True)
         return mean(self.quality(x, y) for x, y in pairs)
 
-    def dense(self, prompt: str) -> NDArray[np.float32]:
-        """The host's own run of a prompt, made once."""
+    def dense(self, prompt: str, known: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """The host's own run of a prompt, made once; or kept, where the caller has it already."""
         what = f"{self._key} {self.fidelity} {self.steps} {self._seed} {prompt}"
         name = f"dense-{hashlib.sha256(what.encode()).hexdigest()[:12]}.npz"
         path = self._folder / "dense" / name
         if not path.is_file():
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, found=self._generate(prompt))
+            run = self._generate(prompt) if known is None else known
+            np.savez_compressed(buffer, found=run)
             write_atomically(path, buffer.getvalue())
         with np.load(path, allow_pickle=False) as file:
             return file["found"]

@@ -17,7 +17,7 @@ from accel.files import write_atomically
 from accel.plan import Plan
 
 if TYPE_CHECKING:
-    from accel.search.run import Outcome
+    from accel.search.finish import Outcome
 
 ACCENT, OTHER, INK, FAINT = "#0f766e", "#94a3b8", "#1e293b", "#e2e8f0"
 # one colour for each kind of selection, the same in every picture
@@ -71,7 +71,7 @@ def draw_front(outcome: "Outcome", dense_seconds: float, path: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=FAINT)
     axes.set_axisbelow(True)
-    axes.legend(loc="lower right", framealpha=0.95)
+    axes.legend(loc="best", framealpha=0.95)
     return _png(figure, path)
 
 

@@ -158,7 +158,7 @@ def prepare(host: Host, settings: SearchSettings, folder: Path) -> Known:
         for word in settings.precisions
     }
     found = _sensitivities(host, settings, geometry, profile, prices, tables, folder, digest, times)
-    resolver = Resolver(genes, profile, times, found)
+    resolver = Resolver(genes, profile, times, found, settings.evolution.floor)
     return Known(
         digest,
         geometry,

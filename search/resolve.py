@@ -7,12 +7,14 @@ Harm and time both add up over heads, so for a price `lam` of time every head is
     argmin over candidates of  weight * error + lam * time,
 
 and one `lam` for the whole model spends one global budget (a Lagrangian; exact on the lower convex
-hull of the trade-off). The levels of a genome are such prices, spaced so that plans with one level
-everywhere have evenly spaced times: they are the front that evolution begins with.
+hull of the trade-off). The levels of a genome are such prices, up to where the predicted quality
+falls to a floor, spaced so that plans with one level everywhere have evenly spaced times: they are
+the front that evolution begins with.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -75,7 +77,7 @@ class Resolver:
     """Resolves genomes by a profile.
 
     times: by dense start and precision. sensitivity: of each band, what a unit of error in one of
-    its steps adds to the harm.
+    its steps adds to the harm. floor: predicted quality in dB below which no level leads.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Resolver:
         profile: Profile,
         times: Mapping[tuple[float, str], Times],
         sensitivity: Sequence[float],
+        floor: int | float = 0,
     ) -> None:
         self.genes = genes
         self._profile = profile
@@ -91,7 +94,7 @@ class Resolver:
         self._sensitivity = sensitivity
         self._tables: dict[tuple[float, str, Key], tuple[Tensor, Tensor]] = {}
         self._group = {site: g for g, sites in enumerate(genes.groups) for site in sites}
-        self._levels = self._spaced()
+        self._levels = self._spaced(10 ** (-floor / 10))
 
     @property
     def fastest_dense(self) -> float:
@@ -145,21 +148,28 @@ class Resolver:
             self._tables[start, word, key] = weight * error, times.of(key)
         return self._tables[start, word, key]
 
-    def _spaced(self) -> list[float | None]:
-        """A price of time for each level: None, then rising to where all is as fast as can be."""
+    def _spaced(self, most_harm: float) -> list[float | None]:
+        """A price of time for each level: None, then rising to where nothing is faster, or where
+        the harm would be more.
+        """
         start, word = self.genes.dense_starts[0], self.genes.precisions[0]
-        low, high = 1e-9 * max(self._sensitivity), 1e6 * max(self._sensitivity)
-        slowest, fastest = (self.uniform(lam, start, word).time for lam in (low, high))
-        levels: list[float | None] = [None]
-        steps = self.genes.levels - 1
-        for level in range(1, steps):
-            wanted = slowest + (fastest - slowest) * level / steps
-            below, above = low, high
+
+        def first(below: float, above: float, *, time: float = 0.0, harm: float = inf) -> float:
+            """The lowest price whose plan takes at most `time`, or harms more than `harm`."""
             for _ in range(BISECTIONS):
                 middle = (below * above) ** 0.5
-                if self.uniform(middle, start, word).time > wanted:
-                    below = middle
-                else:
+                plan = self.uniform(middle, start, word)
+                if plan.time <= time or plan.harm > harm:
                     above = middle
-            levels.append(above)
-        return [*levels, high]
+                else:
+                    below = middle
+            return above
+
+        low, high = 1e-9 * max(self._sensitivity), 1e6 * max(self._sensitivity)
+        if self.uniform(high, start, word).harm > most_harm:
+            high = first(low, high, harm=most_harm) * 0.999
+        slowest, fastest = (self.uniform(lam, start, word).time for lam in (low, high))
+        steps = self.genes.levels - 1
+        times = [slowest + (fastest - slowest) * level / steps for level in range(1, steps)]
+        spaced = [first(low, high, time=t) for t in times]
+        return [None, *spaced, high]

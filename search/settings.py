@@ -18,22 +18,20 @@ from accel.untrusted import check_whole, finite
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Which plan of the front is wanted: the best of at most `time`, a fraction of the fastest
-    dense generation; or, with `psnr`, the fastest of at least so many dB.
+    """Which plan of the front is wanted: the fastest of at least `psnr` dB, or, with `time`, the
+    best of at most that fraction of the fastest dense generation.
     """
 
-    time: int | float = 0.5
-    psnr: int | float | None = None
+    psnr: int | float = 32.0
+    time: int | float | None = None
 
     def __post_init__(self) -> None:
-        if not finite(self.time) or not 0 < self.time <= 1:
+        if self.time is not None and (not finite(self.time) or not 0 < self.time <= 1):
             raise AccelError(
                 f"budget.time is {self.time!r}; it is a fraction of the dense time, in (0, 1]"
             )
-        if self.psnr is not None and (not finite(self.psnr) or self.psnr <= 0):
-            raise AccelError(
-                f"budget.psnr is {self.psnr!r}; it is a number of dB, above 0, or null"
-            )
+        if not finite(self.psnr) or self.psnr <= 0:
+            raise AccelError(f"budget.psnr is {self.psnr!r}; it is a number of dB above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,8 @@ class Evolution:
     many prices of time a gene tells apart; fidelity, steps: what a trial is judged by (see
     `objective`); prompts: calibration prompts that a trial generates; warm: whether the first
     generation is the front of the calibration, else random genomes; time_limit: the slowest plan
-    worth trying, as a fraction of the fastest dense; memory: whether peak memory is a third
+    worth trying, as a fraction of the fastest dense; floor: the lowest predicted quality worth
+    trying, in dB; memory: whether peak memory is a third
     objective; storage, study: of Optuna, "" for a journal in the output folder and the model's
     name.
     """
@@ -57,6 +56,7 @@ class Evolution:
     prompts: int = 1
     warm: bool = True
     time_limit: int | float = 0.95
+    floor: int | float = 5.0
     memory: bool = False
     storage: str = ""
     study: str = ""
@@ -68,6 +68,8 @@ class Evolution:
         if self.fidelity not in FIDELITIES:
             known = nearest(self.fidelity, FIDELITIES)
             raise AccelError(f"search.fidelity {self.fidelity!r} is unknown; {known}")
+        if not finite(self.floor):
+            raise AccelError(f"search.floor is {self.floor!r}; it is a number of dB")
         if not finite(self.time_limit) or not 0 < self.time_limit <= 1:
             raise AccelError(
                 f"search.time_limit is {self.time_limit!r}; it is a fraction of the fastest dense"

@@ -7,10 +7,12 @@ that a process takes with it: a search that was killed and goes on finds what it
 * A trial whose worker is gone is taken over under its own number: nothing is lost or moved.
 * The first generation is enqueued when the study is made. A trial that was enqueued has no
   generation unless the sampler is asked for it, and would never become a parent.
-* Children are made by `Genes.child` from two tournaments among the parents that NSGA-II selected,
-  moved by `repair` to where they are feasible, and drawn again while they are known. One that is
-  known all the same is answered with the value that it had.
-* A worker that sees more trials under way than are wanted gives its own back.
+* Children are made by `Genes.child` from the winner of a tournament among the parents that NSGA-II
+  selected and one of about the same time (parents from the two ends of a front have children far
+  behind it). They are moved by `repair` to where they are feasible, and drawn again while they are
+  known. One that is known all the same is answered with the value that it had.
+* Trials are claimed one at a time, where workers see one file system. Those of one storage without
+  one may end a study with a trial more than was wanted.
 
 Uses a few names of Optuna that are not public, for each of which there is a test: the id of a trial
 (`_trial_id`), by which a trial is taken over, and `get_trial_generation` of its samplers.
@@ -46,6 +48,7 @@ except ImportError:  # not on Windows: there, one worker
 ATTEMPTS = 200  # children drawn before one that is known is taken
 STALE_S = 3600.0  # a worker of another machine that says nothing for so long is gone
 WAIT_S = 0.5
+MATES = 4  # parents of the nearest times, the winner itself among them
 
 MINIMIZE, MAXIMIZE = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
 DIRECTIONS = (MINIMIZE, MAXIMIZE)  # time, quality; a third objective is memory
@@ -205,10 +208,18 @@ class Trials:
             return self._take(self._study.ask()._trial_id)
 
     def _take(self, trial_id: int) -> tuple[int, Genome]:
+        """Sign a trial, and give it its genome."""
+        self._storage.set_trial_user_attr(trial_id, "worker", self._me)
+        found = self._storage.get_trial(trial_id)
+        self._strategy.number = found.number
+        generation = self._sampler.get_trial_generation(self._study, found)
+        missing = self._space.keys() - found.params.keys()
+        if generation == 0 and missing and "fixed_params" not in found.system_attrs:
+            # the first generation is still under way, and has no values to select by
+            child = self._strategy.early(self._study)
+            for name, value in ((n, v) for n, v in child.items() if n in missing):
+                self._storage.set_trial_param(trial_id, name, value, self._space[name])
         trial = Trial(self._study, trial_id)
-        trial.set_user_attr("worker", self._me)
-        self._strategy.number = trial.number
-        self._sampler.get_trial_generation(self._study, self._storage.get_trial(trial_id))
         params = {n: trial.suggest_int(n, 0, d.high) for n, d in self._space.items()}
         return trial.number, self._genes.from_params(params)
 
@@ -255,15 +266,39 @@ class _Offspring:
     def __call__(
         self, study: Study, search_space: dict[str, Any], parent_population: list[FrozenTrial]
     ) -> dict[str, int]:
-        rng = Random(f"{self._seed} {self.number}")
+        parents = sorted((self._genes.from_params(t.params), t.values) for t in parent_population)
+
+        def pair(rng: Random) -> tuple[Genome, Genome]:
+            one, time = _tournament(rng.choices(parents, k=2), study)
+            near = sorted(parents, key=lambda p: abs(p[1][0] - time))[:MATES]
+            return one, rng.choice(near)[0]
+
+        return self._unknown(study, pair)
+
+    def early(self, study: Study) -> dict[str, int]:
+        """A child of a genome that somebody is at, while there are no parents yet."""
+        known = sorted(self._known(study))
+
+        def pair(rng: Random) -> tuple[Genome, Genome]:
+            one = rng.choice(known)
+            return one, one
+
+        return self._unknown(study, pair)
+
+    def _known(self, study: Study) -> set[Genome]:
+        """What was evaluated, or is."""
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         trials = study.get_trials(deepcopy=False, states=states)
         names = self._genes.sizes.keys()
-        known = {self._genes.from_params(t.params) for t in trials if names <= t.params.keys()}
-        parents = sorted((self._genes.from_params(t.params), t.values) for t in parent_population)
+        return {self._genes.from_params(t.params) for t in trials if names <= t.params.keys()}
+
+    def _unknown(
+        self, study: Study, pair: Callable[[Random], tuple[Genome, Genome]]
+    ) -> dict[str, int]:
+        """A child that is not known; where it seems that there is none, a random one."""
+        rng, known = Random(f"{self._seed} {self.number}"), self._known(study)
         for _ in range(ATTEMPTS):
-            one, other = (_tournament(rng.choices(parents, k=2), study) for _ in range(2))
-            child = self._repair(self._genes.child(one, other, rng))
+            child = self._repair(self._genes.child(*pair(rng), rng))
             if child not in known:
                 break
         else:
@@ -271,9 +306,12 @@ class _Offspring:
         return self._genes.to_params(child)
 
 
-def _tournament(pair: Sequence[tuple[Genome, Sequence[float]]], study: Study) -> Genome:
-    """The better of two parents, the first where neither is better in everything."""
+def _tournament(
+    pair: Sequence[tuple[Genome, Sequence[float]]], study: Study
+) -> tuple[Genome, float]:
+    """The better of two parents, the first where neither is better in everything; and its time."""
     (one, a), (other, b) = pair
     signs = [1 if d == MINIMIZE else -1 for d in study.directions]
     gains = [s * (x - y) for s, x, y in zip(signs, a, b, strict=True)]
-    return other if all(g >= 0 for g in gains) and any(g > 0 for g in gains) else one
+    better = all(g >= 0 for g in gains) and any(g > 0 for g in gains)
+    return (other, b[0]) if better else (one, a[0])

@@ -14,7 +14,8 @@ from accel.pipelines.host import Host, ModelConfig
 from accel.plan import Plan
 from accel.schedule import Schedule
 from accel.search import prepare as search_prepare
-from accel.search.run import Search, describe
+from accel.search.finish import describe
+from accel.search.run import Search
 from accel.search.settings import Budget, Evolution, SearchSettings, candidates_of
 
 SPACE = {
