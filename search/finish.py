@@ -25,7 +25,7 @@ from accel.search.settings import SearchSettings
 from accel.search.study import Done
 
 OWN_DENSE = "own dense"
-CLOSER = 2  # plans that are measured to come closer to a budget of quality
+CLOSER = 1  # plans that are measured to come closer to a budget of quality
 
 
 @dataclass(frozen=True, slots=True)
