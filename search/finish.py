@@ -14,6 +14,7 @@ from accel.hardware import HERE
 from accel.pipelines.calibration import calibrated_recipe
 from accel.pipelines.host import Host
 from accel.pipelines.provenance import device_name, versions
+from accel.pipelines.trade_off import hypervolume
 from accel.plan import Plan
 from accel.recipes import recipe
 from accel.search.front import spread, unbeaten, within
@@ -80,6 +81,14 @@ class Outcome:
     @property
     def plan(self) -> Plan:
         return self.chosen.plan
+
+    @property
+    def hypervolume(self) -> float:
+        """Of all trials, in dB: what they dominate up to the time of the fastest dense, from 0 to
+        50 dB of what trials are judged by. It tells studies of one model apart.
+        """
+        points = [(_time(done) / self.fastest_dense, _quality(done)) for done in self.trials]
+        return hypervolume(points, floor=0.0)
 
     @property
     def best_dense_speedup(self) -> float:
@@ -231,6 +240,7 @@ class Finish:
             "own_dense_speedup": outcome.dense.speedup if outcome.dense else None,
             "dense_seconds": self._known.dense_seconds,
             "trials": len(outcome.trials),
+            "hypervolume": outcome.hypervolume,
             "chosen": outcome.chosen.name,
             "prediction": None if outcome.prediction is None else str(outcome.prediction),
             "calibration": list(self._host.config.calibration),
@@ -284,6 +294,7 @@ def describe(outcome: Outcome, settings: SearchSettings) -> Iterable[str]:
         f" here, at {chosen.measured.psnr:.1f} dB (on {len(chosen.measured.by_prompt)} calibration"
         " prompts)"
     )
+    yield f"hypervolume of the trials: {outcome.hypervolume:.2f} dB"
     limit = settings.budget
     if limit.time is None and chosen.psnr < limit.psnr:
         yield (

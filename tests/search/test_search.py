@@ -110,6 +110,7 @@ def test_the_plan_fits_the_model_and_says_how_it_was_made(done, model):
     assert len(plan.provenance["weights"]) == 8
     lines = list(describe(done.outcome, settings()))
     assert "times as fast as the host's dense attention" in lines[1]
+    assert 0 < done.outcome.hypervolume < 50
 
 
 def test_the_front_names_plans_that_load_and_nothing_beats(done):
