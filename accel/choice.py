@@ -165,8 +165,11 @@ class Alternatives(Estimator):
     def select_in(self, call: Call) -> Selection:
         batch, heads, tokens, _ = call.q.shape
         calls, keeps, lse = [], [], call.lse
+        scores: dict[str, dict[str, Any]] = {}  # by order, as they are of its blocks
         for option in self.options:
-            own = replace(call, blocking=replace(call.blocking, order=option.order), lse=lse)
+            blocking = replace(call.blocking, order=option.order)
+            found_before = scores.setdefault(option.order, {})
+            own = replace(call, blocking=blocking, lse=lse, scores=found_before)
             if isinstance(option.select, Estimator):
                 found = option.select.select_in(own)
                 lse = found.lse if lse is None else lse

@@ -151,12 +151,16 @@ class Blocks(Pattern):
 
 
 def block_sets(select: Any) -> Iterator[Blocks]:
-    """The block sets of a selection: itself, or those among the parts of a union."""
+    """The block sets of a selection: itself, those among the parts of a union, or one joined to an
+    estimator.
+    """
     if isinstance(select, Blocks):
         yield select
     elif isinstance(select, Union):
         for part in select.parts:
             yield from block_sets(part)
+    elif isinstance(joined := getattr(select, "pattern", None), Pattern):
+        yield from block_sets(joined)
 
 
 def _range(segment: Segment, size: int) -> tuple[int, int]:

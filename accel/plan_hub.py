@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from accel.errors import PlanError
 from accel.files import write_atomically
 from accel.plan import Plan
-from accel.plan_card import card
+from accel.plan_card import LIBRARY, card
 
 HUB_FILE = "accel_plan.json"
 HUB_SETS = "accel_plan.safetensors"
@@ -63,9 +63,11 @@ def fetched(
 
 
 def write_folder(plan: Plan, folder: Path, repository: str | None = None) -> Path:
-    """What a repository of the plan holds."""
+    """What a repository of the plan holds. A card that is there and not of a plan stays."""
     plan.save(folder / HUB_FILE)
-    write_atomically(folder / CARD, card(plan, repository))
+    path = folder / CARD
+    if not path.is_file() or LIBRARY in path.read_text(encoding="utf-8"):
+        write_atomically(path, card(plan, repository))
     return folder
 
 

@@ -1,9 +1,9 @@
 """Block-sparse attention on the CPU: gathered key blocks and batched matrix products.
 
-In fp32; half-precision tensors, and fp32 ones where the caller allows ``half`` or less, have their
-products in bf16 on processors with instructions for it, logits rounded to bf16 among them, and all
-else in fp32. (fp16 is computed by elements on a CPU, and never used.) It needs nothing of a device
-but torch, and serves others than CPUs where there is no Triton.
+In fp32; bf16 tensors, and others where the caller allows ``half`` or less, have their products in
+bf16 on processors with instructions for it, logits rounded to bf16 among them, and all else in
+fp32. (fp16 is computed by elements on a CPU, and never used; bf16 would be too coarse for it.) It
+needs nothing of a device but torch, and serves others than CPUs where there is no Triton.
 
 Query blocks with like counts are computed together, few enough that logits stay in the cache.
 The logits carry ``scale · log2 e`` (``exp2`` needs no more), and a column more: queries end in 1,
@@ -51,7 +51,7 @@ def forward(
     precision: str,
 ):
     """``sparse_attention`` with arguments already checked; returns the result and the LSE."""
-    half = q.dtype != torch.float32 or precision != "full"
+    half = q.dtype == torch.bfloat16 or precision != "full"
     products = torch.bfloat16 if half and has_bf16(q.device) else torch.float32
     batch, _, tokens, dim = q.shape
     counts, indices = counts.expand(batch, -1, -1), indices.expand(batch, -1, -1, -1)

@@ -32,8 +32,12 @@ CODE = tuple(
         "caches",
         "calibration",
         "calibrator",
+        "candidate_measures",
         "compare_arm",
+        "cost_files",
+        "dense_run",
         "host",
+        "mass_observer",
         "pricing",
     )
 )

@@ -88,7 +88,8 @@ class CompareSettings:
         arms = [*self.dense_arms, *plans]
         for name, spec in self.caches.items():
             arms.append(ArmSpec(name, kind="cache", cache=spec.identity))
-        arms += combined_arms(self.combined, {arm.name: arm for arm in plans}, self.caches)
+        known = {arm.name: arm for arm in (*self.dense_arms[1:], *plans)}
+        arms += combined_arms(self.combined, known, self.caches)
         check_names(arms)
         return tuple(arms)
 

@@ -87,8 +87,9 @@ def paro(
 def _heaviest(
     mass: Float[Tensor, "q_blocks kv_blocks"], density: float, blocking: Blocking
 ) -> Bool[Tensor, "q_blocks kv_blocks"]:
-    """The heaviest blocks of the whole map, and of every row; text takes no part."""
-    allowed = competing_blocks(mass, blocking)
+    """The heaviest blocks of the whole map, and of every row; text and padding take no part."""
+    apart = blocking.text_blocks(mass.device)[0] | blocking.pad_blocks(mass.device)[0]
+    allowed = competing_blocks(mass, blocking) & ~apart[:, None]
     mass = mass.masked_fill(~allowed, -1)
     count = ceil(density * int(allowed.sum()) - 1e-6)
     keep = torch.zeros_like(allowed)

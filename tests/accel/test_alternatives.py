@@ -229,3 +229,18 @@ def test_an_option_that_keeps_everything_is_exact():
     assert chosen.order is None
     valid = LAYOUT.valid_length
     torch.testing.assert_close(out[:, :, :valid], dense(q, k, v)[:, :, :valid])
+
+
+def test_options_weigh_mass_in_their_own_orders():
+    """Two options that do the same work in different orders share none of it."""
+    q, k, v = tensors()
+    options = (Choice(BlockMassTopK(0.2)), Choice(BlockMassTopK(0.2), order="hwt"))
+    both = Alternatives(options)
+    found = both.select(q, k, v, blocking=Blocking(LAYOUT, "thw", BLOCK))
+    assert found.taken is not None
+    for head, option in enumerate(found.taken):
+        order = options[option].order
+        alone = options[option].select.select(q, k, v, blocking=Blocking(LAYOUT, order, BLOCK))
+        assert torch.equal(found.keep[:, head], alone.keep[:, head])
+    single = Alternatives((options[1], Choice(Skip())))
+    assert single.select(q, k, v, blocking=Blocking(LAYOUT, "thw", BLOCK)).taken == (0,) * HEADS

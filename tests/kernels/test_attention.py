@@ -280,7 +280,9 @@ def test_an_order_needs_square_attention(generator):
 @pytest.mark.parametrize("rest", ["drop", "mean", "taylor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_torch_with_products_in_bf16(dtype, rest, generator, monkeypatch):
-    """As on processors with instructions for it; here they are emulated, and slow."""
+    """As on processors with instructions for it; elsewhere they are emulated, and slow. fp16 has
+    finer digits than bf16, and is computed in fp32.
+    """
     monkeypatch.setattr(attention_cpu, "has_bf16", lambda _: True)
     case = Case(2, 4, 2, 111, 111, 40, (64, 32), orders=4, padded=True)
     q, k, v = case.tensors(generator, dtype)
@@ -288,7 +290,7 @@ def test_torch_with_products_in_bf16(dtype, rest, generator, monkeypatch):
     found, _ = run(Backend("cpu", "cpu"), q, k, v, mask, rest=rest, **options)
     truth = sparse_attention_reference(q, k, v, mask, rest=rest, **options)
     error = (found.double() - truth).norm() / truth.norm()
-    assert 1e-3 < error < 8e-3
+    assert 1e-3 < error < 8e-3 if dtype == torch.bfloat16 else error < 1e-3
     exact = q.float(), k.float(), v.float()
     found, _ = run(Backend("cpu", "cpu"), *exact, mask, rest=rest, **options)
     assert (found.double() - truth).norm() / truth.norm() < 1e-6

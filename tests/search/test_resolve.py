@@ -1,6 +1,7 @@
 """From genomes to plans: heads resolved by one price of time, times that add up, levels."""
 
 from itertools import pairwise
+from math import log10
 
 import pytest
 import torch
@@ -44,11 +45,13 @@ def profile() -> Profile:
     return found
 
 
-def resolver(levels=9, starts=(0.2, 0.4), dense=(1.0,), sensitivity=(2.0, 0.5)) -> Resolver:
+def resolver(
+    levels=9, starts=(0.2, 0.4), dense=(1.0,), sensitivity=(2.0, 0.5), floor=-20
+) -> Resolver:
     words = ("half", "full")[: len(dense)]
     genes = Genes.of(list(SITES), BANDS, levels=levels, dense_starts=starts, precisions=words)
     tables = {(s, w): times(s, d) for s in starts for w, d in zip(words, dense, strict=True)}
-    return Resolver(genes, profile(), tables, sensitivity)
+    return Resolver(genes, profile(), tables, sensitivity, floor)
 
 
 def test_level_zero_is_dense_and_harms_nothing():
@@ -131,3 +134,15 @@ def test_dense_steps_cost_what_the_faster_dense_does_in_each_precision():
     point = found.resolve(tuple(genome))
     assert point.precision == {"a": "full", "b": "half"}
     assert point.time == pytest.approx(1 - 0.25 * 0.2 - 0.5 * 0.4)
+
+
+def test_no_level_leads_below_the_floor_of_quality():
+    """The highest level is as fast as the floor allows, to a part in a thousand of its price."""
+    free = resolver(floor=-20)
+    fastest = free.resolve(free.genes.uniform(8))
+    floor = 5.0
+    assert -10 * log10(fastest.harm) < floor
+    bounded = resolver(floor=floor)
+    points = [bounded.resolve(bounded.genes.uniform(level)) for level in range(9)]
+    assert all(p.harm <= 10 ** (-floor / 10) for p in points)
+    assert fastest.time < points[8].time < points[1].time
