@@ -98,8 +98,10 @@ def _packed(numbers: Mapping[str, int]) -> bytes:
     return content
 
 
-def _read_sets(plan: Path, named: Any) -> dict[str, np.ndarray]:
-    """The sets of the file that a plan names, all of it checked."""
+def _read_sets(plan: Path, named: Any) -> dict[str, bytes]:
+    """The sets of the file that a plan names, all of it checked; each is in memory once, however
+    often the plan names it.
+    """
     keys = {"file", "bytes", "sha256"}
     named = table(SETS, named, keys, keys)
     name = bare_name(f"{SETS}.file", named["file"], SUFFIX)
@@ -118,21 +120,23 @@ def _read_sets(plan: Path, named: Any) -> dict[str, np.ndarray]:
     if hashlib.sha256(content).hexdigest() != typed(f"{SETS}.sha256", named["sha256"], str):
         raise PlanError(f"its block sets {name!r} are not those it was saved with; fetch both")
     try:
-        return safetensors.numpy.load(content)
+        sets = safetensors.numpy.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise PlanError(f"its block sets {name!r} cannot be read: {error!s:.200}") from error
+    for number, array in sets.items():
+        if array.dtype != np.uint8 or array.ndim != 1:
+            told = f"{array.dtype} {array.shape}"
+            raise PlanError(f"block set {number} is {told}, not a vector of uint8")
+    return {number: array.tobytes() for number, array in sets.items()}
 
 
-def _bits(sets: Mapping[str, np.ndarray], number: Any) -> bytes | str:
+def _bits(sets: Mapping[str, bytes], number: Any) -> bytes | str:
     """One set by its number; bits that stand in the JSON itself are left to the pattern."""
     if isinstance(number, str):
         return number
     if type(number) is not int or str(number) not in sets:
         raise PlanError(f"bits name the block set {number!r}; the file has 0 to {len(sets) - 1}")
-    array = sets[str(number)]
-    if array.dtype != np.uint8 or array.ndim != 1:
-        raise PlanError(f"block set {number} is {array.dtype} {array.shape}, not a vector of uint8")
-    return array.tobytes()
+    return sets[str(number)]
 
 
 def _block_sets(data: Any) -> Iterator[dict[str, Any]]:

@@ -97,7 +97,8 @@ def travelled(arms: Arms) -> dict[str, dict[str, Any]]:
         for name, arm in arms.items()
         if arm["kind"] in ("plan", "front", "recipe") and arm.get("made_at") and arm.get("call")
     }
-    here = {n: p for n, a in placed.items() if a["made_at"] == a["call"] and (p := point_of(a))}
+    searched = {n: a for n, a in placed.items() if a["kind"] != "recipe"}
+    here = {n: p for n, a in searched.items() if a["made_at"] == a["call"] and (p := point_of(a))}
     found = {}
     for name, arm in placed.items():
         if arm["made_at"] == arm["call"]:
