@@ -31,6 +31,22 @@ from accel.kernels.tiles_triton import load_rows, softmax_step, to_e4m3, upcast
 
 __all__ = ["attention_kernel"]
 
+# no load is wider for what these divide by, and other numbers would be compiled for: a mask that
+# is made anew has a longest list of its own
+COUNTED = [
+    "works",
+    "rows",
+    "tokens",
+    "kv_tokens",
+    "heads",
+    "kv_heads",
+    "pooled_heads",
+    "mask_batch",
+    "q_blocks",
+    "kv_blocks",
+    "max_count",
+]
+
 
 @triton.jit
 @no_type_check
@@ -68,7 +84,7 @@ def _whole_blocks(p_list, count, blocks):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTED)
 @no_type_check
 def attention_kernel(
     p_q,

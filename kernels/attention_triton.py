@@ -9,6 +9,7 @@ import triton
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from accel.kernels import permute_triton
 from accel.kernels.arguments import RESTS
 from accel.kernels.attention_kernel import attention_kernel
 from accel.kernels.block_mask import dense_rows
@@ -78,9 +79,14 @@ def forward(
     stand_ins = _StandIns()
     if any(rests):
         stand_ins = _stand_ins(k, v, keys8, values8, counts, indices, block, rests, lengths, order)
-    gather = order is not None and keys8 is None
-    keys = k if keys8 is None else keys8.values
-    values = v if keys8 is None or order is None else in_order(v, order)
+    # the memory accelerator loads no rows from here and there: a copy that it can load costs less
+    # than gathering them for every row of blocks
+    gather = order is not None and keys8 is None and arch != 90
+    keys, values = k if keys8 is None else keys8.values, v
+    if order is not None and keys8 is None and not gather:
+        keys, values = _in_order(order, k, v)
+    elif order is not None and values8 is None and not gather:
+        (values,) = _in_order(order, v)
     values = values if values8 is None else values8.values
 
     batch, heads, tokens, dim = q.shape
@@ -153,6 +159,7 @@ def forward(
             UPCAST=interpreted,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            maxnreg=tiles.registers or None,
             # scale and pivot of a logit in one instruction
             enable_fp_fusion=True,
         )
@@ -186,6 +193,13 @@ def _stand_ins(
         )
     codes = torch.tensor(rests, dtype=torch.int8).to(k.device, non_blocking=True)
     return _StandIns(*means, kept.view(torch.uint8), codes, slopes)
+
+
+def _in_order(order: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """`in_order` of all, in one launch where each head has the order or its own."""
+    if order.shape[0] in (1, tensors[0].shape[1]):
+        return permute_triton.forward(order, list(tensors), dim=2)
+    return [in_order(x, order) for x in tensors]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -37,7 +37,9 @@ ACCESS = ("plain", "unaligned", "ordered")
 ARITHMETIC = ("full", "int8", "fp8")
 # what one program may have of shared memory
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# (architecture, kind, head dim): queries, keys, warps, stages for plain rows, and for others
+# (architecture, kind, head dim): queries, keys, warps, stages, and the bound of registers if there
+# is one, for plain rows, and for others. Those of sm_90 in bf16 are the fastest of an H200 by
+# Triton 3.6; the rest is the largest that compilers make without spills.
 SHIPPED = {
     (80, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
     (80, "full", 128): ((128, 64, 8, 3), (64, 64, 8, 3)),
@@ -60,20 +62,22 @@ SHIPPED = {
     (89, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (89, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (89, "fp32", 256): ((32, 16, 8, 1), (32, 16, 8, 1)),
-    (90, "full", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
-    (90, "full", 128): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (90, "full", 64): ((128, 64, 8, 4), (128, 64, 8, 3)),
+    (90, "full", 128): ((128, 64, 8, 2, 128), (128, 64, 8, 3)),
     (90, "full", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
     (90, "int8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
     (90, "int8", 128): ((128, 64, 8, 3), (128, 64, 8, 2)),
     (90, "int8", 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
     (90, "fp8", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
-    (90, "fp8", 128): ((128, 32, 8, 3), (128, 32, 8, 3)),
+    (90, "fp8", 128): ((128, 64, 8, 2), (128, 64, 8, 2)),
     (90, "fp8", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (90, "fp32", 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (90, "fp32", 128): ((64, 32, 8, 2), (64, 32, 8, 2)),
     (90, "fp32", 256): ((32, 16, 8, 1), (32, 16, 8, 1)),
 }
 MAX_FILE_BYTES = 1 << 20
+# of 64 k registers 128 each leave room for two programs of 8 warps
+REGISTERS = (0, 128)
 # what `trying` puts before the tables, for whoever opened it alone
 _tried: ContextVar["tuple[TilesKey, Tiles] | None"] = ContextVar("tried", default=None)
 
@@ -83,7 +87,8 @@ class Tiles(NamedTuple):
 
     tma: keys and values come by the tensor memory accelerator; persistent: as many programs as
     multiprocessors, each taking many tiles; specialized: producer and consumer warps (with tma, 4
-    warps and 128 queries only).
+    warps and 128 queries only); registers: the most that a thread gets, which decides how many
+    programs a multiprocessor holds; 0 is what the compiler takes.
     """
 
     queries: int
@@ -93,6 +98,7 @@ class Tiles(NamedTuple):
     tma: bool = False
     persistent: bool = False
     specialized: bool = False
+    registers: int = 0
 
 
 class TilesKey(NamedTuple):
@@ -174,26 +180,28 @@ def candidates(key: TilesKey) -> list[Tiles]:
     found = [shipped_tiles(key)]
     modes = [mode for mode in product((False, True), repeat=3) if mode[0] or not mode[2]]
     for sizes in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-        for mode in modes:
-            tiles = Tiles(*sizes, *mode)
+        for mode, registers in product(modes, REGISTERS):
+            tiles = Tiles(*sizes, *mode)._replace(registers=registers)
             if _fits(tiles, key) and tiles not in found:
                 found.append(tiles)
     return found
 
 
 def shipped_tiles(key: TilesKey) -> Tiles:
-    """The largest tiles that the compilers spill no registers of, by `SHIPPED`."""
+    """The tiles of `SHIPPED` that serve a key, cut to its blocks."""
     arch = key.arch if key.arch in (80, 90) else 89
     kind = key.arithmetic if key.element_bytes == 2 else "fp32"
     plain, ordered = SHIPPED[arch, kind, max(64, key.dim)]
-    queries, keys, warps, stages = plain if key.access == "plain" else ordered
+    queries, keys, warps, stages, *registers = plain if key.access == "plain" else ordered
     tma = arch == 90 and key.access == "plain" and kind != "fp32"
     if key.rest == "taylor" and key.dim > 128:
         queries, keys, tma = min(queries, 32), min(keys, 32), False
     if key.q_block < queries:
         warps = 4
     queries, keys = min(queries, key.q_block), min(keys, key.kv_block)
-    return Tiles(queries, keys, warps, stages, tma=tma)
+    # fewer warps have room enough
+    bound = registers[0] if registers and warps == 8 else 0
+    return Tiles(queries, keys, warps, stages, tma=tma, registers=bound)
 
 
 def shared_bytes(tiles: Tiles, key: TilesKey) -> int:
@@ -215,6 +223,8 @@ def _fits(tiles: Tiles, key: TilesKey) -> bool:
         and shared_bytes(tiles, key) <= SHARED_BYTES.get(key.arch, 99 << 10)
         and (not tiles.tma or (key.arch == 90 and key.access == "plain"))
         and (not tiles.specialized or alone == (True, 4, 128, "drop", "full", True))
+        # fewer warps have room enough, and specialized ones share out registers by themselves
+        and (not tiles.registers or (tiles.warps == 8 and not tiles.specialized))
     )
 
 
@@ -294,10 +304,12 @@ def _parse_tiles(fields) -> Tiles | None:
     if not isinstance(fields, dict) or set(fields) != set(Tiles._fields):
         return None
     tiles = Tiles(**fields)
-    if not all(type(x) is int for x in tiles[:4]) or not all(type(x) is bool for x in tiles[4:]):
+    numbers, modes = (*tiles[:4], tiles.registers), tiles[4:7]
+    if not all(type(x) is int for x in numbers) or not all(type(x) is bool for x in modes):
         return None
     powers = all(x in (16, 32, 64, 128, 256) for x in tiles[:2]) and tiles.warps in (4, 8, 16)
-    return tiles if powers and 1 <= tiles.stages <= 8 else None
+    bounded = 1 <= tiles.stages <= 8 and tiles.registers in REGISTERS
+    return tiles if powers and bounded else None
 
 
 def _power(size: int) -> int:

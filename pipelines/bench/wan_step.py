@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
@@ -31,7 +32,7 @@ from accel.pipelines.bench.results import Results, Row, measured
 from accel.pipelines.bench.settings import BACKENDS
 from accel.pipelines.bench.wan_model import Step, WanStep, random_step
 from accel.pipelines.enable import enabled, session_of
-from accel.pipelines.host import resolve_device
+from accel.pipelines.host import DTYPES, resolve_device
 from accel.pipelines.pricing import dense_plan
 from accel.plan import Plan
 from accel.recipes import recipe
@@ -43,6 +44,8 @@ from accel.untrusted import check_whole
 BLOCK: Block = (128, 64)
 # how far accel's kernel, keeping every block, may carry the output from that of dense attention
 LIMIT = 0.05
+# so much slower in attention alone, and no step is the fastest
+HOPELESS = 1.3
 # the options that a step depends on
 READ = ("kernel", "device", "dtype", "rounds", "wan_step", "page", "out")
 
@@ -89,14 +92,15 @@ def _check_unread(config: Mapping[str, Any]) -> None:
 def measure_step(size: WanStep, device: torch.device, rounds: int, results: Results) -> None:
     """Add the rows of the step with every dense attention of torch, and with accel at `size.keep`.
 
-    In every round each runs once untimed, which is where accel makes its masks, and once timed;
+    A dense attention that alone is far slower than the fastest takes no turn; its row says so. In
+    every round each runs once untimed, which is where accel makes its masks, and once timed;
     rounds that `results` holds are not run again. The share of attention is that of the fastest
     dense one, and that of accel.
     """
     step = random_step(size, device)
     geometry = geometry_of(step.model)
     contexts = _dense_contexts(device)
-    failed: dict[str, str] = {}
+    failed = _left_out(contexts, size, device)
     sparse = Plan.uniform(
         "wan_step",
         geometry,
@@ -164,6 +168,32 @@ def _dense_contexts(
     if device.type != "cuda":
         return {"sdpa": nullcontext}
     return {name: partial(sdpa_kernel, backend) for name, backend in SDPA.items()}
+
+
+def _left_out(
+    contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    size: WanStep,
+    device: torch.device,
+) -> dict[str, str]:
+    """Why a dense attention cannot be the step's fastest, by its name: one call of it alone."""
+    if len(contexts) == 1:
+        return {}
+    case = size.case
+    shape = (case.batch, case.heads, case.tokens, case.dim)
+    q, k, v = (torch.randn(shape, dtype=DTYPES[case.dtype], device=device) for _ in "qkv")
+    found, seconds = dict[str, str](), dict[str, float]()
+    for name, context in contexts.items():
+        try:
+            with context():
+                job = partial(F.scaled_dot_product_attention, q, k, v)
+                (seconds[name],) = in_turns({name: job}, device, rounds=1)[name]
+        except RuntimeError as problem:
+            found[name] = reason(problem)
+    fastest = min(seconds.values(), default=0.0)
+    for name, taken in seconds.items():
+        if taken > HOPELESS * fastest:
+            found[name] = f"not timed: its attention alone takes {taken / fastest:.1f}x the fastest"
+    return found
 
 
 def _distance(step: Step, plan: Plan) -> float:

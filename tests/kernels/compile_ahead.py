@@ -86,7 +86,7 @@ def build_attention(
     tiles: list | None,
 ):
     size = 4 if dtype == "fp32" else 2
-    gather = ordered and arithmetic == "full"
+    gather = ordered and arithmetic == "full" and arch != 90
     key = tiles_key(
         arch=arch,
         block=tuple(block),
@@ -117,7 +117,12 @@ def build_attention(
     pointers |= {"p_lengths": "*i32"} if lengths else {}
     pointers |= {"p_order": "*i64"} if ordered else {}
     pointers = {x: kind.replace("element", dtype) for x, kind in pointers.items()}
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
+        "maxnreg": chosen.registers or None,
+        "enable_fp_fusion": True,
+    }
     return chosen, compiled(attention_kernel, pointers, constants, set(), arch, **options)
 
 

@@ -18,6 +18,11 @@ FULL_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA"}
 INT8_CORE = {80: "IMMA", 89: "IMMA", 90: "IGMMA"}
 FP8_CORE = {89: "QMMA", 90: "QGMMA"}
 SPECIALIZED = [128, 64, 4, 3, True, False, True]
+# two programs of 128 registers on a multiprocessor that spill a little are up to 1.4 times as fast
+# on an H200 as one of 170 that spills nothing, and fp8 in tiles of 64 keys 1.4 times as fast as of
+# 32; the version of Triton decides how little
+BOUNDED_STACK_BYTES, FP8_STACK_BYTES = 256, 64
+TWO_PROGRAMS = [128, 64, 8, 2, True, False, False, 128]
 
 
 def variant(arch, dim=128, **changes):
@@ -52,10 +57,13 @@ def compile_variants(variants) -> list[dict]:
 
 
 def check(one: dict) -> None:
-    """No spills, shared memory within bounds, and the units that the variant is written for."""
+    """Spills and shared memory within bounds, and the units that the variant is written for."""
     assert "error" not in one, one
     arch, way, opcodes = one["arch"], one["arithmetic"], set(one["opcodes"])
-    assert one["stack"] == one["local"] == 0, f"spills: {one}"
+    bounded = one["tiles"][7] > 0
+    spills = BOUNDED_STACK_BYTES if bounded else FP8_STACK_BYTES if way == "fp8" else 0
+    assert one["local"] == 0, f"spills: {one}"
+    assert one["stack"] <= spills, f"spills: {one}"
     assert one["shared"] <= SHARED_BYTES[arch], f"too much shared memory: {one}"
     # full fp32 precision is none of a tensor core
     full = one["dtype"] != "fp32" and (way != "fp8" or one["rest"] != "drop")
@@ -65,7 +73,7 @@ def check(one: dict) -> None:
     assert (INT8_CORE[units] in opcodes) == (way != "full"), f"int8 tensor core or not: {one}"
     if units == arch:
         assert (FP8_CORE.get(arch) in opcodes) == (way == "fp8"), f"fp8 tensor core or not: {one}"
-    tma, _, specialized = one["tiles"][4:]
+    tma, _, specialized, _ = one["tiles"][4:]
     assert ("UTMALDG" in opcodes) == tma, f"memory accelerator or not: {one}"
     assert ("USETMAXREG" in opcodes) == specialized, f"specialized warps or not: {one}"
 
@@ -76,6 +84,7 @@ VARIANTS = [
     variant(90, 64, ordered=True, rest="mean"),
     variant(90, tiles=SPECIALIZED),
     variant(90, tiles=[128, 64, 8, 3, True, True]),
+    variant(90, tiles=TWO_PROGRAMS, lengths=True),
     variant(90, arithmetic="int8"),
     variant(90, arithmetic="fp8", rest="taylor", ordered=True, lengths=True),
     variant(89, 72, dtype="fp16", lengths=True),

@@ -26,6 +26,7 @@ WAYS = {
     "descriptors": Tiles(64, 32, 8, 3, tma=True),
     "descriptors in turns": Tiles(32, 16, 4, 2, tma=True, persistent=True),
     "specialized": Tiles(128, 32, 4, 3, tma=True, specialized=True),
+    "bounded registers": Tiles(64, 32, 8, 2, registers=128),
 }
 CASES = [
     Case(2, 3, 1, 1, 1, 16, (16, 16), id="one-token"),
@@ -76,6 +77,38 @@ def test_matches_reference(way, case, generator):
     mask = case.mask(case.dense_keep(generator))
     rest = "drop" if way == "specialized" else rests(case)
     check(BACKEND, q, k, v, mask, rest=rest, **case.options(generator))
+
+
+ORDERED = [case for case in CASES if case.orders]
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.id)
+def test_keys_are_gathered_where_no_descriptor_could_load_them(
+    case, precision, generator, monkeypatch
+):
+    monkeypatch.setattr(attention_triton, "architecture", lambda device: 80)
+    if precision == "int8":
+        return check_8_bits(case, precision, torch.bfloat16, generator)
+    seen = []
+
+    def remembered(key, *, padded):
+        seen.append(key)
+        return choose_tiles(key, padded=padded)
+
+    monkeypatch.setattr(attention_triton, "choose_tiles", remembered)
+    q, k, v = case.tensors(generator, torch.float16)
+    mask = case.mask(case.dense_keep(generator))
+    check(BACKEND, q, k, v, mask, rest=rests(case), **case.options(generator))
+    assert {key.access for key in seen} == {"ordered"}
+
+
+@pytest.mark.parametrize(("kv_heads", "orders"), [(2, 1), (6, 6), (2, 6)])
+def test_keys_are_copied_into_an_order(kv_heads, orders, generator):
+    case = Case(2, 6, kv_heads, 130, 130, 40, (64, 32), orders=orders)
+    q, k, v = (x.mT.contiguous().mT for x in case.tensors(generator, torch.float16))
+    mask = case.mask(case.dense_keep(generator))
+    check(BACKEND, q, k, v, mask, rest=rests(case), **case.options(generator))
 
 
 def check_8_bits(case: Case, precision: str, dtype, generator) -> None:

@@ -128,11 +128,12 @@ def test_from_dense_refuses_another_geometry():
         BlockMask.from_dense(torch.ones(3, 2, 6, dtype=torch.bool), **GEOMETRY)
 
 
-def test_rows_are_numbered_longest_first():
+def test_rows_are_numbered_by_heads_and_longest_first():
     counts = torch.tensor([[[2, 3], [3, 0]], [[1, 3], [2, 2]]], dtype=torch.int32)
     indices = torch.arange(7, dtype=torch.int32).expand(2, 2, 2, 7).contiguous()
     mask = BlockMask(counts=counts, indices=indices, **GEOMETRY)
-    assert mask.longest_first.tolist() == [1, 2, 5, 0, 6, 7, 4, 3]  # equal counts in their order
+    # 5 blocks in the first head, 4 in the third, as in the fourth, 3 in the second
+    assert mask.longest_first.tolist() == [1, 0, 5, 4, 6, 7, 2, 3]
     assert mask.longest_first.dtype == torch.int32
     again = dataclasses.replace(mask, counts=counts.flip(0))
-    assert again.longest_first.tolist() == [1, 5, 6, 2, 3, 4, 0, 7]
+    assert again.longest_first.tolist() == [5, 4, 1, 0, 2, 3, 6, 7]

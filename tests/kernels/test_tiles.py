@@ -89,6 +89,8 @@ def test_candidates_fit_and_begin_with_the_choice():
     for tiles in plain:
         assert not tiles.specialized or (tiles.tma, tiles.warps, tiles.queries) == (True, 4, 128)
         assert shared_bytes(tiles, KEY) <= SHARED_BYTES[90]
+        assert not tiles.registers or (tiles.warps, tiles.specialized) == (8, False)
+    assert {x.registers for x in plain} == {0, 128}
     assert not any(x.specialized for x in candidates(KEY._replace(rest="mean")))
     assert not any(x.tma for x in candidates(KEY._replace(arch=89)))
 
@@ -159,6 +161,9 @@ NAME = "90 128 64 128 2 plain drop full"
                 {NAME: entry(queries=256)},  # more than the block
                 {NAME: entry(stages=True)},
                 {NAME: entry(tma=1)},
+                {NAME: entry(registers=100)},
+                {NAME: entry(registers=True)},
+                {NAME: entry(warps=4, registers=128)},
                 {NAME: entry(more=1)},
                 {NAME: {"queries": 64}},
                 {"90 128 64 128 2 plain drop": entry()},

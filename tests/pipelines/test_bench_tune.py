@@ -24,7 +24,8 @@ def _own_table(monkeypatch, tmp_path):
 
 @pytest.fixture
 def asked():
-    return settings("backends=[cpu]", shapes=SHAPES)
+    device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "cpu")
+    return settings(f"device={device}", f"backends=[{backend}]", shapes=SHAPES)
 
 
 def key(precision="full", arch=90, block=BLOCK):

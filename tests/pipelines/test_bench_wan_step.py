@@ -133,6 +133,24 @@ def test_a_dense_attention_that_fails_is_a_row(results, monkeypatch):
     assert dense.baseline == sparse.baseline == "sdpa"
 
 
+def test_a_hopeless_dense_attention_takes_no_turn(results, monkeypatch):
+    in_turns = bench_wan_step.in_turns
+
+    def slow(jobs, device, rounds):
+        return {"slow": [9.0]} if [*jobs] == ["slow"] else in_turns(jobs, device, rounds=rounds)
+
+    (context,) = bench_wan_step._dense_contexts(CPU).values()
+    monkeypatch.setattr(
+        bench_wan_step, "_dense_contexts", lambda _: {"slow": context, "sdpa": context}
+    )
+    monkeypatch.setattr(bench_wan_step, "in_turns", slow)
+    slow_row, dense, _ = step_rows(results)
+    assert slow_row.ms is None
+    assert "its attention alone takes" in slow_row.note
+    assert dense.ms
+    assert dense.baseline == "sdpa"
+
+
 def test_a_step_has_a_page(results, tmp_path, monkeypatch):
     def measured(config):
         step_rows(results)
