@@ -11,13 +11,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accel.cost import dense_speedup
 from accel.errors import AccelError
 from accel.files import write_atomically
-from accel.pipelines.adapters import by_denoiser, denoisers_of
+from accel.pipelines.adapters import by_denoiser, denoisers_of, geometry_of
 from accel.pipelines.arm_commands import serve, until_closed
 from accel.pipelines.arm_meter import StepClock, middle_of, peak_memory_bytes, reset_peak_memory
 from accel.pipelines.cache_hooks import disable_cache, enable_cache, magnitude_ratios, reset_cache
@@ -31,7 +32,7 @@ from accel.pipelines.pricing import load_or_measure_baseline, priced, warm_up_st
 from accel.pipelines.provenance import device_name
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
-from accel.recipes import RECIPES
+from accel.recipes import RECIPES, recipe
 from accel.schedule import Schedule
 
 
@@ -40,16 +41,23 @@ class Arm:
 
     plan: a plan file, the name of a recipe, or None for an arm without one; cache: what
     `CacheSpec.of` reads, or None; folder: keeps what plans and caches are calibrated by, for all
-    arms of a comparison.
+    arms of a comparison; precision: what a recipe computes in where it does not say, "" for the
+    model's own.
     """
 
     def __init__(
-        self, model: dict[str, Any], plan: str | None, cache: Any = None, folder: str = ""
+        self,
+        model: dict[str, Any],
+        plan: str | None,
+        cache: Any = None,
+        folder: str = "",
+        precision: str = "",
     ) -> None:
         self._config = model_config(model)
         self._plan = plan
         self._cache = None if cache is None else CacheSpec.of(cache)
         self._folder = Path(folder)
+        self._precision = precision
         self._ratios: list[float] | None = None
         self._host: Host | None = None
 
@@ -153,9 +161,9 @@ class Arm:
         """Attention maps of a few heads with what the plan keeps of them; see `look`."""
         return look(self.host, self.plans, prompt, seed, Path(save))
 
-    def _calibrated(self) -> Plan | str | None:
-        """The arm's plan; one that chooses by a calibration is made first, and so are the ratios
-        of MagCache. What is in the folder already is taken from there.
+    def _calibrated(self) -> dict[str, Plan] | str | None:
+        """The arm's plan, or one for each denoiser; one that chooses by a calibration is made
+        first, and so are the ratios of MagCache. What is in the folder already is taken from there.
         """
         if self._cache is not None and self._cache.kind == "magcache":
             path = self._folder / "magcache.json"
@@ -163,9 +171,16 @@ class Arm:
                 ratios = magnitude_ratios(self.host, self._config.calibration[0], 0)
                 write_atomically(path, json.dumps({"ratios": ratios}))
             self._ratios = json.loads(path.read_text())["ratios"]
-        if self._plan in RECIPES and RECIPES[self._plan].demand is not None:
-            return calibrated_recipe(self.host, self._plan, self._folder)
-        return self._plan
+        if self._plan not in RECIPES:
+            return self._plan
+        models = denoisers_of(self.host.pipe)
+        if RECIPES[self._plan].demand is not None:
+            plans = [calibrated_recipe(self.host, self._plan, self._folder)] * len(models)
+        else:
+            plans = [recipe(self._plan, geometry_of(model)) for model in models]
+        if self._precision:
+            plans = [_computed_in(plan, self._precision) for plan in plans]
+        return by_denoiser(self.host.pipe, plans)
 
     def _enable_cache(self) -> None:
         if self._cache is not None:
@@ -193,6 +208,11 @@ class Arm:
         layout = session_of(denoisers_of(self.host.pipe)[0]).run.layout
         grid = list(layout.grid) if layout is not None and layout.grids else None
         return {"grid": grid, "steps": self.host.steps}
+
+
+def _computed_in(plan: Plan, precision: str) -> Plan:
+    """A recipe's plan in that precision; what it says itself of other ones is the method's."""
+    return replace(plan, precision=precision) if plan.precision == "full" else plan
 
 
 def _origin(plan: Plan) -> dict[str, Any] | None:

@@ -18,8 +18,9 @@ from accel.plan import Plan
 from accel.recipes import RECIPES
 from accel.untrusted import refuse_constant, table, typed
 
+HALF = "half"
 # recipes that leave nothing out, called like the precision they compute in
-OWN_DENSE = ("full", "half")
+OWN_DENSE = ("full", HALF)
 # what an arm is, in the order of tables, and what many of a kind are called
 KINDS = {
     "dense": "dense",
@@ -37,7 +38,8 @@ class ArmSpec:
 
     identity: names what the plan does and expects, since it runs dense where it expects dense to
     be faster; what cannot be read has only its path. cache: `CacheSpec.identity`, or "". front:
-    the front that the plan is a point of, or "".
+    the front that the plan is a point of, or "". precision: what a recipe computes in where it
+    says nothing itself, or "" for the model's own.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ArmSpec:
     kind: str = "dense"
     cache: str = ""
     front: str = ""
+    precision: str = ""
 
     @classmethod
     def of(cls, name: str, plan: str, kind: str = "plan", front: str = "") -> "ArmSpec":
@@ -62,6 +65,10 @@ class ArmSpec:
         named = f"{self.name}+{name}"
         return replace(self, name=named, kind="plan + cache", cache=spec.identity, front="")
 
+    def computed_in(self, precision: str) -> "ArmSpec":
+        """The same recipe with accel's kernels in another precision: another arm."""
+        return replace(self, precision=precision, identity=f"{self.identity} in {precision}")
+
     @property
     def calibrated(self) -> bool:
         """Whether its plan or its cache chooses by a calibration of the model."""
@@ -76,6 +83,17 @@ DENSE = ArmSpec("dense")
 def dense_arms(baselines: Sequence[str]) -> tuple[ArmSpec, ...]:
     """Arms that leave nothing out: the host's own attention, then accel's."""
     return (DENSE, *(ArmSpec.of(name, name, "dense") for name in baselines[1:]))
+
+
+def recipe_arm(name: str, baselines: Sequence[str]) -> ArmSpec:
+    """The arm of a recipe, with 16-bit operands where a baseline has them.
+
+    Published methods choose blocks, and say nothing of arithmetic. Searched plans may compute with
+    16-bit operands and are held against dense that does: what that alone gives is no merit of a
+    selection, and no method is to be without it. A recipe that is dense is its precision.
+    """
+    arm = ArmSpec.of(name, name, "recipe")
+    return arm.computed_in(HALF) if HALF in baselines and name not in OWN_DENSE else arm
 
 
 def recipe_names(recipes: Sequence[str]) -> tuple[str, ...]:

@@ -127,6 +127,12 @@ def sentences_of(results: Mapping[str, Any]) -> list[str]:
             f"hypervolume (time below the fastest dense run times dB from {FLOOR_DB:g} to"
             f" {CAP_DB:g}): {listed}"
         )
+    given = {arm["precision"] for arm in arms.values() if arm["precision"]}
+    lines += [
+        f"recipes compute in precision {word!r}, like the dense arm of that name; one that chooses"
+        " its precision keeps it"
+        for word in sorted(given)
+    ]
     for front in _fronts(arms):
         above = {
             name: arm["against_front"][front]["above_db"]

@@ -84,6 +84,7 @@ def results_of(
         "front": arm.front or None,
         "cache": json.loads(arm.cache) if arm.cache else None,
         "note": start.get("note", ""),
+        "precision": arm.precision or None,
         "predicted_speedup": predicted,
         "seconds": spread([r["seconds"] for r in done]),
         "step_seconds": {

@@ -171,6 +171,7 @@ class Comparison:
             "cache": json.loads(arm.cache) if arm.cache else None,
             "model": asdict(self.model),
             "folder": str(self.book.calibration_folder) if arm.calibrated else "",
+            "precision": arm.precision,
         }
 
     def _ask(

@@ -13,6 +13,7 @@ from accel.pipelines.compare_arms import (
     check_names,
     combined_arms,
     dense_arms,
+    recipe_arm,
     recipe_names,
 )
 from accel.pipelines.host import DTYPES, ModelConfig, find_path
@@ -84,7 +85,7 @@ class CompareSettings:
         for name, files in self.fronts.items():
             for number, file in enumerate(files, 1):
                 plans.append(ArmSpec.of(f"{name}-{number}", file, "front", name))
-        plans += [ArmSpec.of(name, name, "recipe") for name in self.recipes]
+        plans += [recipe_arm(name, self.baselines) for name in self.recipes]
         arms = [*self.dense_arms, *plans]
         for name, spec in self.caches.items():
             arms.append(ArmSpec(name, kind="cache", cache=spec.identity))

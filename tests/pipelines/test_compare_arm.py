@@ -141,6 +141,24 @@ def test_a_recipe_with_a_demand_is_calibrated_first(model, tmp_path, monkeypatch
     assert ArmSpec.of(name, name, "recipe").calibrated
 
 
+@pytest.mark.parametrize("cache", [None, {"cache": "pab"}])
+def test_a_recipe_computes_in_the_precision_that_it_is_given(model, cache):
+    arm = Arm(model, "window", cache=cache, precision="half")
+    assert arm.start()["plan"] == "window"
+    assert [plan.precision for plan in arm.plans] == ["half"]
+    sparse = [r for r in arm.generate("a seven", 0)["summary"]["rows"] if r["phase"] != "dense"]
+    assert sparse
+    assert all(kernel.endswith(" half") for row in sparse for kernel in row["kernels"])
+
+
+def test_a_recipe_that_chooses_its_precision_keeps_it(model, monkeypatch):
+    chosen = replace(recipe("window", geometry_of(Host(model_config(model)).pipe)), precision="fp8")
+    monkeypatch.setattr(compare_arm, "recipe", lambda name, geometry: chosen)
+    arm = Arm(model, "window", precision="half")
+    arm.start()
+    assert [plan.precision for plan in arm.plans] == ["fp8"]
+
+
 def test_keys_name_caches_and_what_calibrates_them(model, tmp_path):
     def key(arm, **changes):
         config = replace(model_config(model), **changes)
@@ -153,6 +171,7 @@ def test_keys_name_caches_and_what_calibrates_them(model, tmp_path):
     ratios = ArmSpec("mag", kind="cache", cache=CacheSpec("magcache").identity)
     plan = ArmSpec.of("window", "window", "recipe")
     arms = (mild, bold, ratios, plan, plan.with_cache("fb", CacheSpec("fbcache")), ArmSpec("dense"))
+    arms = (*arms, plan.computed_in("half"))
     assert len({key(arm) for arm in arms}) == len(arms)
     other = {"calibration": ("a two",)}
     assert key(mild) == key(mild, **other)

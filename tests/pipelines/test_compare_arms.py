@@ -79,6 +79,28 @@ def test_all_combines_every_plan_with_every_cache(front, tmp_path):
     assert names == ["a+mild", "a+pab", "b+mild", "b+pab"]
 
 
+def test_recipes_compute_in_the_precision_of_the_baselines(front):
+    """16-bit operands are no merit of a selection: what a front may use, recipes get as well."""
+
+    def arms(*baselines, **changes):
+        asked = settings(
+            fronts=named_fronts(str(front)),
+            recipes=("window", "full"),
+            combined=[{"plan": name, "cache": "pab"} for name in ("window", "front-1")],
+            baselines=baselines,
+            **changes,
+        )
+        return {arm.name: arm for arm in asked.arms}
+
+    fair, own = arms("dense", "half"), arms("dense")
+    told = {name: arm.precision for name, arm in fair.items() if arm.precision}
+    assert told == {"window": "half", "window+pab": "half"}  # `full` is a precision itself
+    assert not any(arm.precision for arm in own.values())
+    for name, arm in fair.items():
+        assert name == "half" or (arm.identity == own[name].identity) == (name not in told)
+    assert fair["window"].calibrated is own["window"].calibrated is False
+
+
 def test_all_recipes_are_those_that_leave_something_out():
     names = settings(recipes="all").recipes
     assert set(names) == set(RECIPES) - {"full", "half"}

@@ -16,6 +16,7 @@ def arm(kind, speedup=None, psnr=None, predicted=None, **changes):
         "front": None,
         "cache": None,
         "note": "",
+        "precision": None,
         "notices": {},
         "speedup": speedup,
         "psnr": quality,
@@ -132,6 +133,19 @@ def test_a_plan_that_travelled_alone_says_from_where(results):
     assert "'far' was found at 9x16x12 in 20 steps and ran at 17x16x12 in 30 steps" in sentences_of(
         results
     )
+
+
+def test_the_precision_that_recipes_were_given_is_told(results):
+    def told():
+        return [line for line in sentences_of(results | findings_of(results)) if "comput" in line]
+
+    assert told() == []
+    for name in ("window", "slow"):
+        results["arms"][name]["precision"] = "half"
+    assert told() == [
+        "recipes compute in precision 'half', like the dense arm of that name; one that chooses its"
+        " precision keeps it"
+    ]
 
 
 def test_long_tables_are_grouped(found):

@@ -101,6 +101,9 @@ def test_no_more_are_loaded_than_there_is_room_for(model, tmp_path):
     assert CacheSpec.of(machine.specs["pab"]["cache"]) == CacheSpec("pab")
     assert machine.specs["pab"]["plan"] is None
     assert machine.specs["window"]["cache"] is None
+    assert machine.specs["window"]["precision"] == "half"
+    assert results["arms"]["window"]["precision"] == "half"
+    assert results["arms"]["pab"]["precision"] is None
     assert list(results["arms"]) == ["dense", "half", *SETTINGS.recipes, "pab"]
 
 
