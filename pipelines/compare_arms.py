@@ -61,9 +61,10 @@ class ArmSpec:
         return cls(name, plan, identity, kind, front=front)
 
     def with_cache(self, name: str, spec: CacheSpec) -> "ArmSpec":
-        """The same plan and this cache at once."""
+        """The same plan and this cache at once; of accel's dense it is the cache on that kernel."""
         named = f"{self.name}+{name}"
-        return replace(self, name=named, kind="plan + cache", cache=spec.identity, front="")
+        kind = "cache" if self.kind == "dense" else "plan + cache"
+        return replace(self, name=named, kind=kind, cache=spec.identity, front="")
 
     def computed_in(self, precision: str) -> "ArmSpec":
         """The same recipe with accel's kernels in another precision: another arm."""

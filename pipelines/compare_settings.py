@@ -8,6 +8,7 @@ from accel.errors import AccelError, nearest
 from accel.pipelines.caches import CacheSpec
 from accel.pipelines.compare_arms import (
     DENSE,
+    KINDS,
     OWN_DENSE,
     ArmSpec,
     check_names,
@@ -80,7 +81,7 @@ class CompareSettings:
 
     @property
     def arms(self) -> tuple[ArmSpec, ...]:
-        """The baselines, plans, fronts, recipes, caches and plans with caches."""
+        """The baselines, plans, fronts, recipes, caches and plans with caches, by kind."""
         plans = [ArmSpec.of(name, find_path(p)) for name, p in self.plans.items()]
         for name, files in self.fronts.items():
             for number, file in enumerate(files, 1):
@@ -92,7 +93,7 @@ class CompareSettings:
         known = {arm.name: arm for arm in (*self.dense_arms[1:], *plans)}
         arms += combined_arms(self.combined, known, self.caches)
         check_names(arms)
-        return tuple(arms)
+        return tuple(sorted(arms, key=lambda arm: list(KINDS).index(arm.kind)))
 
     @property
     def groups(self) -> tuple[tuple[ArmSpec, ...], ...]:

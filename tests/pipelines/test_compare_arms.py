@@ -1,6 +1,7 @@
 """The arms that a comparison is asked for: caches, fronts, combinations, groups."""
 
 import json
+from itertools import groupby
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -9,7 +10,7 @@ from tiny_denoiser import tiny_plan
 
 from accel.choice import DENSE as DENSE_CHOICE
 from accel.errors import AccelError, PlanError
-from accel.pipelines.caches import CacheSpec
+from accel.pipelines.caches import CACHES, CacheSpec
 from accel.pipelines.compare_arms import DENSE, ArmSpec, named_caches, named_fronts
 from accel.pipelines.compare_settings import CompareSettings
 from accel.recipes import RECIPES
@@ -183,6 +184,28 @@ def test_what_is_asked_for_can_be_typed(override):
         config = OmegaConf.to_container(compose("compare", overrides=[override, *more]))
     assert {spec.kind for spec in named_caches(config["caches"]).values()} <= {"pab", "fbcache"}
     assert config["combined"] == "all"
+
+
+def test_the_experiment_holds_every_cache_on_the_host_s_attention_and_on_accel_s():
+    with initialize_config_module("accel.configs", version_base="1.3"):
+        config = OmegaConf.to_container(compose("compare", overrides=["experiment=wan-digits"]))
+    caches = named_caches(config["caches"])
+    asked = settings(
+        plans={"wan-digits": "p.json"},
+        recipes=config["recipes"],
+        fronts={"front": ("p.json",) * 7},
+        caches=caches,
+        combined=config["combined"],
+        baselines=config["baselines"],
+    )
+    arms = {arm.name: arm for arm in asked.arms}
+    assert set(caches) == set(CACHES)
+    for name in caches:
+        assert arms[f"half+{name}"].cache == arms[name].cache
+        assert arms[f"half+{name}"].plan == "half"
+        assert arms[f"half+{name}"].kind == "cache"  # nothing but the cache leaves anything out
+    kinds = [arm.kind for arm in asked.arms]
+    assert len(list(groupby(kinds))) == len(set(kinds))  # one heading each
 
 
 def test_caches_are_named_by_their_kinds_or_by_the_user():
