@@ -89,9 +89,7 @@ class Arm:
         if plan is not None:
             enable(self._host.pipe, plan, guard=False)
         self._enable_cache()
-        steps = warm_up_steps(self.schedule, self.host.steps)
-        self.host.generate(self._config.prompts[0], 0, num_inference_steps=steps)
-        reset_peak_memory(self.host.device)
+        self._warm_up()
         enabled = self.plans[0] if self.plans else None
         made = None if enabled is None else _origin(enabled)
         here = None if enabled is None else self._place()
@@ -113,8 +111,8 @@ class Arm:
         """Predict this arm's speed from costs measured here; its plans go on with the prediction.
 
         Sites at which dense is predicted to be faster then run dense, and dense calls go to accel's
-        own kernel where that is. folder: keeps the timed dense generation and the costs, for all
-        arms.
+        own kernel where that is. It has run other things since it was warm, and is warmed up again.
+        folder: keeps the timed dense generation and the costs, for all arms.
         """
         plans = self.plans
         self._disable_cache()  # prices are those of what is computed
@@ -124,7 +122,7 @@ class Arm:
         plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
         enable(self.host.pipe, by_denoiser(self.host.pipe, plans), check=False, guard=False)
         self._enable_cache()
-        reset_peak_memory(self.host.device)
+        self._warm_up()
         return {
             "attention_share": baseline.total_share,
             **self._predictions(plans[0]),
@@ -160,6 +158,12 @@ class Arm:
     def look(self, prompt: str, seed: int, save: str) -> dict[str, Any]:
         """Attention maps of a few heads with what the plan keeps of them; see `look`."""
         return look(self.host, self.plans, prompt, seed, Path(save))
+
+    def _warm_up(self) -> None:
+        """Generate with a few steps, a sparse one among them; peak memory is counted from there."""
+        steps = warm_up_steps(self.schedule, self.host.steps)
+        self.host.generate(self._config.prompts[0], 0, num_inference_steps=steps)
+        reset_peak_memory(self.host.device)
 
     def _calibrated(self) -> dict[str, Plan] | str | None:
         """The arm's plan, or one for each denoiser; one that chooses by a calibration is made

@@ -86,6 +86,33 @@ def test_a_plan_with_a_cache_is_priced_by_what_it_computes(model, monkeypatch):
     assert sum(row["calls"] for row in rows[0]) > sum(row["calls"] for row in rows[1])
 
 
+def test_an_arm_is_warm_when_it_was_priced(model, monkeypatch):
+    """With the plan that it goes on with, after everything that pricing runs."""
+    log = []
+    generate = Host.generate
+
+    def logged(self, *args, **kwargs):
+        plan = self.pipe.transformer.__dict__.get("_accel")
+        log.append((plan and plan.session.plan.name, kwargs["num_inference_steps"]))
+        return generate(self, *args, **kwargs)
+
+    def baseline(*_):
+        log.append("measured")
+        return SimpleNamespace(total_share=0.5)
+
+    def priced(host, plan, baseline, folder):
+        log.append("priced")
+        return replace(plan, name="priced")
+
+    monkeypatch.setattr(Host, "generate", logged)
+    monkeypatch.setattr(compare_arm, "load_or_measure_baseline", baseline)
+    monkeypatch.setattr(compare_arm, "priced", priced)
+    arm = Arm(model, "window", cache={"cache": "pab"})
+    arm.start()
+    arm.price("costs")
+    assert log == [("window", 2), "measured", "priced", ("priced", 2)]
+
+
 def test_an_interrupted_generation_leaves_nothing_to_the_next(model, tmp_path, monkeypatch):
     arm = Arm(model, None, cache={"cache": "pab"})
     arm.start()
