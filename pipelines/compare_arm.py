@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accel.choice import Choice
 from accel.cost import dense_speedup
 from accel.errors import AccelError
 from accel.files import write_atomically
@@ -30,6 +31,7 @@ from accel.pipelines.look import look
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.pricing import load_or_measure_baseline, priced, warm_up_steps
 from accel.pipelines.provenance import device_name
+from accel.pipelines.seen_keeps import SeenKeeps
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
 from accel.recipes import RECIPES, recipe
@@ -59,6 +61,7 @@ class Arm:
         self._folder = Path(folder)
         self._precision = precision
         self._ratios: list[float] | None = None
+        self._keeps: dict[Choice, float] = {}
         self._host: Host | None = None
 
     @property
@@ -80,7 +83,7 @@ class Arm:
         return [session_of(model).plan for model in denoisers_of(self.host.pipe)]
 
     def start(self) -> dict[str, Any]:
-        """Load, calibrate, enable, and generate once with few steps, a sparse one among them."""
+        """Load, calibrate, enable, and generate once with few steps, one of every band."""
         begun = time.perf_counter()
         self._host = Host(self._config)
         loaded = time.perf_counter()
@@ -119,7 +122,9 @@ class Arm:
         disable(self.host.pipe)
         path = Path(folder) / "baseline.json"
         baseline = load_or_measure_baseline(self.host, self._config.calibration[0], 0, path)
-        plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
+        # how much some selections keep is known since they have run
+        keeps, where = self._keeps, Path(folder)
+        plans = [priced(self.host, plan, baseline, where, keeps=keeps) for plan in plans]
         enable(self.host.pipe, by_denoiser(self.host.pipe, plans), check=False, guard=False)
         self._enable_cache()
         self._warm_up()
@@ -160,9 +165,14 @@ class Arm:
         return look(self.host, self.plans, prompt, seed, Path(save))
 
     def _warm_up(self) -> None:
-        """Generate with a few steps, a sparse one among them; peak memory is counted from there."""
+        """Generate with a few steps, one of every band; peak memory is counted from there."""
         steps = warm_up_steps(self.schedule, self.host.steps)
-        self.host.generate(self._config.prompts[0], 0, num_inference_steps=steps)
+        models = denoisers_of(self.host.pipe)
+        seen = SeenKeeps([session_of(m) for m in models] if self._plan is not None else [])
+        self.host.generate(
+            self._config.prompts[0], 0, num_inference_steps=steps, callback_on_step_end=seen
+        )
+        self._keeps |= seen.means
         reset_peak_memory(self.host.device)
 
     def _calibrated(self) -> dict[str, Plan] | str | None:

@@ -39,6 +39,7 @@ CODE = tuple(
         "host",
         "mass_observer",
         "pricing",
+        "seen_keeps",
     )
 )
 

@@ -434,11 +434,19 @@ def test_a_baseline_is_dense(settings):
 
 def test_speed_is_predicted_from_costs_measured_once_for_all_arms(model, settings, tmp_path):
     wanted = replace(
-        settings, plans={}, recipes=("window", "radial"), prompts=1, rounds=1, predict=True
+        settings,
+        plans={},
+        recipes=("window", "radial", "xattention"),
+        prompts=1,
+        rounds=1,
+        predict=True,
     )
     results, asked = run(model, wanted, tmp_path)
-    assert [arm for arm, do, _ in asked if do == "price"] == ["window", "radial"]
+    assert [arm for arm, do, _ in asked if do == "price"] == list(wanted.recipes)
     assert results["arms"]["dense"]["predicted_speedup"] is None
     assert 0 < results["arms"]["window"]["predicted_speedup"] < 100
+    # how much it keeps only the call can tell, and the warm-up is one
+    assert 0 < results["arms"]["xattention"]["predicted_speedup"] < 100
     assert len(list(tmp_path.glob("costs/*/baseline.json"))) == 1
-    assert len(list(tmp_path.glob("costs/*/costs-*.json"))) == 1
+    # of two blocks: xattention has its own
+    assert len(list(tmp_path.glob("costs/*/costs-*.json"))) == 2

@@ -17,6 +17,7 @@ from accel.pipelines.compare_arms import ArmSpec
 from accel.pipelines.compare_book import Book
 from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
+from accel.pipelines.pricing import warm_up_steps
 from accel.plan import Plan
 from accel.recipes import RECIPES, recipe
 
@@ -64,7 +65,7 @@ def test_a_plan_with_a_cache_is_priced_by_what_it_computes(model, monkeypatch):
         assert path.name == "baseline.json"
         return SimpleNamespace(total_share=0.5)
 
-    def priced(host, plan, baseline, folder):
+    def priced(host, plan, baseline, folder, keeps):
         return replace(plan, expected={"speedup": 2.0})
 
     monkeypatch.setattr(compare_arm, "load_or_measure_baseline", baseline)
@@ -100,7 +101,7 @@ def test_an_arm_is_warm_when_it_was_priced(model, monkeypatch):
         log.append("measured")
         return SimpleNamespace(total_share=0.5)
 
-    def priced(host, plan, baseline, folder):
+    def priced(host, plan, baseline, folder, keeps):
         log.append("priced")
         return replace(plan, name="priced")
 
@@ -111,6 +112,34 @@ def test_an_arm_is_warm_when_it_was_priced(model, monkeypatch):
     arm.start()
     arm.price("costs")
     assert log == [("window", 2), "measured", "priced", ("priced", 2)]
+
+
+@pytest.mark.parametrize("name", ["xattention", "jenga", "mminference_grid", "window"])
+def test_what_selections_keep_is_known_to_prices_once_they_have_run(model, monkeypatch, name):
+    given = []
+
+    def priced(host, plan, baseline, folder, keeps):
+        given.append(keeps)
+        return plan
+
+    monkeypatch.setattr(
+        compare_arm, "load_or_measure_baseline", lambda *_: SimpleNamespace(total_share=0.5)
+    )
+    monkeypatch.setattr(compare_arm, "priced", priced)
+    arm = Arm({**model, "prompts": ["a seven"]}, name)
+    arm.start()
+    (plan,) = arm.plans
+    arm.price("costs")
+    (keeps,) = given
+    choices = {c for bands in plan.sites.values() for heads in bands for c in heads}
+    assert set(keeps) == {choice for choice in choices if choice.online}
+    steps = warm_up_steps(plan.schedule, 8)
+    rows = arm.generate("a seven", 0, steps=steps)["summary"]["rows"]
+    for choice, keep in keeps.items():
+        bands = {b for of in plan.sites.values() for b, heads in enumerate(of) if choice in heads}
+        same = [row["keep"] for row in rows if row["phase"] in {f"band {b}" for b in bands}]
+        assert same
+        assert keep == pytest.approx(sum(same) / len(same))
 
 
 def test_an_interrupted_generation_leaves_nothing_to_the_next(model, tmp_path, monkeypatch):
