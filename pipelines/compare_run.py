@@ -42,6 +42,7 @@ class Comparison:
         self._sitting = time.strftime("%Y-%m-%dT%H:%M:%S")
         self._workers: dict[ArmSpec, Any] = {}
         self._errors: dict[ArmSpec, str] = {}
+        self._unseen: dict[ArmSpec, str] = {}  # arms without maps, and why
         prompts = settings.prompts_of(model)
         self.probe = fastest_dtype(
             model, settings, prompts, folder / "probe", self._sitting, launch
@@ -134,6 +135,8 @@ class Comparison:
             arms[arm.name] = results_of(self.book, arm, records, baselines, fastest)
             if arm in self._errors:
                 arms[arm.name]["error"] = self._errors[arm]
+            if arm in self._unseen:
+                arms[arm.name]["maps_error"] = self._unseen[arm]
         starts = [self.book.read(arm, "start") for arm in self.arms]
         sittings = sorted({record["sitting"] for made in records.values() for record in made})
         results = {
@@ -205,7 +208,10 @@ class Comparison:
             self.results()
 
     def _look(self, group: Sequence[ArmSpec]) -> None:
-        """Keep attention maps of the first plan or recipe that did not fail, with its group."""
+        """Keep attention maps of the first plan or recipe that did not fail, with its group.
+
+        They are pictures: where they cannot be had, what was measured of the arm stands.
+        """
         sparse = (a for a in self.arms if a.kind in ("plan", "front", "recipe"))
         shown = next((arm for arm in sparse if arm not in self._errors), None)
         if shown is None or shown not in group or self.book.read(shown, "maps", 0) is not None:
@@ -220,6 +226,9 @@ class Comparison:
         }
         if self._ask(shown, command, "maps", 0):
             self.book.drop_others(self.book.maps(shown))
+        elif shown in self._errors:
+            self._unseen[shown] = self._errors.pop(shown)
+            say(f"{shown.name}: only its attention maps are missing")
 
 
 def _classifier_of(model: ModelConfig) -> Classifier | None:

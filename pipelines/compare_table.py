@@ -94,8 +94,9 @@ COLUMNS = (
     ),
     Column(
         "front dB",
-        "what the (first) front has at the measured time of this arm, above this arm's PSNR; linear"
-        " between the front's points",
+        "what the (first) front is worth at the measured time of this arm, above this arm's PSNR:"
+        " linear between those of its points that no other beats, and that of the slowest from"
+        " there on",
         _below_front,
     ),
     Column("SSIM", "structural similarity to dense: mean (worst)", _pair(".3f", "ssim")),
@@ -140,6 +141,8 @@ def failures(results: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name} failed: {arm['error']}")
         elif arm["note"]:
             lines.append(f"{name}: {arm['note']}")
+        if arm.get("maps_error"):
+            lines.append(f"{name} has no attention maps: {arm['maps_error']}")
         lines += [f"{name} ran dense {n} times: {why}" for why, n in arm["notices"].items()]
         if arm["speedup"] is not None and not arm["paired_in_one_sitting"]:
             lines.append(

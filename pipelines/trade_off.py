@@ -28,9 +28,11 @@ def unbeaten(points: Iterable[Point]) -> list[Point]:
 
 
 def quality_at(front: Sequence[Point], time: float) -> float | None:
-    """The PSNR that a front has at `time`: linear between its unbeaten points.
+    """What a front is worth at `time`, in dB: on the line between the unbeaten points around it,
+    which the front itself has only at their ends; points that another beats do not count.
 
-    Beyond the slowest point that one counts, for it is done by then; None before the fastest.
+    From the slowest unbeaten point on it is that one's PSNR, for it is done by then. None before
+    the fastest.
 
     >>> quality_at([(0.4, 20.0), (0.6, 30.0)], 0.45)
     22.5

@@ -96,10 +96,10 @@ def test_hypervolumes_are_of_fronts_and_of_kinds(found):
 def test_predictions_are_held_against_measured_times(found):
     """Of what leaves something out and was measured: 0.4 for 0.5, 0.5 for 0.4, two exact ones."""
     told = found["prediction"]
-    assert told["plans"] == 4
+    assert told["arms"] == 4
     assert told["mape"] == pytest.approx((0.1 / 0.5 + 0.1 / 0.4) / 4)
     assert told["rank_correlation"] == pytest.approx(0.8)
-    assert "off by 11.2% in the mean over 4 plans; rank correlation 0.80" in as_text(found)
+    assert "off by 11.2% in the mean over 4 arms; rank correlation 0.80" in as_text(found)
 
 
 def test_without_predictions_nothing_is_said_of_them(results):
@@ -166,4 +166,16 @@ def test_what_a_cache_lacks_and_what_failed_is_told(found):
     assert "pab: half of it" in text
     assert "broken failed: out of memory" in text
     assert "hypervolume (time below the fastest dense run times dB from 15 to 50): f 11.00" in text
-    assert "at the time of every recipe that it reaches (2), f has at least +4.0 dB" in text
+    told = "at their times f is at least +4.0 dB above 2 of 3 recipes, nearest to slow"
+    assert f"{told}; faster than all of it: swift" in text
+
+
+def test_one_is_not_many(results):
+    for name, one in results["arms"].items():
+        if name != "ours":
+            one["predicted_speedup"] = None
+        if name in ("swift", "slow"):
+            one["speedup"] = None
+    told = sentences_of(results | findings_of(results))
+    assert any(line.endswith("in the mean over 1 arm") for line in told)
+    assert "at their times f is at least +7.5 dB above 1 of 1 recipe, nearest to window" in told

@@ -11,6 +11,7 @@ from tiny_wan import tiny_wan_config
 from accel.pipelines.caches import CacheSpec
 from accel.pipelines.compare_run import Comparison
 from accel.pipelines.compare_settings import CompareSettings
+from accel.pipelines.compare_table import as_text
 from accel.pipelines.compare_worker import ArmFailed
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.video_files import save_frames
@@ -31,8 +32,9 @@ SETTINGS = CompareSettings(
 class Machine:
     """Runs arms that answer at once, and slows down with every generation."""
 
-    def __init__(self, failing=(), stop_after=None):
+    def __init__(self, failing=(), stop_after=None, blind=None):
         self.failing = failing
+        self.blind = blind  # what an arm that shall show maps fails at
         self.stop_after = stop_after
         self.loaded = set()
         self.most = 0
@@ -56,7 +58,7 @@ class Worker:
 
     def ask(self, command, timeout_s):
         machine = self.machine
-        if self.name in machine.failing:
+        if self.name in machine.failing or command["do"] == machine.blind:
             self.close()
             raise ArmFailed("it does not run here")
         machine.log.append(
@@ -154,6 +156,24 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(model, tmp_path, stop
     # beside arms that were all done, there is nothing to be timed any more
     assert len(whole.made()) - 1 <= len(made) <= len(whole.made())
     assert all(arm["pairs"] for arm in results["arms"].values())
+
+
+@pytest.mark.parametrize("blind", ["look", "start"])
+def test_an_arm_that_shows_no_maps_has_not_failed(model, tmp_path, blind):
+    folder = tmp_path / "c"
+    if blind == "start":  # all is measured, and the arm is started for its maps alone
+        run(model, folder, Machine())
+        for maps in (folder / "arms" / "window").glob("maps*"):
+            maps.unlink()
+    results = run(model, folder, Machine(blind=blind))
+    window = results["arms"]["window"]
+    assert "error" not in window
+    assert window["pairs"] == 3
+    assert window["maps_error"] == "it does not run here"
+    assert "window has no attention maps: it does not run here" in as_text(results)
+    again = Machine()
+    assert "maps_error" not in run(model, folder, again)["arms"]["window"]
+    assert [do for _, do, _, _ in again.log] == ["start", "look"]
 
 
 def test_dense_is_not_timed_beside_arms_that_all_failed(model, tmp_path):
