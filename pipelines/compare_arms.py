@@ -12,9 +12,9 @@ from typing import Any
 
 from accel.errors import AccelError, PlanError, nearest
 from accel.pipelines.caches import CacheSpec
-from accel.pipelines.enable import HUB_FILE
 from accel.pipelines.host import find_path
 from accel.plan import Plan
+from accel.plan_hub import HUB_FILE, fetched, looks_like_repository
 from accel.recipes import RECIPES
 from accel.untrusted import refuse_constant, table, typed
 
@@ -126,7 +126,8 @@ def named_caches(caches: Any) -> dict[str, CacheSpec]:
 
 
 def named_plans(plan: Any) -> dict[str, str]:
-    """`plan` of the configuration (nothing, a path, a list, or names with paths) by name.
+    """`plan` of the configuration (nothing, a path or hub repository, a list, or names with them)
+    by name.
 
     Files are read once here: one that is missing or broken is an error before anything is measured.
     """
@@ -141,13 +142,24 @@ def named_plans(plan: Any) -> dict[str, str]:
                 f"two plans have the same name among {list(plan)}; plan={{name: path}}"
             )
         plan = named
-    for name, path in plan.items():
-        if str(path).endswith(".json"):
-            file = Path(find_path(str(path)))
-            if not file.is_file():
-                raise AccelError(f"plan {name!r}: there is no file {str(path)!r}")
-            Plan.load(file)
-    return {str(name): str(path) for name, path in plan.items()}
+    return {str(name): _readable(str(name), str(path)) for name, path in plan.items()}
+
+
+def _readable(name: str, path: str) -> str:
+    """The path of a plan; of a hub repository that of a copy, which is of one commit.
+
+    What a repository holds may change under its name. All that a comparison does with a plan it
+    does with the copy, whose content names the arm.
+    """
+    here = Path(find_path(path))
+    if path.endswith(".json"):
+        if not here.is_file():
+            raise AccelError(f"plan {name!r}: there is no file {path!r}")
+        Plan.load(here)
+    elif not here.exists() and looks_like_repository(path):
+        path = str(fetched(path))
+        Plan.load(path)
+    return path
 
 
 def named_fronts(front: Any) -> dict[str, tuple[str, ...]]:

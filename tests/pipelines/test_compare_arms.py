@@ -3,6 +3,7 @@
 import json
 from itertools import groupby
 
+import huggingface_hub
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -11,7 +12,13 @@ from tiny_denoiser import tiny_plan
 from accel.choice import DENSE as DENSE_CHOICE
 from accel.errors import AccelError, PlanError
 from accel.pipelines.caches import CACHES, CacheSpec
-from accel.pipelines.compare_arms import DENSE, ArmSpec, named_caches, named_fronts
+from accel.pipelines.compare_arms import (
+    DENSE,
+    ArmSpec,
+    named_caches,
+    named_fronts,
+    named_plans,
+)
 from accel.pipelines.compare_settings import CompareSettings
 from accel.recipes import RECIPES
 
@@ -78,6 +85,40 @@ def test_all_combines_every_plan_with_every_cache(front, tmp_path):
     )
     names = [arm.name for arm in asked.arms if arm.kind == "plan + cache"]
     assert names == ["a+mild", "a+pab", "b+mild", "b+pab"]
+
+
+def test_a_plan_of_the_hub_is_named_by_what_it_holds(tmp_path, monkeypatch):
+    """Its repository may hold another plan tomorrow."""
+    held, asked = {}, []
+
+    def download(repo_id, **settings):
+        asked.append(repo_id)
+        return str(held[repo_id].save_pretrained(tmp_path / str(len(asked))))
+
+    def identity():
+        plans = named_plans({"theirs": "someone/plan"})
+        (arm,) = settings(plans=plans).arms[1:]
+        assert arm.name == "theirs"
+        return arm.identity
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    held["someone/plan"] = held["else/copy"] = tiny_plan(DENSE_CHOICE)
+    before = identity()
+    assert identity() == before
+    (copy,) = settings(plans=named_plans("else/copy")).arms[1:]
+    assert (copy.name, copy.identity) == ("copy", before)
+    held["someone/plan"] = tiny_plan(DENSE_CHOICE, block=(32, 32))
+    assert identity() != before
+    assert asked == ["someone/plan", "someone/plan", "else/copy", "someone/plan"]  # once each time
+
+
+def test_a_plan_of_the_hub_that_cannot_be_had_is_told_at_once(monkeypatch):
+    def download(repo_id, **settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(PlanError, match=r"no plan file 'someone/plan' here.*no network"):
+        named_plans("someone/plan")
 
 
 def test_recipes_compute_in_the_precision_of_the_baselines(front):
