@@ -118,7 +118,7 @@ def travelled(arms: Arms) -> dict[str, dict[str, Any]]:
 def sentences_of(results: Mapping[str, Any]) -> list[str]:
     """The findings in words, one line each."""
     arms: Arms = results["arms"]
-    lines = []
+    lines = _spread_of_dense(results)
     areas = results["trade_off"]["hypervolume"]
     if len(areas) > 1:
         listed = ", ".join(f"{name} {area:.2f}" for name, area in areas.items())
@@ -166,6 +166,27 @@ def sentences_of(results: Mapping[str, Any]) -> list[str]:
             )
         else:
             lines.append(f"{name!r} was found at {told_place} and ran at {ran}")
+    return lines
+
+
+def _spread_of_dense(results: Mapping[str, Any]) -> list[str]:
+    """How far the dense runs lie apart, and so how much a speed-up of few pairs is worth."""
+    lines = []
+    for name, told in results["dense_runs"].items():
+        if told["runs"] > 1:
+            took, ratio = told["seconds"], told["most_over_least"]
+            apart = "" if ratio is None else f"; in one sitting up to {ratio:.2f} times apart"
+            lines.append(
+                f"{name} took {took['least']:.2f} to {took['most']:.2f} s in {told['runs']} runs,"
+                f" {took['median']:.2f} in the median{apart}"
+            )
+    pairs = [a["pairs"] for a in results["arms"].values() if a["kind"] != "dense" and a["pairs"]]
+    if pairs:
+        few = ", and may be off by as much as the dense runs lie apart" if min(pairs) < 3 else ""
+        lines.append(
+            f"speed-ups are medians of at least {_counted(min(pairs), 'pair')} with dense in the"
+            f" same turn{few}"
+        )
     return lines
 
 

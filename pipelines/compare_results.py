@@ -114,6 +114,30 @@ def results_of(
     return result | {**_paired(records, arm, fastest), "speedup_over": over}
 
 
+def dense_runs_of(records: Records, baselines: Sequence[ArmSpec]) -> dict[str, Any]:
+    """By name of a dense arm, how its times spread: what a single pair may be off by.
+
+    runs: how many there are; seconds: least, median and most; most_over_least: of those of one
+    sitting, the largest; None where no sitting has two.
+    """
+    found = {}
+    for arm in baselines:
+        made = [record for key, of in records.items() if key[0] == arm for record in of]
+        if not made:
+            continue
+        seconds = [record["seconds"] for record in made]
+        sittings: dict[Any, list[float]] = {}
+        for record in made:
+            sittings.setdefault(record["sitting"], []).append(record["seconds"])
+        ratios = [max(own) / min(own) for own in sittings.values() if len(own) > 1]
+        found[arm.name] = {
+            "runs": len(seconds),
+            "seconds": {"least": min(seconds), "median": median(seconds), "most": max(seconds)},
+            "most_over_least": max(ratios, default=None),
+        }
+    return found
+
+
 def _paired(records: Records, arm: ArmSpec, baseline: ArmSpec) -> dict[str, Any]:
     """The speed-up of `arm` over `baseline`: median of the ratios of generations of the same job.
 

@@ -1,13 +1,14 @@
 """The arms of a comparison, one process each, run in turn: a busy machine slows all alike.
 
 Not all of them fit into memory at once, so they come in groups. The dense arms stay loaded and are
-timed beside every group: what is compared was measured in one sitting.
+timed beside every group, in every turn that its arms take, and again where some of these take it in
+a later sitting: every time of an arm has one of dense beside it.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from accel.pipelines.compare_arms import DENSE, ArmSpec
 from accel.pipelines.compare_book import Book, Job
 from accel.pipelines.compare_findings import findings_of
 from accel.pipelines.compare_probe import Launch, fastest_dtype, say
-from accel.pipelines.compare_results import fastest_of, measure_quality, records_of, results_of
+from accel.pipelines.compare_results import (
+    dense_runs_of,
+    fastest_of,
+    measure_quality,
+    records_of,
+    results_of,
+)
 from accel.pipelines.compare_settings import CompareSettings
 from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.host import ModelConfig, find_path
@@ -39,7 +46,7 @@ class Comparison:
         self.arms = settings.arms
         self.groups = settings.groups
         self._launch = launch
-        self._sitting = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self._sitting = _now()
         self._workers: dict[ArmSpec, Any] = {}
         self._errors: dict[ArmSpec, str] = {}
         self._unseen: dict[ArmSpec, str] = {}  # arms without maps, and why
@@ -62,8 +69,9 @@ class Comparison:
 
     @property
     def jobs(self) -> list[Job]:
-        """The jobs of all groups, one group after the other."""
-        return [job for number in range(len(self.groups)) for job in self.jobs_of(number)]
+        """The jobs of all groups, one group after the other, with what was sampled again."""
+        jobs = (job for number in range(len(self.groups)) for job in self.jobs_of(number))
+        return [one for job in jobs for one in (self.book.samples(job) or [job])]
 
     def jobs_of(self, group: int) -> list[Job]:
         """Every prompt once, then the timing prompts again; arms take turns in being first."""
@@ -95,24 +103,41 @@ class Comparison:
 
     def _run_group(self, group: int) -> None:
         """The generations of one group that are missing, in one sitting."""
-        self.book.sitting = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}" + (f" {group}" if group else "")
+        self.book.sitting = _now() + (f" {group}" if group else "")
         todo = self._todo(group)
         for arm in self.groups[group]:
             if any(job.arm == arm for job in todo) and arm not in self._workers | self._errors:
                 self._start(arm)
         with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
             for job in bar:
-                if job.beside and not set(self._workers) - set(self.settings.dense_arms):
-                    continue  # those beside which it would be timed have failed
+                if not self._is_of_use(job, todo):
+                    continue
                 bar.set_description(f"{job.arm.name}, prompt {job.prompt + 1}")
                 self._generate(job)
         self._look(self.groups[group])
 
     def _todo(self, group: int) -> list[Job]:
-        """What is missing of a group. Beside a later one, dense is timed where an arm of it is."""
-        missing = [job for job in self.jobs_of(group) if self.book.result(job) is None]
-        wanted = {(j.prompt, j.round) for j in missing if j.arm not in self.settings.dense_arms}
-        return [j for j in missing if not j.beside or (j.prompt, j.round) in wanted]
+        """What is missing of a group. Dense is timed in every turn that an arm has yet to take: if
+        it was in an earlier sitting, then once more.
+        """
+        jobs, dense = self.jobs_of(group), self.settings.dense_arms
+        missing = {job for job in jobs if self.book.result(job) is None}
+        turns = {(job.prompt, job.round) for job in missing if job.arm not in dense}
+        todo = []
+        for job in jobs:
+            if job.arm in dense and (job.prompt, job.round) in turns:
+                todo.append(replace(job, sample=len(self.book.samples(job))))
+            elif job in missing and not (job.arm in dense and job.beside):
+                todo.append(job)
+        return todo
+
+    def _is_of_use(self, job: Job, todo: Sequence[Job]) -> bool:
+        """Whether there still is an arm beside which dense, which has its video, is to be timed."""
+        if not job.beside and not job.sample:
+            return True
+        turn, dense = (job.prompt, job.round), self.settings.dense_arms
+        beside = {other.arm for other in todo if (other.prompt, other.round) == turn}
+        return job.arm not in dense or any(arm in self._workers for arm in beside - set(dense))
 
     def _start(self, arm: ArmSpec) -> None:
         """Open the process of an arm, let it warm up and, with predictions, measure its costs."""
@@ -144,6 +169,7 @@ class Comparison:
             "arms": arms,
             "baseline": fastest.name,
             "baselines": [arm.name for arm in baselines],
+            "dense_runs": dense_runs_of(records, baselines),
             "device": next((s["device"] for s in starts if s), "unknown"),
             "versions": versions(),
             "settings": {
@@ -229,6 +255,11 @@ class Comparison:
         elif shown in self._errors:
             self._unseen[shown] = self._errors.pop(shown)
             say(f"{shown.name}: only its attention maps are missing")
+
+
+def _now() -> str:
+    """Names a sitting: no two begin in the same moment."""
+    return datetime.now().isoformat(timespec="microseconds")
 
 
 def _classifier_of(model: ModelConfig) -> Classifier | None:

@@ -66,7 +66,7 @@ COLUMNS = (
     Column(
         "speed-up",
         "median over prompts and rounds of the time of the fastest dense arm / this arm's time, of"
-        " generations made one after the other",
+        " generations of the same turn, beside each other in one sitting",
         _number("{:.2f}x", "speedup"),
     ),
     Column(

@@ -143,7 +143,8 @@ def test_the_same_comparison_again_makes_nothing_but_what_is_missing(
     next((folder / "arms" / "sparsed").glob("p01-*.npz")).unlink()
     _, asked = run(model, kept, folder)
     generated = [(arm, prompt) for arm, do, prompt in asked if do == "generate"]
-    assert generated == [("sparsed", "a two moving right")]
+    # beside it dense, whose time is of another sitting
+    assert sorted(generated) == [(arm, "a two moving right") for arm in ("dense", "sparsed")]
     after, asked = run(model, kept, folder)
     assert [a for a in asked if a[1] == "generate"] == []
     assert after["arms"]["sparsed"]["psnr"] == before["arms"]["sparsed"]["psnr"]

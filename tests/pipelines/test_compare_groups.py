@@ -118,6 +118,9 @@ def test_every_group_is_timed_beside_dense_in_a_sitting_of_its_own(model, tmp_pa
     saved = [s for n, do, _, s in machine.log if do == "generate" and n == "dense" and s]
     assert len(saved) == 2
     assert len(results["sittings"]) == 3
+    told = results["dense_runs"]["dense"]
+    assert told["runs"] == 9
+    assert 1 < told["most_over_least"] < told["seconds"]["most"] / told["seconds"]["least"]
     for name, arm in results["arms"].items():
         assert arm["paired_in_one_sitting"], name
         # were an arm of the last group held against dense of the first, it would seem slow
@@ -136,7 +139,42 @@ def test_what_is_done_is_not_done_again(model, tmp_path):
     (folder / "arms" / "pisa" / "p00-r1.json").unlink()
     again = Machine()
     run(model, folder, again)
-    assert again.made() == [("pisa", "a one")]
+    # and dense once more in that turn, for the old times are of another sitting
+    assert sorted(again.made()) == [("dense", "a one"), ("half", "a one"), ("pisa", "a one")]
+
+
+def test_every_turn_of_an_arm_is_paired_with_dense_of_the_same_turn_and_sitting(model, tmp_path):
+    """An arm that is added to the first group, where dense was timed days ago, and a later turn."""
+    folder = tmp_path / "c"
+    few = replace(SETTINGS, recipes=("window",), caches={})
+    run(model, folder, Machine(), few)
+    slow = Machine()
+    slow.now = itertools.count(1000)  # the machine of today
+    results = run(model, folder, slow, replace(few, recipes=("window", "radial")))
+    assert {name for name, _ in slow.made()} == {"dense", "half", "radial"}
+    assert all(not saved for name, do, _, saved in slow.log if name == "dense" and do == "generate")
+    radial = results["arms"]["radial"]
+    assert radial["paired_in_one_sitting"]
+    assert radial["pairs"] == 3
+    assert radial["speedup_over"]["dense"] == pytest.approx(1, abs=0.01)
+    assert results["arms"]["dense"]["pairs"] == 6
+    before = results["arms"]["window"]["speedup"]
+    later = run(model, folder, Machine(), replace(few, recipes=("window", "radial"), rounds=3))
+    assert later["arms"]["radial"]["pairs"] == 4
+    assert later["arms"]["window"]["paired_in_one_sitting"]
+    assert later["arms"]["window"]["speedup"] == pytest.approx(before, rel=0.3)
+
+
+def test_dense_is_timed_again_for_no_arm_that_fails(model, tmp_path):
+    folder = tmp_path / "c"
+    run(model, folder, Machine(failing=("radial",)))
+    again = Machine(failing=("radial",))
+    run(model, folder, again)
+    assert again.made() == []
+    (folder / "arms" / "window" / "p00-r1.json").unlink()
+    again = Machine(failing=("radial",))
+    run(model, folder, again)
+    assert sorted(again.made()) == [("dense", "a one"), ("half", "a one"), ("window", "a one")]
 
 
 @pytest.mark.parametrize("stop_after", [1, 14, 20])
@@ -153,8 +191,9 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(model, tmp_path, stop
     made = sorted(done + rest.made())
     sparse = [job for job in made if job[0] not in SETTINGS.baselines]
     assert sparse == sorted(job for job in whole.made() if job[0] not in SETTINGS.baselines)
-    # beside arms that were all done, there is nothing to be timed any more
-    assert len(whole.made()) - 1 <= len(made) <= len(whole.made())
+    # beside arms that were all done, there is nothing to be timed any more; of the turn that was
+    # cut in two, each dense arm is timed in both sittings
+    assert len(whole.made()) - 1 <= len(made) <= len(whole.made()) + 2
     assert all(arm["pairs"] for arm in results["arms"].values())
 
 
