@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.choice import Choice
-from accel.cost import dense_speedup
+from accel.cost import cost_sentence, dense_speedup
 from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.pipelines.adapters import by_denoiser, denoisers_of, geometry_of
@@ -206,13 +206,19 @@ class Arm:
             disable_cache(self.host.pipe)
 
     def _predictions(self, plan: Plan | None) -> dict[str, Any]:
-        """Speed-ups over the host's dense that a priced plan expects: its own, and dense recipes'.
+        """Speed-ups over the host's dense that a priced plan expects: its own, and dense recipes';
+        and from what, in words.
 
         Nothing is predicted of what a cache leaves out.
         """
-        found: dict[str, Any] = {"predicted_speedup": None, "predicted_dense": {}}
+        found: dict[str, Any] = {
+            "predicted_speedup": None,
+            "predicted_dense": {},
+            "predicted_from": None,
+        }
         if plan is not None and "speedup" in plan.expected and self._cache is None:
             found["predicted_speedup"] = plan.expected["speedup"]
+            found["predicted_from"] = cost_sentence(plan.expected)
             for precision in plan.expected.get("dense_ratio", ()):
                 found["predicted_dense"][precision] = dense_speedup(plan.expected, precision)
         return found

@@ -155,6 +155,7 @@ def sentences_of(results: Mapping[str, Any]) -> list[str]:
             f"predicted times are off by {told['mape']:.1%} in the mean over"
             f" {_counted(told['arms'], 'arm')}{order}"
         )
+    lines += _sources_of_predictions(arms)
     for name, one in results["travelled"].items():
         told_place, ran = _place(one["made_at"]), _place(one["ran_at"])
         if "against" in one:
@@ -187,6 +188,20 @@ def _spread_of_dense(results: Mapping[str, Any]) -> list[str]:
             f"speed-ups are medians of at least {_counted(min(pairs), 'pair')} with dense in the"
             f" same turn{few}"
         )
+    return lines
+
+
+def _sources_of_predictions(arms: Arms) -> list[str]:
+    """Where predicted times come from: one sentence, for each source where there are several."""
+    by_source: dict[str, list[str]] = {}
+    for name, arm in arms.items():
+        if arm["kind"] != "dense" and arm["predicted_speedup"]:
+            source = arm["predicted_from"] or "from where, the plan does not say"
+            by_source.setdefault(source, []).append(name)
+    lines = []
+    for source, names in by_source.items():
+        of = f" of {', '.join(names)}" if len(by_source) > 1 else ""
+        lines.append(f"predicted times{of} rest on kernel costs: {source}")
     return lines
 
 

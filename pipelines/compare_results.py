@@ -86,6 +86,7 @@ def results_of(
         "note": start.get("note", ""),
         "precision": arm.precision or None,
         "predicted_speedup": predicted,
+        "predicted_from": None if predicted is None else start.get("predicted_from"),
         "seconds": spread([r["seconds"] for r in done]),
         "step_seconds": {
             phase: middle([r["step_seconds"][phase] for r in done])

@@ -76,7 +76,8 @@ COLUMNS = (
     ),
     Column(
         "predicted",
-        "the speed-up that the plan expects from measured kernel costs",
+        "the speed-up that the plan expects from what kernels cost; whether that was measured, and"
+        " where, stands with the findings",
         _number("{:.2f}x", "predicted_speedup"),
     ),
     Column("seconds", "time of one generation: median [20th, 80th percentile]", _seconds),

@@ -446,6 +446,8 @@ def test_speed_is_predicted_from_costs_measured_once_for_all_arms(model, setting
     assert [arm for arm, do, _ in asked if do == "price"] == list(wanted.recipes)
     assert results["arms"]["dense"]["predicted_speedup"] is None
     assert 0 < results["arms"]["window"]["predicted_speedup"] < 100
+    assert results["arms"]["window"]["predicted_from"] == f"measured on {results['device']}"
+    assert "predicted times rest on kernel costs: measured on" in as_text(results)
     # how much it keeps only the call can tell, and the warm-up is one
     assert 0 < results["arms"]["xattention"]["predicted_speedup"] < 100
     assert len(list(tmp_path.glob("costs/*/baseline.json"))) == 1

@@ -66,7 +66,7 @@ def test_a_plan_with_a_cache_is_priced_by_what_it_computes(model, monkeypatch):
         return SimpleNamespace(total_share=0.5)
 
     def priced(host, plan, baseline, folder, keeps):
-        return replace(plan, expected={"speedup": 2.0})
+        return replace(plan, expected={"speedup": 2.0, "cost": "measured on a CPU"})
 
     monkeypatch.setattr(compare_arm, "load_or_measure_baseline", baseline)
     monkeypatch.setattr(compare_arm, "priced", priced)
@@ -76,13 +76,16 @@ def test_a_plan_with_a_cache_is_priced_by_what_it_computes(model, monkeypatch):
         "attention_share": 0.5,
         "predicted_speedup": None,  # of what a cache leaves out nothing is known
         "predicted_dense": {},
+        "predicted_from": None,
     }
     assert arm.host.pipe.transformer.is_cache_enabled
     made = arm.generate("a seven", 0)
     assert made["summary"]["plan"] == "window"
     alone = Arm(model, "window")
     alone.start()
-    assert alone.price("costs")["predicted_speedup"] == 2.0
+    told = alone.price("costs")
+    assert told["predicted_speedup"] == 2.0
+    assert told["predicted_from"] == "measured on a CPU"
     rows = (alone.generate("a seven", 0)["summary"]["rows"], made["summary"]["rows"])
     assert sum(row["calls"] for row in rows[0]) > sum(row["calls"] for row in rows[1])
 

@@ -21,6 +21,7 @@ def arm(kind, speedup=None, psnr=None, predicted=None, **changes):
         "speedup": speedup,
         "psnr": quality,
         "predicted_speedup": predicted,
+        "predicted_from": predicted and "measured on CPU",
         "paired_in_one_sitting": True,
         "pairs": 2 if speedup else 0,
         "made_at": None,
@@ -158,6 +159,22 @@ def test_the_precision_that_recipes_were_given_is_told(results):
     assert told() == [
         "recipes compute in precision 'half', like the dense arm of that name; one that chooses its"
         " precision keeps it"
+    ]
+
+
+def test_where_predictions_come_from_is_told(results):
+    def told():
+        lines = sentences_of(results | findings_of(results))
+        return [line for line in lines if "kernel costs" in line]
+
+    assert told() == ["predicted times rest on kernel costs: measured on CPU"]
+    sheet = "uncalibrated: computed from the data sheet of h100-sxm"
+    results["arms"]["far"]["predicted_from"] = sheet
+    results["arms"]["f-2"]["predicted_from"] = ""
+    assert told() == [
+        "predicted times of ours, f-1 rest on kernel costs: measured on CPU",
+        f"predicted times of far rest on kernel costs: {sheet}",
+        "predicted times of f-2 rest on kernel costs: from where, the plan does not say",
     ]
 
 
