@@ -11,20 +11,18 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accel.choice import Choice
-from accel.cost import cost_sentence, dense_speedup
 from accel.errors import AccelError
 from accel.files import write_atomically
-from accel.pipelines.adapters import by_denoiser, denoisers_of, geometry_of
+from accel.pipelines.adapters import by_denoiser, denoisers_of
 from accel.pipelines.arm_commands import serve, until_closed
 from accel.pipelines.arm_meter import StepClock, middle_of, peak_memory_bytes, reset_peak_memory
+from accel.pipelines.arm_plan import origin_of_plan, predictions_of, recipe_plans
 from accel.pipelines.cache_hooks import disable_cache, enable_cache, magnitude_ratios, reset_cache
 from accel.pipelines.caches import CACHES, CacheSpec
-from accel.pipelines.calibration import calibrated_recipe
 from accel.pipelines.enable import disable, enable, session_of, summary
 from accel.pipelines.host import Host
 from accel.pipelines.look import look
@@ -34,7 +32,7 @@ from accel.pipelines.provenance import device_name
 from accel.pipelines.seen_keeps import SeenKeeps
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
-from accel.recipes import RECIPES, recipe
+from accel.recipes import RECIPES
 from accel.schedule import Schedule
 
 
@@ -94,7 +92,7 @@ class Arm:
         self._enable_cache()
         self._warm_up()
         enabled = self.plans[0] if self.plans else None
-        made = None if enabled is None else _origin(enabled)
+        made = None if enabled is None else origin_of_plan(enabled)
         here = None if enabled is None else self._place()
         return {
             "load_s": loaded - begun,
@@ -185,16 +183,9 @@ class Arm:
                 ratios = magnitude_ratios(self.host, self._config.calibration[0], 0)
                 write_atomically(path, json.dumps({"ratios": ratios}))
             self._ratios = json.loads(path.read_text())["ratios"]
-        if self._plan not in RECIPES:
-            return self._plan
-        models = denoisers_of(self.host.pipe)
-        if RECIPES[self._plan].demand is not None:
-            plans = [calibrated_recipe(self.host, self._plan, self._folder)] * len(models)
-        else:
-            plans = [recipe(self._plan, geometry_of(model)) for model in models]
-        if self._precision:
-            plans = [_computed_in(plan, self._precision) for plan in plans]
-        return by_denoiser(self.host.pipe, plans)
+        if self._plan in RECIPES:
+            return recipe_plans(self.host, self._plan, self._folder, self._precision)
+        return self._plan
 
     def _enable_cache(self) -> None:
         if self._cache is not None:
@@ -206,41 +197,14 @@ class Arm:
             disable_cache(self.host.pipe)
 
     def _predictions(self, plan: Plan | None) -> dict[str, Any]:
-        """Speed-ups over the host's dense that a priced plan expects: its own, and dense recipes';
-        and from what, in words.
-
-        Nothing is predicted of what a cache leaves out.
-        """
-        found: dict[str, Any] = {
-            "predicted_speedup": None,
-            "predicted_dense": {},
-            "predicted_from": None,
-        }
-        if plan is not None and "speedup" in plan.expected and self._cache is None:
-            found["predicted_speedup"] = plan.expected["speedup"]
-            found["predicted_from"] = cost_sentence(plan.expected)
-            for precision in plan.expected.get("dense_ratio", ()):
-                found["predicted_dense"][precision] = dense_speedup(plan.expected, precision)
-        return found
+        """What the plan predicts; nothing is predicted of what a cache leaves out."""
+        return predictions_of(plan if self._cache is None else None)
 
     def _place(self) -> dict[str, Any]:
         """The grid and the number of steps of this arm's generations."""
         layout = session_of(denoisers_of(self.host.pipe)[0]).run.layout
         grid = list(layout.grid) if layout is not None and layout.grids else None
         return {"grid": grid, "steps": self.host.steps}
-
-
-def _computed_in(plan: Plan, precision: str) -> Plan:
-    """A recipe's plan in that precision; what it says itself of other ones is the method's."""
-    return replace(plan, precision=precision) if plan.precision == "full" else plan
-
-
-def _origin(plan: Plan) -> dict[str, Any] | None:
-    """The grid and the number of steps that the plan was searched at; None where it has none."""
-    made = plan.made_at
-    if made.grid is None or made.steps is None:
-        return None
-    return {"grid": list(made.grid), "steps": made.steps}
 
 
 def main() -> None:

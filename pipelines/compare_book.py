@@ -29,6 +29,7 @@ CODE = tuple(
     Path(__file__).parent / f"{name}.py"
     for name in (
         "arm_meter",
+        "arm_plan",
         "cache_hooks",
         "caches",
         "calibration",

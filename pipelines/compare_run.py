@@ -28,6 +28,7 @@ from accel.pipelines.compare_results import (
     results_of,
 )
 from accel.pipelines.compare_settings import CompareSettings
+from accel.pipelines.compare_turns import is_of_use, missing_of, turns_of
 from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.host import ModelConfig, find_path
 from accel.pipelines.provenance import versions
@@ -74,19 +75,7 @@ class Comparison:
         return [one for job in jobs for one in (self.book.samples(job) or [job])]
 
     def jobs_of(self, group: int) -> list[Job]:
-        """Every prompt once, then the timing prompts again; arms take turns in being first."""
-        arms = self.groups[group]
-        jobs = []
-        for number in range(self.settings.rounds):
-            count = len(self.book.prompts)
-            if number > 0:
-                count = min(count, self.settings.timing_prompts)
-            for prompt in range(count):
-                first = (number + prompt) % len(arms)
-                for arm in arms[first:] + arms[:first]:
-                    beside = group if arm in self.settings.dense_arms else 0
-                    jobs.append(Job(arm, prompt, number, beside))
-        return jobs
+        return turns_of(self.settings, len(self.book.prompts), group)
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; every arm that can finish does. Returns the results."""
@@ -104,40 +93,18 @@ class Comparison:
     def _run_group(self, group: int) -> None:
         """The generations of one group that are missing, in one sitting."""
         self.book.sitting = _now() + (f" {group}" if group else "")
-        todo = self._todo(group)
+        dense = self.settings.dense_arms
+        todo = missing_of(self.book, self.jobs_of(group), dense)
         for arm in self.groups[group]:
             if any(job.arm == arm for job in todo) and arm not in self._workers | self._errors:
                 self._start(arm)
         with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
             for job in bar:
-                if not self._is_of_use(job, todo):
+                if not is_of_use(job, todo, list(self._workers), dense):
                     continue
                 bar.set_description(f"{job.arm.name}, prompt {job.prompt + 1}")
                 self._generate(job)
         self._look(self.groups[group])
-
-    def _todo(self, group: int) -> list[Job]:
-        """What is missing of a group. Dense is timed in every turn that an arm has yet to take: if
-        it was in an earlier sitting, then once more.
-        """
-        jobs, dense = self.jobs_of(group), self.settings.dense_arms
-        missing = {job for job in jobs if self.book.result(job) is None}
-        turns = {(job.prompt, job.round) for job in missing if job.arm not in dense}
-        todo = []
-        for job in jobs:
-            if job.arm in dense and (job.prompt, job.round) in turns:
-                todo.append(replace(job, sample=len(self.book.samples(job))))
-            elif job in missing and not (job.arm in dense and job.beside):
-                todo.append(job)
-        return todo
-
-    def _is_of_use(self, job: Job, todo: Sequence[Job]) -> bool:
-        """Whether there still is an arm beside which dense, which has its video, is to be timed."""
-        if not job.beside and not job.sample:
-            return True
-        turn, dense = (job.prompt, job.round), self.settings.dense_arms
-        beside = {other.arm for other in todo if (other.prompt, other.round) == turn}
-        return job.arm not in dense or any(arm in self._workers for arm in beside - set(dense))
 
     def _start(self, arm: ArmSpec) -> None:
         """Open the process of an arm, let it warm up and, with predictions, measure its costs."""

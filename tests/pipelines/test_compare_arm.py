@@ -9,7 +9,7 @@ from tiny_wan import CALL, tiny_wan_config
 
 from accel.choice import Choice
 from accel.estimators import BlockMassTopK
-from accel.pipelines import compare_arm
+from accel.pipelines import arm_plan, compare_arm
 from accel.pipelines.adapters import geometry_of
 from accel.pipelines.caches import CACHES, CacheSpec
 from accel.pipelines.compare_arm import Arm
@@ -193,7 +193,7 @@ def test_a_recipe_with_a_demand_is_calibrated_first(model, tmp_path, monkeypatch
         asked.append((name, folder))
         return replace(recipe("window", geometry_of(host.pipe)), name=name)
 
-    monkeypatch.setattr(compare_arm, "calibrated_recipe", calibrated)
+    monkeypatch.setattr(arm_plan, "calibrated_recipe", calibrated)
     assert Arm(model, name, folder=str(tmp_path)).start()["plan"] == name
     assert Arm(model, "window", folder=str(tmp_path)).start()["plan"] == "window"
     assert asked == [(name, tmp_path)]
@@ -212,7 +212,7 @@ def test_a_recipe_computes_in_the_precision_that_it_is_given(model, cache):
 
 def test_a_recipe_that_chooses_its_precision_keeps_it(model, monkeypatch):
     chosen = replace(recipe("window", geometry_of(Host(model_config(model)).pipe)), precision="fp8")
-    monkeypatch.setattr(compare_arm, "recipe", lambda name, geometry: chosen)
+    monkeypatch.setattr(arm_plan, "recipe", lambda name, geometry: chosen)
     arm = Arm(model, "window", precision="half")
     arm.start()
     assert [plan.precision for plan in arm.plans] == ["fp8"]
