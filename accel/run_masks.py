@@ -1,5 +1,6 @@
 """The masks of a run: found once, shared where that is right, found anew when they are stale."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from jaxtyping import Float
@@ -68,3 +69,17 @@ def found_mask(
         )
         watch.stop()
     return key, chosen
+
+
+def selected_keeps(run: Run) -> Iterator[tuple[Choice, float]]:
+    """What choices that look at q and k keep in the masks that hold now, head by head.
+
+    As they were selected: heads that are dense for their recall are in masks of their own, whose
+    keys are longer.
+    """
+    for (owner, choices, *rest), found in run.masks.items():
+        if owner is None or len(rest) > 3:
+            continue
+        for choice, keep in zip(choices, found.mask.keep_per_head().tolist(), strict=True):
+            if choice.online:
+                yield choice, keep

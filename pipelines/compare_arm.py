@@ -14,21 +14,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accel.cost import dense_speedup
+from accel.choice import Choice
 from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.pipelines.adapters import by_denoiser, denoisers_of
 from accel.pipelines.arm_commands import serve, until_closed
 from accel.pipelines.arm_meter import StepClock, middle_of, peak_memory_bytes, reset_peak_memory
+from accel.pipelines.arm_plan import origin_of_plan, predictions_of, recipe_plans
 from accel.pipelines.cache_hooks import disable_cache, enable_cache, magnitude_ratios, reset_cache
 from accel.pipelines.caches import CACHES, CacheSpec
-from accel.pipelines.calibration import calibrated_recipe
 from accel.pipelines.enable import disable, enable, session_of, summary
 from accel.pipelines.host import Host
 from accel.pipelines.look import look
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.pricing import load_or_measure_baseline, priced, warm_up_steps
 from accel.pipelines.provenance import device_name
+from accel.pipelines.seen_keeps import SeenKeeps
 from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
 from accel.recipes import RECIPES
@@ -40,17 +41,25 @@ class Arm:
 
     plan: a plan file, the name of a recipe, or None for an arm without one; cache: what
     `CacheSpec.of` reads, or None; folder: keeps what plans and caches are calibrated by, for all
-    arms of a comparison.
+    arms of a comparison; precision: what a recipe computes in where it does not say, "" for the
+    model's own.
     """
 
     def __init__(
-        self, model: dict[str, Any], plan: str | None, cache: Any = None, folder: str = ""
+        self,
+        model: dict[str, Any],
+        plan: str | None,
+        cache: Any = None,
+        folder: str = "",
+        precision: str = "",
     ) -> None:
         self._config = model_config(model)
         self._plan = plan
         self._cache = None if cache is None else CacheSpec.of(cache)
         self._folder = Path(folder)
+        self._precision = precision
         self._ratios: list[float] | None = None
+        self._keeps: dict[Choice, float] = {}
         self._host: Host | None = None
 
     @property
@@ -72,7 +81,7 @@ class Arm:
         return [session_of(model).plan for model in denoisers_of(self.host.pipe)]
 
     def start(self) -> dict[str, Any]:
-        """Load, calibrate, enable, and generate once with few steps, a sparse one among them."""
+        """Load, calibrate, enable, and generate once with few steps, one of every band."""
         begun = time.perf_counter()
         self._host = Host(self._config)
         loaded = time.perf_counter()
@@ -81,11 +90,9 @@ class Arm:
         if plan is not None:
             enable(self._host.pipe, plan, guard=False)
         self._enable_cache()
-        steps = warm_up_steps(self.schedule, self.host.steps)
-        self.host.generate(self._config.prompts[0], 0, num_inference_steps=steps)
-        reset_peak_memory(self.host.device)
+        self._warm_up()
         enabled = self.plans[0] if self.plans else None
-        made = None if enabled is None else _origin(enabled)
+        made = None if enabled is None else origin_of_plan(enabled)
         here = None if enabled is None else self._place()
         return {
             "load_s": loaded - begun,
@@ -105,18 +112,20 @@ class Arm:
         """Predict this arm's speed from costs measured here; its plans go on with the prediction.
 
         Sites at which dense is predicted to be faster then run dense, and dense calls go to accel's
-        own kernel where that is. folder: keeps the timed dense generation and the costs, for all
-        arms.
+        own kernel where that is. It has run other things since it was warm, and is warmed up again.
+        folder: keeps the timed dense generation and the costs, for all arms.
         """
         plans = self.plans
         self._disable_cache()  # prices are those of what is computed
         disable(self.host.pipe)
         path = Path(folder) / "baseline.json"
         baseline = load_or_measure_baseline(self.host, self._config.calibration[0], 0, path)
-        plans = [priced(self.host, plan, baseline, Path(folder)) for plan in plans]
+        # how much some selections keep is known since they have run
+        keeps, where = self._keeps, Path(folder)
+        plans = [priced(self.host, plan, baseline, where, keeps=keeps) for plan in plans]
         enable(self.host.pipe, by_denoiser(self.host.pipe, plans), check=False, guard=False)
         self._enable_cache()
-        reset_peak_memory(self.host.device)
+        self._warm_up()
         return {
             "attention_share": baseline.total_share,
             **self._predictions(plans[0]),
@@ -153,9 +162,20 @@ class Arm:
         """Attention maps of a few heads with what the plan keeps of them; see `look`."""
         return look(self.host, self.plans, prompt, seed, Path(save))
 
-    def _calibrated(self) -> Plan | str | None:
-        """The arm's plan; one that chooses by a calibration is made first, and so are the ratios
-        of MagCache. What is in the folder already is taken from there.
+    def _warm_up(self) -> None:
+        """Generate with a few steps, one of every band; peak memory is counted from there."""
+        steps = warm_up_steps(self.schedule, self.host.steps)
+        models = denoisers_of(self.host.pipe)
+        seen = SeenKeeps([session_of(m) for m in models] if self._plan is not None else [])
+        self.host.generate(
+            self._config.prompts[0], 0, num_inference_steps=steps, callback_on_step_end=seen
+        )
+        self._keeps |= seen.means
+        reset_peak_memory(self.host.device)
+
+    def _calibrated(self) -> dict[str, Plan] | str | None:
+        """The arm's plan, or one for each denoiser; one that chooses by a calibration is made
+        first, and so are the ratios of MagCache. What is in the folder already is taken from there.
         """
         if self._cache is not None and self._cache.kind == "magcache":
             path = self._folder / "magcache.json"
@@ -163,8 +183,8 @@ class Arm:
                 ratios = magnitude_ratios(self.host, self._config.calibration[0], 0)
                 write_atomically(path, json.dumps({"ratios": ratios}))
             self._ratios = json.loads(path.read_text())["ratios"]
-        if self._plan in RECIPES and RECIPES[self._plan].demand is not None:
-            return calibrated_recipe(self.host, self._plan, self._folder)
+        if self._plan in RECIPES:
+            return recipe_plans(self.host, self._plan, self._folder, self._precision)
         return self._plan
 
     def _enable_cache(self) -> None:
@@ -177,30 +197,14 @@ class Arm:
             disable_cache(self.host.pipe)
 
     def _predictions(self, plan: Plan | None) -> dict[str, Any]:
-        """Speed-ups over the host's dense that a priced plan expects: its own, and dense recipes'.
-
-        Nothing is predicted of what a cache leaves out.
-        """
-        found: dict[str, Any] = {"predicted_speedup": None, "predicted_dense": {}}
-        if plan is not None and "speedup" in plan.expected and self._cache is None:
-            found["predicted_speedup"] = plan.expected["speedup"]
-            for precision in plan.expected.get("dense_ratio", ()):
-                found["predicted_dense"][precision] = dense_speedup(plan.expected, precision)
-        return found
+        """What the plan predicts; nothing is predicted of what a cache leaves out."""
+        return predictions_of(plan if self._cache is None else None)
 
     def _place(self) -> dict[str, Any]:
         """The grid and the number of steps of this arm's generations."""
         layout = session_of(denoisers_of(self.host.pipe)[0]).run.layout
         grid = list(layout.grid) if layout is not None and layout.grids else None
         return {"grid": grid, "steps": self.host.steps}
-
-
-def _origin(plan: Plan) -> dict[str, Any] | None:
-    """The grid and the number of steps that the plan was searched at; None where it has none."""
-    made = plan.made_at
-    if made.grid is None or made.steps is None:
-        return None
-    return {"grid": list(made.grid), "steps": made.steps}
 
 
 def main() -> None:

@@ -12,14 +12,15 @@ from typing import Any
 
 from accel.errors import AccelError, PlanError, nearest
 from accel.pipelines.caches import CacheSpec
-from accel.pipelines.enable import HUB_FILE
 from accel.pipelines.host import find_path
 from accel.plan import Plan
+from accel.plan_hub import HUB_FILE, fetched, looks_like_repository
 from accel.recipes import RECIPES
 from accel.untrusted import refuse_constant, table, typed
 
+HALF = "half"
 # recipes that leave nothing out, called like the precision they compute in
-OWN_DENSE = ("full", "half")
+OWN_DENSE = ("full", HALF)
 # what an arm is, in the order of tables, and what many of a kind are called
 KINDS = {
     "dense": "dense",
@@ -37,7 +38,8 @@ class ArmSpec:
 
     identity: names what the plan does and expects, since it runs dense where it expects dense to
     be faster; what cannot be read has only its path. cache: `CacheSpec.identity`, or "". front:
-    the front that the plan is a point of, or "".
+    the front that the plan is a point of, or "". precision: what a recipe computes in where it
+    says nothing itself, or "" for the model's own.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ArmSpec:
     kind: str = "dense"
     cache: str = ""
     front: str = ""
+    precision: str = ""
 
     @classmethod
     def of(cls, name: str, plan: str, kind: str = "plan", front: str = "") -> "ArmSpec":
@@ -58,9 +61,14 @@ class ArmSpec:
         return cls(name, plan, identity, kind, front=front)
 
     def with_cache(self, name: str, spec: CacheSpec) -> "ArmSpec":
-        """The same plan and this cache at once."""
+        """The same plan and this cache at once; of accel's dense it is the cache on that kernel."""
         named = f"{self.name}+{name}"
-        return replace(self, name=named, kind="plan + cache", cache=spec.identity, front="")
+        kind = "cache" if self.kind == "dense" else "plan + cache"
+        return replace(self, name=named, kind=kind, cache=spec.identity, front="")
+
+    def computed_in(self, precision: str) -> "ArmSpec":
+        """The same recipe with accel's kernels in another precision: another arm."""
+        return replace(self, precision=precision, identity=f"{self.identity} in {precision}")
 
     @property
     def calibrated(self) -> bool:
@@ -76,6 +84,17 @@ DENSE = ArmSpec("dense")
 def dense_arms(baselines: Sequence[str]) -> tuple[ArmSpec, ...]:
     """Arms that leave nothing out: the host's own attention, then accel's."""
     return (DENSE, *(ArmSpec.of(name, name, "dense") for name in baselines[1:]))
+
+
+def recipe_arm(name: str, baselines: Sequence[str]) -> ArmSpec:
+    """The arm of a recipe, with 16-bit operands where a baseline has them.
+
+    Published methods choose blocks, and say nothing of arithmetic. Searched plans may compute with
+    16-bit operands and are held against dense that does: what that alone gives is no merit of a
+    selection, and no method is to be without it. A recipe that is dense is its precision.
+    """
+    arm = ArmSpec.of(name, name, "recipe")
+    return arm.computed_in(HALF) if HALF in baselines and name not in OWN_DENSE else arm
 
 
 def recipe_names(recipes: Sequence[str]) -> tuple[str, ...]:
@@ -107,7 +126,8 @@ def named_caches(caches: Any) -> dict[str, CacheSpec]:
 
 
 def named_plans(plan: Any) -> dict[str, str]:
-    """`plan` of the configuration (nothing, a path, a list, or names with paths) by name.
+    """`plan` of the configuration (nothing, a path or hub repository, a list, or names with them)
+    by name.
 
     Files are read once here: one that is missing or broken is an error before anything is measured.
     """
@@ -122,13 +142,24 @@ def named_plans(plan: Any) -> dict[str, str]:
                 f"two plans have the same name among {list(plan)}; plan={{name: path}}"
             )
         plan = named
-    for name, path in plan.items():
-        if str(path).endswith(".json"):
-            file = Path(find_path(str(path)))
-            if not file.is_file():
-                raise AccelError(f"plan {name!r}: there is no file {str(path)!r}")
-            Plan.load(file)
-    return {str(name): str(path) for name, path in plan.items()}
+    return {str(name): _readable(str(name), str(path)) for name, path in plan.items()}
+
+
+def _readable(name: str, path: str) -> str:
+    """The path of a plan; of a hub repository that of a copy, which is of one commit.
+
+    What a repository holds may change under its name. All that a comparison does with a plan it
+    does with the copy, whose content names the arm.
+    """
+    here = Path(find_path(path))
+    if path.endswith(".json"):
+        if not here.is_file():
+            raise AccelError(f"plan {name!r}: there is no file {path!r}")
+        Plan.load(here)
+    elif not here.exists() and looks_like_repository(path):
+        path = str(fetched(path))
+        Plan.load(path)
+    return path
 
 
 def named_fronts(front: Any) -> dict[str, tuple[str, ...]]:

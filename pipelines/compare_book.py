@@ -6,13 +6,14 @@ what was measured of something else. Videos and maps have the key in their names
 by the arm, and a comparison may be killed before it has noted them.
 
     arms/<arm>/start.json   p00-r0.json   p00-<key>.npz (the video of round 0)   p00-quality.json
-    arms/dense/p00-r0-g1.json (timed again beside the second group of arms)
+    arms/dense/p00-r0-g1.json (timed again beside the second group of arms)   p00-r0-s1.json (and
+        beside arms that took this turn in a later sitting)
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ CODE = tuple(
     Path(__file__).parent / f"{name}.py"
     for name in (
         "arm_meter",
+        "arm_plan",
         "cache_hooks",
         "caches",
         "calibration",
@@ -39,6 +41,7 @@ CODE = tuple(
         "host",
         "mass_observer",
         "pricing",
+        "seen_keeps",
     )
 )
 
@@ -48,21 +51,25 @@ class Job:
     """One generation: prompt number `prompt` in round `round` by `arm`.
 
     beside: the number of the group of arms beside which it is timed. Only a dense arm is in more
-    than one, and makes its video in the first.
+    than one, and makes its video in the first. sample: counts the sittings in which it was timed
+    beside them, of a dense arm again.
     """
 
     arm: ArmSpec
     prompt: int
     round: int
     beside: int = 0
+    sample: int = 0
 
     @property
     def stem(self) -> str:
-        return f"p{self.prompt:02d}-r{self.round}" + (f"-g{self.beside}" if self.beside else "")
+        marks = (("g", self.beside), ("s", self.sample))
+        more = "".join(f"-{mark}{number}" for mark, number in marks if number)
+        return f"p{self.prompt:02d}-r{self.round}{more}"
 
     @property
     def makes_video(self) -> bool:
-        return self.round == 0 and self.beside == 0
+        return self.round == self.beside == self.sample == 0
 
 
 class Book:
@@ -176,6 +183,13 @@ class Book:
         if job.makes_video and not self.video(job.arm, job.prompt).is_file():
             return None
         return self.read(job.arm, job.stem, job.prompt)
+
+    def samples(self, job: Job) -> list[Job]:
+        """The finished ones of a job's samples, by number, however many there are."""
+        made: list[Job] = []
+        while self.result(one := replace(job, sample=len(made))) is not None:
+            made.append(one)
+        return made
 
 
 def files_of(path: str) -> list[tuple[str, int, int]] | str:

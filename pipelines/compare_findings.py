@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from accel.cost_calibration import mape, rank_correlation
+from accel.pipelines.compare_arms import KINDS
 from accel.pipelines.trade_off import (
     CAP_DB,
     FLOOR_DB,
@@ -14,8 +15,6 @@ from accel.pipelines.trade_off import (
 )
 
 Arms = Mapping[str, Mapping[str, Any]]
-# kinds of arms that are judged together, by the name of the set
-JUDGED = {"recipes": "recipe", "caches": "cache", "plan + cache": "plan + cache"}
 
 
 def findings_of(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def prediction_of(arms: Arms) -> dict[str, Any] | None:
     if not pairs:
         return None
     return {
-        "plans": len(pairs),
+        "arms": len(pairs),
         "mape": mape(pairs),
         "rank_correlation": rank_correlation(pairs),
     }
@@ -119,7 +118,7 @@ def travelled(arms: Arms) -> dict[str, dict[str, Any]]:
 def sentences_of(results: Mapping[str, Any]) -> list[str]:
     """The findings in words, one line each."""
     arms: Arms = results["arms"]
-    lines = []
+    lines = _spread_of_dense(results)
     areas = results["trade_off"]["hypervolume"]
     if len(areas) > 1:
         listed = ", ".join(f"{name} {area:.2f}" for name, area in areas.items())
@@ -127,26 +126,36 @@ def sentences_of(results: Mapping[str, Any]) -> list[str]:
             f"hypervolume (time below the fastest dense run times dB from {FLOOR_DB:g} to"
             f" {CAP_DB:g}): {listed}"
         )
+    given = {arm["precision"] for arm in arms.values() if arm["precision"]}
+    lines += [
+        f"recipes compute in precision {word!r}, like the dense arm of that name; one that chooses"
+        " its precision keeps it"
+        for word in sorted(given)
+    ]
     for front in _fronts(arms):
+        recipes = {n: a for n, a in arms.items() if a["kind"] == "recipe" and point_of(a)}
         above = {
             name: arm["against_front"][front]["above_db"]
-            for name, arm in arms.items()
-            if arm["kind"] == "recipe" and front in arm["against_front"]
+            for name, arm in recipes.items()
+            if front in arm["against_front"]
         }
         if above:
             least = min(above, key=above.__getitem__)
+            fast = sorted(set(recipes) - set(above))
+            beyond = f"; faster than all of it: {', '.join(fast)}" if fast else ""
             lines.append(
-                f"at the time of every recipe that it reaches ({len(above)}), {front} has at least"
-                f" {above[least]:+.1f} dB; nearest is {least}"
+                f"at their times {front} is at least {above[least]:+.1f} dB above"
+                f" {len(above)} of {_counted(len(recipes), 'recipe')}, nearest to {least}{beyond}"
             )
     told = results["prediction"]
     if told is not None:
         ranks = told["rank_correlation"]
         order = "" if ranks is None else f"; rank correlation {ranks:.2f}"
         lines.append(
-            f"predicted times are off by {told['mape']:.1%} in the mean over {told['plans']}"
-            f" plans{order}"
+            f"predicted times are off by {told['mape']:.1%} in the mean over"
+            f" {_counted(told['arms'], 'arm')}{order}"
         )
+    lines += _sources_of_predictions(arms)
     for name, one in results["travelled"].items():
         told_place, ran = _place(one["made_at"]), _place(one["ran_at"])
         if "against" in one:
@@ -159,6 +168,45 @@ def sentences_of(results: Mapping[str, Any]) -> list[str]:
         else:
             lines.append(f"{name!r} was found at {told_place} and ran at {ran}")
     return lines
+
+
+def _spread_of_dense(results: Mapping[str, Any]) -> list[str]:
+    """How far the dense runs lie apart, and so how much a speed-up of few pairs is worth."""
+    lines = []
+    for name, told in results["dense_runs"].items():
+        if told["runs"] > 1:
+            took, ratio = told["seconds"], told["most_over_least"]
+            apart = "" if ratio is None else f"; in one sitting up to {ratio:.2f} times apart"
+            lines.append(
+                f"{name} took {took['least']:.2f} to {took['most']:.2f} s in {told['runs']} runs,"
+                f" {took['median']:.2f} in the median{apart}"
+            )
+    pairs = [a["pairs"] for a in results["arms"].values() if a["kind"] != "dense" and a["pairs"]]
+    if pairs:
+        few = ", and may be off by as much as the dense runs lie apart" if min(pairs) < 3 else ""
+        lines.append(
+            f"speed-ups are medians of at least {_counted(min(pairs), 'pair')} with dense in the"
+            f" same turn{few}"
+        )
+    return lines
+
+
+def _sources_of_predictions(arms: Arms) -> list[str]:
+    """Where predicted times come from: one sentence, for each source where there are several."""
+    by_source: dict[str, list[str]] = {}
+    for name, arm in arms.items():
+        if arm["kind"] != "dense" and arm["predicted_speedup"]:
+            source = arm["predicted_from"] or "from where, the plan does not say"
+            by_source.setdefault(source, []).append(name)
+    lines = []
+    for source, names in by_source.items():
+        of = f" of {', '.join(names)}" if len(by_source) > 1 else ""
+        lines.append(f"predicted times{of} rest on kernel costs: {source}")
+    return lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _place(where: Mapping[str, Any]) -> str:
@@ -175,12 +223,8 @@ def _sets(arms: Arms) -> dict[str, list[str]]:
         front: [n for n, a in arms.items() if a["kind"] == "front" and a["front"] == front]
         for front in _fronts(arms)
     }
-    for kind, name in (
-        ("recipe", "recipes"),
-        ("cache", "caches"),
-        ("plan + cache", "plan + cache"),
-    ):
-        sets[name] = [n for n, arm in arms.items() if arm["kind"] == kind]
+    for kind in ("recipe", "cache", "plan + cache"):
+        sets[KINDS[kind]] = [n for n, arm in arms.items() if arm["kind"] == kind]
     return {name: members for name, members in sets.items() if members}
 
 

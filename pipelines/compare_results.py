@@ -84,7 +84,9 @@ def results_of(
         "front": arm.front or None,
         "cache": json.loads(arm.cache) if arm.cache else None,
         "note": start.get("note", ""),
+        "precision": arm.precision or None,
         "predicted_speedup": predicted,
+        "predicted_from": None if predicted is None else start.get("predicted_from"),
         "seconds": spread([r["seconds"] for r in done]),
         "step_seconds": {
             phase: middle([r["step_seconds"][phase] for r in done])
@@ -111,6 +113,30 @@ def results_of(
     }
     over = {other.name: _paired(records, arm, other)["speedup"] for other in baselines}
     return result | {**_paired(records, arm, fastest), "speedup_over": over}
+
+
+def dense_runs_of(records: Records, baselines: Sequence[ArmSpec]) -> dict[str, Any]:
+    """By name of a dense arm, how its times spread: what a single pair may be off by.
+
+    runs: how many there are; seconds: least, median and most; most_over_least: of those of one
+    sitting, the largest; None where no sitting has two.
+    """
+    found = {}
+    for arm in baselines:
+        made = [record for key, of in records.items() if key[0] == arm for record in of]
+        if not made:
+            continue
+        seconds = [record["seconds"] for record in made]
+        sittings: dict[Any, list[float]] = {}
+        for record in made:
+            sittings.setdefault(record["sitting"], []).append(record["seconds"])
+        ratios = [max(own) / min(own) for own in sittings.values() if len(own) > 1]
+        found[arm.name] = {
+            "runs": len(seconds),
+            "seconds": {"least": min(seconds), "median": median(seconds), "most": max(seconds)},
+            "most_over_least": max(ratios, default=None),
+        }
+    return found
 
 
 def _paired(records: Records, arm: ArmSpec, baseline: ArmSpec) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The arms of a comparison, one process each, run in turn: a busy machine slows all alike.
 
 Not all of them fit into memory at once, so they come in groups. The dense arms stay loaded and are
-timed beside every group: what is compared was measured in one sitting.
+timed beside every group, in every turn that its arms take, and again where some of these take it in
+a later sitting: every time of an arm has one of dense beside it.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,15 @@ from accel.pipelines.compare_arms import DENSE, ArmSpec
 from accel.pipelines.compare_book import Book, Job
 from accel.pipelines.compare_findings import findings_of
 from accel.pipelines.compare_probe import Launch, fastest_dtype, say
-from accel.pipelines.compare_results import fastest_of, measure_quality, records_of, results_of
+from accel.pipelines.compare_results import (
+    dense_runs_of,
+    fastest_of,
+    measure_quality,
+    records_of,
+    results_of,
+)
 from accel.pipelines.compare_settings import CompareSettings
+from accel.pipelines.compare_turns import is_of_use, missing_of, turns_of
 from accel.pipelines.compare_worker import ArmFailed, Worker
 from accel.pipelines.host import ModelConfig, find_path
 from accel.pipelines.provenance import versions
@@ -39,9 +47,10 @@ class Comparison:
         self.arms = settings.arms
         self.groups = settings.groups
         self._launch = launch
-        self._sitting = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self._sitting = _now()
         self._workers: dict[ArmSpec, Any] = {}
         self._errors: dict[ArmSpec, str] = {}
+        self._unseen: dict[ArmSpec, str] = {}  # arms without maps, and why
         prompts = settings.prompts_of(model)
         self.probe = fastest_dtype(
             model, settings, prompts, folder / "probe", self._sitting, launch
@@ -61,23 +70,12 @@ class Comparison:
 
     @property
     def jobs(self) -> list[Job]:
-        """The jobs of all groups, one group after the other."""
-        return [job for number in range(len(self.groups)) for job in self.jobs_of(number)]
+        """The jobs of all groups, one group after the other, with what was sampled again."""
+        jobs = (job for number in range(len(self.groups)) for job in self.jobs_of(number))
+        return [one for job in jobs for one in (self.book.samples(job) or [job])]
 
     def jobs_of(self, group: int) -> list[Job]:
-        """Every prompt once, then the timing prompts again; arms take turns in being first."""
-        arms = self.groups[group]
-        jobs = []
-        for number in range(self.settings.rounds):
-            count = len(self.book.prompts)
-            if number > 0:
-                count = min(count, self.settings.timing_prompts)
-            for prompt in range(count):
-                first = (number + prompt) % len(arms)
-                for arm in arms[first:] + arms[:first]:
-                    beside = group if arm in self.settings.dense_arms else 0
-                    jobs.append(Job(arm, prompt, number, beside))
-        return jobs
+        return turns_of(self.settings, len(self.book.prompts), group)
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; every arm that can finish does. Returns the results."""
@@ -94,24 +92,19 @@ class Comparison:
 
     def _run_group(self, group: int) -> None:
         """The generations of one group that are missing, in one sitting."""
-        self.book.sitting = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}" + (f" {group}" if group else "")
-        todo = self._todo(group)
+        self.book.sitting = _now() + (f" {group}" if group else "")
+        dense = self.settings.dense_arms
+        todo = missing_of(self.book, self.jobs_of(group), dense)
         for arm in self.groups[group]:
             if any(job.arm == arm for job in todo) and arm not in self._workers | self._errors:
                 self._start(arm)
         with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
             for job in bar:
-                if job.beside and not set(self._workers) - set(self.settings.dense_arms):
-                    continue  # those beside which it would be timed have failed
+                if not is_of_use(job, todo, list(self._workers), dense):
+                    continue
                 bar.set_description(f"{job.arm.name}, prompt {job.prompt + 1}")
                 self._generate(job)
         self._look(self.groups[group])
-
-    def _todo(self, group: int) -> list[Job]:
-        """What is missing of a group. Beside a later one, dense is timed where an arm of it is."""
-        missing = [job for job in self.jobs_of(group) if self.book.result(job) is None]
-        wanted = {(j.prompt, j.round) for j in missing if j.arm not in self.settings.dense_arms}
-        return [j for j in missing if not j.beside or (j.prompt, j.round) in wanted]
 
     def _start(self, arm: ArmSpec) -> None:
         """Open the process of an arm, let it warm up and, with predictions, measure its costs."""
@@ -134,6 +127,8 @@ class Comparison:
             arms[arm.name] = results_of(self.book, arm, records, baselines, fastest)
             if arm in self._errors:
                 arms[arm.name]["error"] = self._errors[arm]
+            if arm in self._unseen:
+                arms[arm.name]["maps_error"] = self._unseen[arm]
         starts = [self.book.read(arm, "start") for arm in self.arms]
         sittings = sorted({record["sitting"] for made in records.values() for record in made})
         results = {
@@ -141,6 +136,7 @@ class Comparison:
             "arms": arms,
             "baseline": fastest.name,
             "baselines": [arm.name for arm in baselines],
+            "dense_runs": dense_runs_of(records, baselines),
             "device": next((s["device"] for s in starts if s), "unknown"),
             "versions": versions(),
             "settings": {
@@ -171,6 +167,7 @@ class Comparison:
             "cache": json.loads(arm.cache) if arm.cache else None,
             "model": asdict(self.model),
             "folder": str(self.book.calibration_folder) if arm.calibrated else "",
+            "precision": arm.precision,
         }
 
     def _ask(
@@ -204,7 +201,10 @@ class Comparison:
             self.results()
 
     def _look(self, group: Sequence[ArmSpec]) -> None:
-        """Keep attention maps of the first plan or recipe that did not fail, with its group."""
+        """Keep attention maps of the first plan or recipe that did not fail, with its group.
+
+        They are pictures: where they cannot be had, what was measured of the arm stands.
+        """
         sparse = (a for a in self.arms if a.kind in ("plan", "front", "recipe"))
         shown = next((arm for arm in sparse if arm not in self._errors), None)
         if shown is None or shown not in group or self.book.read(shown, "maps", 0) is not None:
@@ -219,6 +219,14 @@ class Comparison:
         }
         if self._ask(shown, command, "maps", 0):
             self.book.drop_others(self.book.maps(shown))
+        elif shown in self._errors:
+            self._unseen[shown] = self._errors.pop(shown)
+            say(f"{shown.name}: only its attention maps are missing")
+
+
+def _now() -> str:
+    """Names a sitting: no two begin in the same moment."""
+    return datetime.now().isoformat(timespec="microseconds")
 
 
 def _classifier_of(model: ModelConfig) -> Classifier | None:

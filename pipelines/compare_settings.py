@@ -8,11 +8,13 @@ from accel.errors import AccelError, nearest
 from accel.pipelines.caches import CacheSpec
 from accel.pipelines.compare_arms import (
     DENSE,
+    KINDS,
     OWN_DENSE,
     ArmSpec,
     check_names,
     combined_arms,
     dense_arms,
+    recipe_arm,
     recipe_names,
 )
 from accel.pipelines.host import DTYPES, ModelConfig, find_path
@@ -79,19 +81,19 @@ class CompareSettings:
 
     @property
     def arms(self) -> tuple[ArmSpec, ...]:
-        """The baselines, plans, fronts, recipes, caches and plans with caches."""
+        """The baselines, plans, fronts, recipes, caches and plans with caches, by kind."""
         plans = [ArmSpec.of(name, find_path(p)) for name, p in self.plans.items()]
         for name, files in self.fronts.items():
             for number, file in enumerate(files, 1):
                 plans.append(ArmSpec.of(f"{name}-{number}", file, "front", name))
-        plans += [ArmSpec.of(name, name, "recipe") for name in self.recipes]
+        plans += [recipe_arm(name, self.baselines) for name in self.recipes]
         arms = [*self.dense_arms, *plans]
         for name, spec in self.caches.items():
             arms.append(ArmSpec(name, kind="cache", cache=spec.identity))
         known = {arm.name: arm for arm in (*self.dense_arms[1:], *plans)}
         arms += combined_arms(self.combined, known, self.caches)
         check_names(arms)
-        return tuple(arms)
+        return tuple(sorted(arms, key=lambda arm: list(KINDS).index(arm.kind)))
 
     @property
     def groups(self) -> tuple[tuple[ArmSpec, ...], ...]:

@@ -66,7 +66,7 @@ COLUMNS = (
     Column(
         "speed-up",
         "median over prompts and rounds of the time of the fastest dense arm / this arm's time, of"
-        " generations made one after the other",
+        " generations of the same turn, beside each other in one sitting",
         _number("{:.2f}x", "speedup"),
     ),
     Column(
@@ -76,7 +76,8 @@ COLUMNS = (
     ),
     Column(
         "predicted",
-        "the speed-up that the plan expects from measured kernel costs",
+        "the speed-up that the plan expects from what kernels cost; whether that was measured, and"
+        " where, stands with the findings",
         _number("{:.2f}x", "predicted_speedup"),
     ),
     Column("seconds", "time of one generation: median [20th, 80th percentile]", _seconds),
@@ -94,8 +95,9 @@ COLUMNS = (
     ),
     Column(
         "front dB",
-        "what the (first) front has at the measured time of this arm, above this arm's PSNR; linear"
-        " between the front's points",
+        "what the (first) front is worth at the measured time of this arm, above this arm's PSNR:"
+        " linear between those of its points that no other beats, and that of the slowest from"
+        " there on",
         _below_front,
     ),
     Column("SSIM", "structural similarity to dense: mean (worst)", _pair(".3f", "ssim")),
@@ -140,6 +142,8 @@ def failures(results: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name} failed: {arm['error']}")
         elif arm["note"]:
             lines.append(f"{name}: {arm['note']}")
+        if arm.get("maps_error"):
+            lines.append(f"{name} has no attention maps: {arm['maps_error']}")
         lines += [f"{name} ran dense {n} times: {why}" for why, n in arm["notices"].items()]
         if arm["speedup"] is not None and not arm["paired_in_one_sitting"]:
             lines.append(

@@ -197,8 +197,12 @@ def priced(
 
 
 def warm_up_steps(schedule: Schedule, limit: int) -> int:
-    """The fewest steps, at least two, of which one is sparse; two for a schedule without any."""
-    for steps in range(2, limit + 1):
-        if any(not schedule.phase(step, steps).dense for step in range(steps)):
-            return steps
-    return 2
+    """The fewest steps, at least two, in which every band that a run of `limit` steps has is met;
+    two for a schedule without any.
+    """
+
+    def bands(steps: int) -> set[int]:
+        found = (schedule.phase(step, steps).band for step in range(steps))
+        return {band for band in found if band is not None}
+
+    return next((n for n in range(2, limit + 1) if bands(n) >= bands(limit)), 2)

@@ -216,8 +216,8 @@ def _about(results: Mapping[str, Any]) -> str:
         "How it was measured",
         "<p>Every arm is a process of its own with the same pipeline, prompts and noise."
         f" {settings['loaded_at_once']} at most are loaded at once, the dense ones with each group."
-        " The arms take turns, so that a speed-up is the median of ratios of neighbouring"
-        " generations, to the fastest dense arm in the fastest precision of this device; loading"
+        " The arms take turns, and a speed-up is the median of ratios of generations of the same"
+        " turn, to the fastest dense arm in the fastest precision of this device; loading"
         " and warm-up are not counted. Quality is that of the 8-bit frames.</p>"
         f"<table class=about>{cells}</table>{command}",
     )

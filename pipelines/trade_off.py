@@ -5,8 +5,11 @@ against dense in dB, more is better.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Point = tuple[float, float]
 
 # Hypervolumes are of the region between the reference point (time 1, this PSNR) and the points;
@@ -14,23 +17,32 @@ Point = tuple[float, float]
 FLOOR_DB, CAP_DB = 15.0, 50.0
 
 
-def unbeaten(points: Iterable[Point]) -> list[Point]:
-    """The points than which none is both as fast and as good, by rising time, and so rising PSNR.
+def unbeaten(
+    points: Iterable[T],
+    time: Callable[[Any], float] = itemgetter(0),
+    quality: Callable[[Any], float] = itemgetter(1),
+) -> list[T]:
+    """The points that no other beats, by rising time, and so rising quality; of equal ones the
+    first. One beats another that is at least as fast and at least as good, and better in one.
+
+    time, quality: those of a point; of a pair, what it begins with and what follows.
 
     >>> unbeaten([(0.5, 30.0), (0.6, 28.0), (0.4, 25.0), (0.5, 29.0)])
     [(0.4, 25.0), (0.5, 30.0)]
     """
-    kept: list[Point] = []
-    for time, psnr in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not kept or psnr > kept[-1][1]:
-            kept.append((time, psnr))
+    kept: list[T] = []
+    for point in sorted(points, key=lambda p: (time(p), -quality(p))):
+        if not kept or quality(point) > quality(kept[-1]):
+            kept.append(point)
     return kept
 
 
 def quality_at(front: Sequence[Point], time: float) -> float | None:
-    """The PSNR that a front has at `time`: linear between its unbeaten points.
+    """What a front is worth at `time`, in dB: on the line between the unbeaten points around it,
+    which the front itself has only at their ends; points that another beats do not count.
 
-    Beyond the slowest point that one counts, for it is done by then; None before the fastest.
+    From the slowest unbeaten point on it is that one's PSNR, for it is done by then. None before
+    the fastest.
 
     >>> quality_at([(0.4, 20.0), (0.6, 30.0)], 0.45)
     22.5

@@ -14,10 +14,10 @@ from accel.hardware import HERE
 from accel.pipelines.calibration import calibrated_recipe
 from accel.pipelines.host import Host
 from accel.pipelines.provenance import device_name, versions
-from accel.pipelines.trade_off import hypervolume
+from accel.pipelines.trade_off import hypervolume, unbeaten
 from accel.plan import Plan
 from accel.recipes import recipe
-from accel.search.front import spread, unbeaten, within
+from accel.search.front import spread, within
 from accel.search.measure import Bench, Measured
 from accel.search.objective import Objective
 from accel.search.picture import draw_front, draw_heads
@@ -114,7 +114,7 @@ class Finish:
         """Measure the front, choose, and write all there is to look at."""
         if not found:
             raise AccelError("the study has no finished trial; search.trials is at least 1")
-        front = unbeaten(found, _time, _quality)
+        front = unbeaten(found, _time, _quality)[::-1]
         tried = spread(front, self._settings.points, _time)
         wanted = self._within_time(found)
         if wanted is not None and wanted not in tried:
@@ -135,7 +135,7 @@ class Finish:
         points = [_with_measured(p, dense, prediction) for p in points]
         outcome = Outcome(
             self._chosen(points, wanted),
-            tuple(unbeaten(points, lambda p: p.time, lambda p: p.psnr)),
+            tuple(unbeaten(points, lambda p: p.time, lambda p: p.psnr)[::-1]),
             tuple(recipes),
             dense,
             tuple(found),

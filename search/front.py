@@ -1,24 +1,13 @@
-"""The front: which of the plans that were tried nobody beats, and which of them to take.
+"""The front: which of its plans to measure, and which one to take.
 
-A plan beats another when it is at least as fast and at least as good, and better in one. The front
-is what is beaten by none, from the slowest and best to the fastest.
+It is what no other plan that was tried beats (`accel.pipelines.trade_off.unbeaten`), from the
+slowest and best to the fastest.
 """
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-
-
-def unbeaten(
-    points: Sequence[T], time: Callable[[T], float], quality: Callable[[T], float]
-) -> list[T]:
-    """The points that no other beats, by falling time; of equal ones the first."""
-    kept: list[T] = []
-    for point in sorted(points, key=lambda p: (time(p), -quality(p))):
-        if not kept or quality(point) > quality(kept[-1]):
-            kept.append(point)
-    return kept[::-1]
 
 
 def spread(points: Sequence[T], count: int, time: Callable[[T], float]) -> list[T]:

@@ -1,7 +1,9 @@
 """The arms that a comparison is asked for: caches, fronts, combinations, groups."""
 
 import json
+from itertools import groupby
 
+import huggingface_hub
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -9,8 +11,14 @@ from tiny_denoiser import tiny_plan
 
 from accel.choice import DENSE as DENSE_CHOICE
 from accel.errors import AccelError, PlanError
-from accel.pipelines.caches import CacheSpec
-from accel.pipelines.compare_arms import DENSE, ArmSpec, named_caches, named_fronts
+from accel.pipelines.caches import CACHES, CacheSpec
+from accel.pipelines.compare_arms import (
+    DENSE,
+    ArmSpec,
+    named_caches,
+    named_fronts,
+    named_plans,
+)
 from accel.pipelines.compare_settings import CompareSettings
 from accel.recipes import RECIPES
 
@@ -77,6 +85,62 @@ def test_all_combines_every_plan_with_every_cache(front, tmp_path):
     )
     names = [arm.name for arm in asked.arms if arm.kind == "plan + cache"]
     assert names == ["a+mild", "a+pab", "b+mild", "b+pab"]
+
+
+def test_a_plan_of_the_hub_is_named_by_what_it_holds(tmp_path, monkeypatch):
+    """Its repository may hold another plan tomorrow."""
+    held, asked = {}, []
+
+    def download(repo_id, **settings):
+        asked.append(repo_id)
+        return str(held[repo_id].save_pretrained(tmp_path / str(len(asked))))
+
+    def identity():
+        plans = named_plans({"theirs": "someone/plan"})
+        (arm,) = settings(plans=plans).arms[1:]
+        assert arm.name == "theirs"
+        return arm.identity
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    held["someone/plan"] = held["else/copy"] = tiny_plan(DENSE_CHOICE)
+    before = identity()
+    assert identity() == before
+    (copy,) = settings(plans=named_plans("else/copy")).arms[1:]
+    assert (copy.name, copy.identity) == ("copy", before)
+    held["someone/plan"] = tiny_plan(DENSE_CHOICE, block=(32, 32))
+    assert identity() != before
+    assert asked == ["someone/plan", "someone/plan", "else/copy", "someone/plan"]  # once each time
+
+
+def test_a_plan_of_the_hub_that_cannot_be_had_is_told_at_once(monkeypatch):
+    def download(repo_id, **settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(PlanError, match=r"no plan file 'someone/plan' here.*no network"):
+        named_plans("someone/plan")
+
+
+def test_recipes_compute_in_the_precision_of_the_baselines(front):
+    """16-bit operands are no merit of a selection: what a front may use, recipes get as well."""
+
+    def arms(*baselines, **changes):
+        asked = settings(
+            fronts=named_fronts(str(front)),
+            recipes=("window", "full"),
+            combined=[{"plan": name, "cache": "pab"} for name in ("window", "front-1")],
+            baselines=baselines,
+            **changes,
+        )
+        return {arm.name: arm for arm in asked.arms}
+
+    fair, own = arms("dense", "half"), arms("dense")
+    told = {name: arm.precision for name, arm in fair.items() if arm.precision}
+    assert told == {"window": "half", "window+pab": "half"}  # `full` is a precision itself
+    assert not any(arm.precision for arm in own.values())
+    for name, arm in fair.items():
+        assert name == "half" or (arm.identity == own[name].identity) == (name not in told)
+    assert fair["window"].calibrated is own["window"].calibrated is False
 
 
 def test_all_recipes_are_those_that_leave_something_out():
@@ -161,6 +225,28 @@ def test_what_is_asked_for_can_be_typed(override):
         config = OmegaConf.to_container(compose("compare", overrides=[override, *more]))
     assert {spec.kind for spec in named_caches(config["caches"]).values()} <= {"pab", "fbcache"}
     assert config["combined"] == "all"
+
+
+def test_the_experiment_holds_every_cache_on_the_host_s_attention_and_on_accel_s():
+    with initialize_config_module("accel.configs", version_base="1.3"):
+        config = OmegaConf.to_container(compose("compare", overrides=["experiment=wan-digits"]))
+    caches = named_caches(config["caches"])
+    asked = settings(
+        plans={"wan-digits": "p.json"},
+        recipes=config["recipes"],
+        fronts={"front": ("p.json",) * 7},
+        caches=caches,
+        combined=config["combined"],
+        baselines=config["baselines"],
+    )
+    arms = {arm.name: arm for arm in asked.arms}
+    assert set(caches) == set(CACHES)
+    for name in caches:
+        assert arms[f"half+{name}"].cache == arms[name].cache
+        assert arms[f"half+{name}"].plan == "half"
+        assert arms[f"half+{name}"].kind == "cache"  # nothing but the cache leaves anything out
+    kinds = [arm.kind for arm in asked.arms]
+    assert len(list(groupby(kinds))) == len(set(kinds))  # one heading each
 
 
 def test_caches_are_named_by_their_kinds_or_by_the_user():

@@ -16,11 +16,14 @@ def arm(kind, speedup=None, psnr=None, predicted=None, **changes):
         "front": None,
         "cache": None,
         "note": "",
+        "precision": None,
         "notices": {},
         "speedup": speedup,
         "psnr": quality,
         "predicted_speedup": predicted,
+        "predicted_from": predicted and "measured on CPU",
         "paired_in_one_sitting": True,
+        "pairs": 2 if speedup else 0,
         "made_at": None,
         "call": None,
         **changes,
@@ -46,6 +49,18 @@ def results():
             "ours+fbcache": arm("plan + cache", 2.0, 28.0, cache={"cache": "fbcache"}),
         },
         "settings": {"model": "m", "dtype": "float32", "steps": 30, "prompts": ["a"], "rounds": 1},
+        "dense_runs": {
+            "dense": {
+                "runs": 4,
+                "seconds": {"least": 26.0, "median": 30.0, "most": 39.0},
+                "most_over_least": 1.25,
+            },
+            "full": {
+                "runs": 1,
+                "seconds": {"least": 20.0, "median": 20.0, "most": 20.0},
+                "most_over_least": None,
+            },
+        },
         "device": "CPU",
         "date": "now",
     }
@@ -95,10 +110,10 @@ def test_hypervolumes_are_of_fronts_and_of_kinds(found):
 def test_predictions_are_held_against_measured_times(found):
     """Of what leaves something out and was measured: 0.4 for 0.5, 0.5 for 0.4, two exact ones."""
     told = found["prediction"]
-    assert told["plans"] == 4
+    assert told["arms"] == 4
     assert told["mape"] == pytest.approx((0.1 / 0.5 + 0.1 / 0.4) / 4)
     assert told["rank_correlation"] == pytest.approx(0.8)
-    assert "off by 11.2% in the mean over 4 plans; rank correlation 0.80" in as_text(found)
+    assert "off by 11.2% in the mean over 4 arms; rank correlation 0.80" in as_text(found)
 
 
 def test_without_predictions_nothing_is_said_of_them(results):
@@ -134,6 +149,48 @@ def test_a_plan_that_travelled_alone_says_from_where(results):
     )
 
 
+def test_the_precision_that_recipes_were_given_is_told(results):
+    def told():
+        return [line for line in sentences_of(results | findings_of(results)) if "comput" in line]
+
+    assert told() == []
+    for name in ("window", "slow"):
+        results["arms"][name]["precision"] = "half"
+    assert told() == [
+        "recipes compute in precision 'half', like the dense arm of that name; one that chooses its"
+        " precision keeps it"
+    ]
+
+
+def test_where_predictions_come_from_is_told(results):
+    def told():
+        lines = sentences_of(results | findings_of(results))
+        return [line for line in lines if "kernel costs" in line]
+
+    assert told() == ["predicted times rest on kernel costs: measured on CPU"]
+    sheet = "uncalibrated: computed from the data sheet of h100-sxm"
+    results["arms"]["far"]["predicted_from"] = sheet
+    results["arms"]["f-2"]["predicted_from"] = ""
+    assert told() == [
+        "predicted times of ours, f-1 rest on kernel costs: measured on CPU",
+        f"predicted times of far rest on kernel costs: {sheet}",
+        "predicted times of f-2 rest on kernel costs: from where, the plan does not say",
+    ]
+
+
+def test_how_far_dense_runs_lie_apart_is_told(found):
+    """A speed-up of a single pair is worth no more than that."""
+    lines = as_text(found).splitlines()
+    spread = "dense took 26.00 to 39.00 s in 4 runs, 30.00 in the median"
+    assert f"{spread}; in one sitting up to 1.25 times apart" in lines
+    assert not any(line.startswith("full took") for line in lines)
+    pairs = "speed-ups are medians of at least 2 pairs with dense in the same turn"
+    assert f"{pairs}, and may be off by as much as the dense runs lie apart" in lines
+    for one in found["arms"].values():
+        one["pairs"] *= 2
+    assert pairs.replace("2", "4") in sentences_of(found)
+
+
 def test_long_tables_are_grouped(found):
     rows = rows_of(found)
     alone = [row[0] for row in rows if len(row) == 1]
@@ -152,4 +209,16 @@ def test_what_a_cache_lacks_and_what_failed_is_told(found):
     assert "pab: half of it" in text
     assert "broken failed: out of memory" in text
     assert "hypervolume (time below the fastest dense run times dB from 15 to 50): f 11.00" in text
-    assert "at the time of every recipe that it reaches (2), f has at least +4.0 dB" in text
+    told = "at their times f is at least +4.0 dB above 2 of 3 recipes, nearest to slow"
+    assert f"{told}; faster than all of it: swift" in text
+
+
+def test_one_is_not_many(results):
+    for name, one in results["arms"].items():
+        if name != "ours":
+            one["predicted_speedup"] = None
+        if name in ("swift", "slow"):
+            one["speedup"] = None
+    told = sentences_of(results | findings_of(results))
+    assert any(line.endswith("in the mean over 1 arm") for line in told)
+    assert "at their times f is at least +7.5 dB above 1 of 1 recipe, nearest to window" in told

@@ -11,6 +11,7 @@ from tiny_wan import tiny_wan_config
 from accel.pipelines.caches import CacheSpec
 from accel.pipelines.compare_run import Comparison
 from accel.pipelines.compare_settings import CompareSettings
+from accel.pipelines.compare_table import as_text
 from accel.pipelines.compare_worker import ArmFailed
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.video_files import save_frames
@@ -31,8 +32,9 @@ SETTINGS = CompareSettings(
 class Machine:
     """Runs arms that answer at once, and slows down with every generation."""
 
-    def __init__(self, failing=(), stop_after=None):
+    def __init__(self, failing=(), stop_after=None, blind=None):
         self.failing = failing
+        self.blind = blind  # what an arm that shall show maps fails at
         self.stop_after = stop_after
         self.loaded = set()
         self.most = 0
@@ -56,7 +58,7 @@ class Worker:
 
     def ask(self, command, timeout_s):
         machine = self.machine
-        if self.name in machine.failing:
+        if self.name in machine.failing or command["do"] == machine.blind:
             self.close()
             raise ArmFailed("it does not run here")
         machine.log.append(
@@ -101,6 +103,9 @@ def test_no_more_are_loaded_than_there_is_room_for(model, tmp_path):
     assert CacheSpec.of(machine.specs["pab"]["cache"]) == CacheSpec("pab")
     assert machine.specs["pab"]["plan"] is None
     assert machine.specs["window"]["cache"] is None
+    assert machine.specs["window"]["precision"] == "half"
+    assert results["arms"]["window"]["precision"] == "half"
+    assert results["arms"]["pab"]["precision"] is None
     assert list(results["arms"]) == ["dense", "half", *SETTINGS.recipes, "pab"]
 
 
@@ -113,6 +118,9 @@ def test_every_group_is_timed_beside_dense_in_a_sitting_of_its_own(model, tmp_pa
     saved = [s for n, do, _, s in machine.log if do == "generate" and n == "dense" and s]
     assert len(saved) == 2
     assert len(results["sittings"]) == 3
+    told = results["dense_runs"]["dense"]
+    assert told["runs"] == 9
+    assert 1 < told["most_over_least"] < told["seconds"]["most"] / told["seconds"]["least"]
     for name, arm in results["arms"].items():
         assert arm["paired_in_one_sitting"], name
         # were an arm of the last group held against dense of the first, it would seem slow
@@ -131,7 +139,42 @@ def test_what_is_done_is_not_done_again(model, tmp_path):
     (folder / "arms" / "pisa" / "p00-r1.json").unlink()
     again = Machine()
     run(model, folder, again)
-    assert again.made() == [("pisa", "a one")]
+    # and dense once more in that turn, for the old times are of another sitting
+    assert sorted(again.made()) == [("dense", "a one"), ("half", "a one"), ("pisa", "a one")]
+
+
+def test_every_turn_of_an_arm_is_paired_with_dense_of_the_same_turn_and_sitting(model, tmp_path):
+    """An arm that is added to the first group, where dense was timed days ago, and a later turn."""
+    folder = tmp_path / "c"
+    few = replace(SETTINGS, recipes=("window",), caches={})
+    run(model, folder, Machine(), few)
+    slow = Machine()
+    slow.now = itertools.count(1000)  # the machine of today
+    results = run(model, folder, slow, replace(few, recipes=("window", "radial")))
+    assert {name for name, _ in slow.made()} == {"dense", "half", "radial"}
+    assert all(not saved for name, do, _, saved in slow.log if name == "dense" and do == "generate")
+    radial = results["arms"]["radial"]
+    assert radial["paired_in_one_sitting"]
+    assert radial["pairs"] == 3
+    assert radial["speedup_over"]["dense"] == pytest.approx(1, abs=0.01)
+    assert results["arms"]["dense"]["pairs"] == 6
+    before = results["arms"]["window"]["speedup"]
+    later = run(model, folder, Machine(), replace(few, recipes=("window", "radial"), rounds=3))
+    assert later["arms"]["radial"]["pairs"] == 4
+    assert later["arms"]["window"]["paired_in_one_sitting"]
+    assert later["arms"]["window"]["speedup"] == pytest.approx(before, rel=0.3)
+
+
+def test_dense_is_timed_again_for_no_arm_that_fails(model, tmp_path):
+    folder = tmp_path / "c"
+    run(model, folder, Machine(failing=("radial",)))
+    again = Machine(failing=("radial",))
+    run(model, folder, again)
+    assert again.made() == []
+    (folder / "arms" / "window" / "p00-r1.json").unlink()
+    again = Machine(failing=("radial",))
+    run(model, folder, again)
+    assert sorted(again.made()) == [("dense", "a one"), ("half", "a one"), ("window", "a one")]
 
 
 @pytest.mark.parametrize("stop_after", [1, 14, 20])
@@ -148,9 +191,28 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(model, tmp_path, stop
     made = sorted(done + rest.made())
     sparse = [job for job in made if job[0] not in SETTINGS.baselines]
     assert sparse == sorted(job for job in whole.made() if job[0] not in SETTINGS.baselines)
-    # beside arms that were all done, there is nothing to be timed any more
-    assert len(whole.made()) - 1 <= len(made) <= len(whole.made())
+    # beside arms that were all done, there is nothing to be timed any more; of the turn that was
+    # cut in two, each dense arm is timed in both sittings
+    assert len(whole.made()) - 1 <= len(made) <= len(whole.made()) + 2
     assert all(arm["pairs"] for arm in results["arms"].values())
+
+
+@pytest.mark.parametrize("blind", ["look", "start"])
+def test_an_arm_that_shows_no_maps_has_not_failed(model, tmp_path, blind):
+    folder = tmp_path / "c"
+    if blind == "start":  # all is measured, and the arm is started for its maps alone
+        run(model, folder, Machine())
+        for maps in (folder / "arms" / "window").glob("maps*"):
+            maps.unlink()
+    results = run(model, folder, Machine(blind=blind))
+    window = results["arms"]["window"]
+    assert "error" not in window
+    assert window["pairs"] == 3
+    assert window["maps_error"] == "it does not run here"
+    assert "window has no attention maps: it does not run here" in as_text(results)
+    again = Machine()
+    assert "maps_error" not in run(model, folder, again)["arms"]["window"]
+    assert [do for _, do, _, _ in again.log] == ["start", "look"]
 
 
 def test_dense_is_not_timed_beside_arms_that_all_failed(model, tmp_path):

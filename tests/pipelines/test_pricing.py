@@ -262,6 +262,15 @@ def test_a_warm_up_has_a_sparse_step(start, steps):
     assert start == 1.0 or schedule.sparse_steps(steps)
 
 
+@pytest.mark.parametrize(
+    ("bands", "limit", "steps"),
+    [((0.5,), 10, 2), ((0.5, 0.75), 10, 4), ((0.9,), 10, 10), ((0.9, 0.95), 10, 10)],
+)
+def test_a_warm_up_has_a_step_of_every_band_that_the_run_has(bands, limit, steps):
+    """A band that was never warm would be met cold, and what it keeps would not be known."""
+    assert warm_up_steps(Schedule(dense_start=0.0, bands=bands), limit) == steps
+
+
 def test_the_tiny_pipeline_is_the_one_that_is_measured(host):
     assert host.steps == CALL["num_inference_steps"]
     assert next(denoisers_of(host.pipe)[0].parameters()).dtype == torch.float32

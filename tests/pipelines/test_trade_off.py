@@ -29,6 +29,26 @@ def test_unbeaten_points_are_those_that_no_other_beats(points):
 
 
 @given(POINTS)
+def test_points_may_be_anything_that_has_a_time_and_a_quality(points):
+    named = [{"name": n, "time": t, "psnr": q} for n, (t, q) in enumerate(points)]
+    kept = unbeaten(named, lambda p: p["time"], lambda p: p["psnr"])
+    assert [(p["time"], p["psnr"]) for p in kept] == unbeaten(points)
+    # of equal ones the first
+    assert all(points.index((p["time"], p["psnr"])) == p["name"] for p in kept)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 50)), max_size=30))
+def test_any_point_is_beaten_or_kept(points):
+    front = unbeaten(points)
+
+    def beats(a, b):
+        return a[0] <= b[0] and a[1] >= b[1] and a != b
+
+    assert not any(beats(a, b) for a in points for b in front)
+    assert all(any(a == b or beats(b, a) for b in front) for a in points)
+
+
+@given(POINTS)
 def test_the_hypervolume_is_the_number_of_cells_below_the_points(points):
     cells = sum(
         any(t <= at / 32 and min(q, 50) >= level for t, q in points)

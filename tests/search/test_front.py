@@ -1,9 +1,6 @@
-"""Which points nobody beats, which to measure, and which one a budget takes."""
+"""Which points of a front to measure, and which one a budget takes."""
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from accel.search.front import spread, unbeaten, within
+from accel.search.front import spread, within
 
 POINTS = [(0.9, 40.0), (0.5, 30.0), (0.6, 29.0), (0.5, 31.0), (0.3, 20.0), (0.95, 40.0)]
 
@@ -14,22 +11,6 @@ def time(point):
 
 def quality(point):
     return point[1]
-
-
-def test_points_that_others_beat_are_left_out():
-    assert unbeaten(POINTS, time, quality) == [(0.9, 40.0), (0.5, 31.0), (0.3, 20.0)]
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 50)), max_size=30))
-def test_the_front_is_exactly_what_none_beats(points):
-    front = unbeaten(points, time, quality)
-
-    def beats(a, b):
-        return a[0] <= b[0] and a[1] >= b[1] and a != b
-
-    assert not any(beats(a, b) for a in points for b in front)
-    assert all(any(a == b or beats(b, a) for b in front) for a in points)
-    assert [time(p) for p in front] == sorted(map(time, front), reverse=True)
 
 
 def test_what_is_measured_spans_the_front():
