@@ -2,19 +2,23 @@
 
 Two questions: which heads of a new mask miss too much of the softmax mass, and whether the sparse
 calls of a site take longer than its dense ones. The second is asked of times that are there
-already: on a GPU only events that have passed count, and nothing waits.
+already: on a GPU only events that have passed count, and nothing waits. Where a run has no dense
+steps, or too few to judge by, FEW dense calls are made beside the first sparse ones for the sake of
+their times, once for all sites of a kind.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median, median_low
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from accel.choice import Choice
 from accel.geometry import Site
 from accel.pattern import Skip
-from accel.records import DENSE_LABEL, Record, phase_label
+from accel.records import DENSE_LABEL, Record, Stopwatch, phase_label
 from accel.run_state import Run
 from accel.schedule import Schedule
 
@@ -52,18 +56,62 @@ def is_slower(dense: Sequence[float], sparse: Sequence[float], more: float = 0.0
     return slower and min(sparse) + more > min(dense)
 
 
+class Kind(NamedTuple):
+    """What the time of a dense call depends on: sites that agree in it are of one kind.
+
+    precision: of accel's own kernel where that makes the dense calls, None where the host does.
+    """
+
+    q_shape: torch.Size
+    k_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    precision: str | None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, precision: str | None) -> "Kind":
+        return cls(q.shape, k.shape, q.dtype, q.device, precision)
+
+
+def time_dense(
+    run: Run,
+    site: Site,
+    kind: Kind,
+    records: Mapping[tuple[str, str], Record],
+    dense: Callable[[], Tensor],
+) -> None:
+    """Make a dense call for its time alone, where neither site nor kind have FEW of them yet.
+
+    One beside a sparse call, so that a burst of other work meets both.
+    """
+    own = records.get((site.name, DENSE_LABEL))
+    if own is not None and own.calls >= FEW:
+        return
+    alike = run.dense_alike.setdefault(kind, Record())
+    if alike.calls >= FEW:
+        return
+    alike.calls += 1
+    watch = Stopwatch(alike, kind.device)
+    dense()
+    watch.stop()
+
+
 def slower_than_dense(
     schedule: Schedule,
     run: Run,
     site: Site,
     choices: Sequence[Choice],
     records: Mapping[tuple[str, str], Record],
+    kind: Kind,
 ) -> str | None:
     """What was measured, where the sparse calls of a site are slower than its dense ones.
 
-    Each band is judged by its own calls, as they stand.
+    Each band is judged by its own calls, as they stand; by the dense calls of the site where it has
+    FEW of them, else by those that were timed for all sites of its kind (`time_dense`).
     """
     dense = records.get((site.name, DENSE_LABEL))
+    if dense is None or dense.calls < FEW:
+        dense = run.dense_alike.get(kind)
     sparse = records.get((site.name, phase_label(run.phase.band)))
     if dense is None or sparse is None:
         return None
