@@ -117,10 +117,11 @@ def slower_than_dense(
         return None
     for record in (dense, sparse):
         record.settle(wait=False)
-    more = 0.0
+    masks = _masks_per_call(schedule, run, sparse)
+    more = _look_seconds(sparse, records.values(), masks)
     # masks of patterns alone are made once for all sites: no site pays for them
     if any(c.online for c in choices):
-        more = _making_seconds(sparse, records.values(), _masks_per_call(schedule, run, sparse))
+        more += _making_seconds(sparse, records.values(), masks)
     if not is_slower(dense.seconds, sparse.seconds, more):
         return None
     took, would = ((1000 * s) for s in (median(sparse.seconds) + more, median(dense.seconds)))
@@ -131,16 +132,23 @@ def slower_than_dense(
 
 
 def _making_seconds(own: Record, records: Iterable[Record], masks_per_call: float) -> float:
-    """What a sparse call pays for its masks and for its look at their drift.
-
-    A mask has the median price of the site's masks or of all sites', whichever is lower: a site
-    may have made a single one, which compiled.
-    """
-    looks = median(own.check_seconds) if own.check_seconds else 0.0
-    if not own.mask_seconds:
-        return looks
+    """What a sparse call pays for its masks and for its look at their drift."""
+    drift = median(own.check_seconds) if own.check_seconds else 0.0
     every = [s for record in records for s in record.mask_seconds]
-    return looks + masks_per_call * min(median_low(own.mask_seconds), median_low(every))
+    return drift + masks_per_call * _typical(own.mask_seconds, every)
+
+
+def _look_seconds(own: Record, records: Iterable[Record], masks_per_call: float) -> float:
+    """What a sparse call pays for the look at the recall of its masks, one for each of them."""
+    every = [s for record in records for s in record.recall_seconds]
+    return masks_per_call * _typical(own.recall_seconds, every)
+
+
+def _typical(own: Sequence[float], every: Sequence[float]) -> float:
+    """The median of the site's or of all sites', whichever is lower: a site may have a single one,
+    which compiled.
+    """
+    return min(median_low(own), median_low(every)) if own else 0.0
 
 
 def _masks_per_call(schedule: Schedule, run: Run, sparse: Record) -> float:

@@ -352,11 +352,13 @@ class Session:
         key, found = found_mask(self.plan, run, site, computed(choices), record, q, k, v)
         looked = (site.name, run.where.branch, phase_label(run.phase.band), run.phase.generation)
         if looked not in run.recalls:
+            floor = self.plan.recall_floor
+            watch = Stopwatch(record, q.device, "recall_seconds")
             recall = run.recalls[looked] = sampled_recall(q, k, found)
+            run.weak[looked] = () if floor is None else weak_heads(recall, floor, choices)
+            watch.stop()
             seen = [h for h, c in enumerate(choices) if not stands_in(c)]
             record.recall.append(recall if len(seen) == len(choices) else recall[seen])
-            floor = self.plan.recall_floor
-            run.weak[looked] = () if floor is None else weak_heads(recall, floor, choices)
             if run.weak[looked]:
                 heads = ", ".join(map(str, run.weak[looked]))
                 self._notice(f"recall is under the floor of {floor} at {site.name}, heads {heads}")

@@ -51,14 +51,16 @@ class TestTurningOff:
         plan = session(choice, **{"dense_start": 0.3, **schedule}).plan
         return Session(plan, GEOMETRY, strict=strict, guard=guard)
 
-    def timed(self, one, sparse_ms, masks_ms=(), dense_ms=(10, 10, 10), steps=range(6)):
-        """After `steps`, as if the calls at site a had taken so long."""
-        run(one, steps)
+    def timed(self, one, sparse_ms, masks_ms=(), recalls_ms=(), dense_ms=(10, 10, 10)):
+        """After six steps, as if the calls at site a had taken so long."""
+        run(one, range(6))
         one.records["a", "dense"].seconds[:] = [s * MS for s in dense_ms]
         record = one.records["a", "band 0"]
         record.seconds[:] = [s * MS for s in sparse_ms]
         record.mask_seconds[:] = [s * MS for s in masks_ms]
         one.records["b", "band 0"].mask_seconds[:] = [s * MS for s in masks_ms]
+        for site in "ab":
+            one.records[site, "band 0"].recall_seconds[:] = [s * MS for s in recalls_ms]
         return one
 
     def is_off(self, one, step=6):
@@ -100,7 +102,8 @@ class TestTurningOff:
         run(one, range(6))
         (found,) = one.run.dense_alike.values()
         found.seconds[:] = [s * MS for s in dense_ms]
-        one.records["a", "band 0"].seconds[:] = [s * MS for s in sparse_ms]
+        record = one.records["a", "band 0"]
+        record.seconds[:], record.recall_seconds[:] = [s * MS for s in sparse_ms], []
         return one
 
     def test_without_dense_steps_calls_of_the_same_kind_are_judged_by(self, caplog):
@@ -157,6 +160,13 @@ class TestTurningOff:
         # and three of them with two refresh points
         often = {"refresh": (0.5, 0.9)}
         assert self.is_off(self.timed(self.guarded(ONLINE, **often), [5, 5, 5], [35]))
+
+    def test_looks_at_recall_are_spread_like_masks_and_are_those_of_patterns_too(self):
+        for choice in (STATIC, ONLINE):
+            assert not self.is_off(self.timed(self.guarded(choice), [5, 5, 5], recalls_ms=[35]))
+            assert self.is_off(self.timed(self.guarded(choice), [7, 7, 7], recalls_ms=[35]))
+        both = self.timed(self.guarded(ONLINE), [7, 7, 7], [21], [14])
+        assert self.is_off(both), "7 + 3 + 2 ms against 10"
 
     def test_masks_that_drift_made_count(self):
         drift = {"drift": 0.1}
