@@ -2,19 +2,23 @@
 
 Two questions: which heads of a new mask miss too much of the softmax mass, and whether the sparse
 calls of a site take longer than its dense ones. The second is asked of times that are there
-already: on a GPU only events that have passed count, and nothing waits.
+already: on a GPU only events that have passed count, and nothing waits. Where a run has no dense
+steps, or too few to judge by, FEW dense calls are made beside the first sparse ones for the sake of
+their times, once for all sites of a kind.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median, median_low
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from accel.choice import Choice
 from accel.geometry import Site
 from accel.pattern import Skip
-from accel.records import DENSE_LABEL, Record, phase_label
+from accel.records import DENSE_LABEL, Record, Stopwatch, phase_label
 from accel.run_state import Run
 from accel.schedule import Schedule
 
@@ -52,27 +56,72 @@ def is_slower(dense: Sequence[float], sparse: Sequence[float], more: float = 0.0
     return slower and min(sparse) + more > min(dense)
 
 
+class Kind(NamedTuple):
+    """What the time of a dense call depends on: sites that agree in it are of one kind.
+
+    precision: of accel's own kernel where that makes the dense calls, None where the host does.
+    """
+
+    q_shape: torch.Size
+    k_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    precision: str | None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, precision: str | None) -> "Kind":
+        return cls(q.shape, k.shape, q.dtype, q.device, precision)
+
+
+def time_dense(
+    run: Run,
+    site: Site,
+    kind: Kind,
+    records: Mapping[tuple[str, str], Record],
+    dense: Callable[[], Tensor],
+) -> None:
+    """Make a dense call for its time alone, where neither site nor kind have FEW of them yet.
+
+    One beside a sparse call, so that a burst of other work meets both.
+    """
+    own = records.get((site.name, DENSE_LABEL))
+    if own is not None and own.calls >= FEW:
+        return
+    alike = run.dense_alike.setdefault(kind, Record())
+    if alike.calls >= FEW:
+        return
+    alike.calls += 1
+    watch = Stopwatch(alike, kind.device)
+    dense()
+    watch.stop()
+
+
 def slower_than_dense(
     schedule: Schedule,
     run: Run,
     site: Site,
     choices: Sequence[Choice],
     records: Mapping[tuple[str, str], Record],
+    kind: Kind,
 ) -> str | None:
     """What was measured, where the sparse calls of a site are slower than its dense ones.
 
-    Each band is judged by its own calls, as they stand.
+    Each band is judged by its own calls, as they stand; by the dense calls of the site where it has
+    FEW of them, else by those that were timed for all sites of its kind (`time_dense`).
     """
     dense = records.get((site.name, DENSE_LABEL))
+    if dense is None or dense.calls < FEW:
+        dense = run.dense_alike.get(kind)
     sparse = records.get((site.name, phase_label(run.phase.band)))
     if dense is None or sparse is None:
         return None
     for record in (dense, sparse):
         record.settle(wait=False)
-    more = 0.0
+    masks = _masks_per_call(schedule, run, sparse)
+    more = _look_seconds(sparse, records.values(), masks)
     # masks of patterns alone are made once for all sites: no site pays for them
     if any(c.online for c in choices):
-        more = _making_seconds(sparse, records.values(), _masks_per_call(schedule, run, sparse))
+        more += _making_seconds(sparse, records.values(), masks)
     if not is_slower(dense.seconds, sparse.seconds, more):
         return None
     took, would = ((1000 * s) for s in (median(sparse.seconds) + more, median(dense.seconds)))
@@ -83,16 +132,23 @@ def slower_than_dense(
 
 
 def _making_seconds(own: Record, records: Iterable[Record], masks_per_call: float) -> float:
-    """What a sparse call pays for its masks and for its look at their drift.
-
-    A mask has the median price of the site's masks or of all sites', whichever is lower: a site
-    may have made a single one, which compiled.
-    """
-    looks = median(own.check_seconds) if own.check_seconds else 0.0
-    if not own.mask_seconds:
-        return looks
+    """What a sparse call pays for its masks and for its look at their drift."""
+    drift = median(own.check_seconds) if own.check_seconds else 0.0
     every = [s for record in records for s in record.mask_seconds]
-    return looks + masks_per_call * min(median_low(own.mask_seconds), median_low(every))
+    return drift + masks_per_call * _typical(own.mask_seconds, every)
+
+
+def _look_seconds(own: Record, records: Iterable[Record], masks_per_call: float) -> float:
+    """What a sparse call pays for the look at the recall of its masks, one for each of them."""
+    every = [s for record in records for s in record.recall_seconds]
+    return masks_per_call * _typical(own.recall_seconds, every)
+
+
+def _typical(own: Sequence[float], every: Sequence[float]) -> float:
+    """The median of the site's or of all sites', whichever is lower: a site may have a single one,
+    which compiled.
+    """
+    return min(median_low(own), median_low(every)) if own else 0.0
 
 
 def _masks_per_call(schedule: Schedule, run: Run, sparse: Record) -> float:

@@ -416,10 +416,12 @@ class FirstFrames(Pattern):
 class Radial(Pattern):
     """A band that halves with every doubling of the frame distance r (arXiv 2506.19852).
 
-    Frames at r <= 1 see each other in full. Beyond, the band is `decay * h * w / 2**floor(log2 r)`
-    tokens wide in raster order. In grid units, so that it carries over: half of it in whole rows;
-    below one row, in columns of the same row; below one token, the same place alone, and only at
-    every `ceil(1 / width)`-th r. `first_frame_sink` keeps the keys of frame 0 for all queries.
+    Frames at r <= 1 see each other in full. Beyond, the paper keeps `|k - l| + 1 <= width`, with k
+    and l the places in their frames in raster order: on either side of the diagonal a width of
+    `decay * h * w / 2**floor(log2 r)` tokens. In grid units, so that it carries over: the whole
+    rows nearest to that, `|dh| <= width / w`; below one row, columns of the same row,
+    `|dw| + 1 <= width`; below one token, the same place alone, and only at every
+    `ceil(1 / width)`-th r. `first_frame_sink` keeps the keys of frame 0 for all queries.
     """
 
     decay: int | float = 1.0
@@ -439,10 +441,10 @@ class Radial(Pattern):
         for level in range(1, (frames - 1).bit_length()):
             at = (r >= 2**level) & (r < 2 ** (level + 1))
             width = self.decay * rows * columns / 2**level
-            half = width / 2
             if width < 1:
                 at = at & (r % -int(-1 // width) == 0)
-            h, w = (int(half // columns), None) if half >= columns else (0, int(half))
+            whole = width >= columns
+            h, w = (int(width // columns), None) if whole else (0, max(0, int(width) - 1))
             out.append((at, _near(h, rows, device), _near(w, columns, device)))
         return out + (FirstFrames(1).terms(grid, device) if self.first_frame_sink else [])
 

@@ -20,8 +20,9 @@ class Record:
     keep: sum over calls of the fraction of blocks computed; recall: per head that keeps blocks,
     once for every mask and branch; seconds: one entry per call, of the attention alone;
     mask_seconds: one per mask that a call made; check_seconds: one per look at whether a mask is
-    still good; ratio: predicted price of a sparse call against the host's dense one, None where
-    the plan predicts none for calls like these.
+    still good; recall_seconds: one per look at the recall of a mask; ratio: predicted price of a
+    sparse call against the host's dense one, None where the plan predicts none for calls like
+    these.
     """
 
     calls: int = 0
@@ -31,10 +32,16 @@ class Record:
     seconds: list[float] = field(default_factory=list)
     mask_seconds: list[float] = field(default_factory=list)
     check_seconds: list[float] = field(default_factory=list)
+    recall_seconds: list[float] = field(default_factory=list)
     ratio: float | None = None
     _events: list[tuple[list[float], torch.cuda.Event, torch.cuda.Event]] = field(
         default_factory=list
     )
+
+    @property
+    def all_mask_seconds(self) -> float:
+        """What masks took: to make them, to look at their drift, and at their recall."""
+        return sum(self.mask_seconds + self.check_seconds + self.recall_seconds, 0.0)
 
     def settle(self, *, wait: bool = True) -> None:
         """Turn pending CUDA events into seconds; without waiting, those that have passed."""

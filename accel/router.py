@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from accel.context import Where
 from accel.dense_heads import with_dense_heads
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
-from accel.guard import slower_than_dense, weak_heads
+from accel.guard import Kind, slower_than_dense, time_dense, weak_heads
 from accel.kernels.arguments import DTYPES, MAX_DIM
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.kernels.block_mask import BlockMask
@@ -45,7 +46,8 @@ class Session:
 
     strict: anything that would quietly run dense is an error instead.
     guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
-        the rest of the run (`accel.guard`).
+        the rest of the run (`accel.guard`). In a run without dense steps a few dense calls are made
+        for their times alone.
     """
 
     def __init__(
@@ -150,12 +152,16 @@ class Session:
             choices = self._sparse_choices(site, run, q, k, obstacle)
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
+        kernel = "dense"
+        if self._is_own(run, obstacle):
+            kernel, dense = self._kernel(site, q), partial(self._own_dense, site, run, q, k, v)
         out = None
         if choices is not None:
             out = self._sparse(site, run, choices, record, q, k, v)
+            if out is not None and self.guard:
+                time_dense(run, site, self._kind(site, q, k), self.records, dense)
         if out is None:
-            own = self.plan.dense == "kernel" and run.where is not None and obstacle is None
-            out = self._dense(site, run, record, q, k, v, None if own else dense)
+            out = self._dense(site, run, record, q, k, v, dense, kernel)
         if run.placed:
             self._keep(site, run, out)
         return out
@@ -168,22 +174,31 @@ class Session:
         q: Heads,
         k: KeyHeads,
         v: KeyHeads,
-        dense: Callable[[], Heads] | None,
+        dense: Callable[[], Heads],
+        kernel: str,
     ) -> Heads:
-        """The output of a dense call, by `dense` or, for None, by accel's own kernel."""
+        """The output of a dense call, by `dense`, which the summary calls `kernel`."""
         watch = Stopwatch(record, q.device)
-        if dense is None:
-            mask = self._full_mask(run, q, k)
-            out = sparse_attention(q, k, v, mask, precision=self.plan.precision_of(site.name))
-        else:
-            out = dense()
+        out = dense()
         watch.stop()
         record.calls += 1
         record.keep += 1.0
-        record.kernels.add(self._kernel(site, q) if dense is None else "dense")
+        record.kernels.add(kernel)
         if self.observer is not None:
             out = self.observer(site, run, q, k, v, out)
         return out
+
+    def _is_own(self, run: Run, obstacle: str | None) -> bool:
+        """Whether dense calls are made by accel's own kernel."""
+        return self.plan.dense == "kernel" and run.where is not None and obstacle is None
+
+    def _own_dense(self, site: Site, run: Run, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+        mask = self._full_mask(run, q, k)
+        return sparse_attention(q, k, v, mask, precision=self.plan.precision_of(site.name))
+
+    def _kind(self, site: Site, q: Heads, k: KeyHeads) -> Kind:
+        own = self.plan.dense == "kernel"
+        return Kind.of(q, k, self.plan.precision_of(site.name) if own else None)
 
     def _sparse(
         self,
@@ -262,14 +277,14 @@ class Session:
         if reason is not None:
             self._runs_dense(reason)
             return None
-        if self.guard and self._is_off(site, run, choices):
+        if self.guard and self._is_off(site, run, choices, self._kind(site, q, k)):
             return None
         return choices
 
-    def _is_off(self, site: Site, run: Run, choices: tuple[Choice, ...]) -> bool:
+    def _is_off(self, site: Site, run: Run, choices: tuple[Choice, ...], kind: Kind) -> bool:
         """Whether the site is off for the rest of the run, since it was slower than dense."""
         if site.name not in run.off:
-            found = slower_than_dense(self.plan.schedule, run, site, choices, self.records)
+            found = slower_than_dense(self.plan.schedule, run, site, choices, self.records, kind)
             if found is None:
                 return False
             run.off[site.name] = (
@@ -337,11 +352,13 @@ class Session:
         key, found = found_mask(self.plan, run, site, computed(choices), record, q, k, v)
         looked = (site.name, run.where.branch, phase_label(run.phase.band), run.phase.generation)
         if looked not in run.recalls:
+            floor = self.plan.recall_floor
+            watch = Stopwatch(record, q.device, "recall_seconds")
             recall = run.recalls[looked] = sampled_recall(q, k, found)
+            run.weak[looked] = () if floor is None else weak_heads(recall, floor, choices)
+            watch.stop()
             seen = [h for h, c in enumerate(choices) if not stands_in(c)]
             record.recall.append(recall if len(seen) == len(choices) else recall[seen])
-            floor = self.plan.recall_floor
-            run.weak[looked] = () if floor is None else weak_heads(recall, floor, choices)
             if run.weak[looked]:
                 heads = ", ".join(map(str, run.weak[looked]))
                 self._notice(f"recall is under the floor of {floor} at {site.name}, heads {heads}")

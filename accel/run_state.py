@@ -11,6 +11,7 @@ from accel.drift import BlockMeans
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.masks import SiteMask
+from accel.records import Record
 from accel.schedule import Phase
 from accel.stand_in import Outputs
 
@@ -26,7 +27,8 @@ class Run:
     said: the last place as it was given; turns: calls of its step so far, by branch.
     anchors: means of the blocks that the masks of a site and branch were made for; weak: heads
     under the plan's floor of recall, while their mask lives; off: sites that were measured to be
-    slower than dense, with the reason; outputs: what later calls take over.
+    slower than dense, with the reason; dense_alike: dense calls that were made for their times
+    alone, by kind of site; outputs: what later calls take over.
     """
 
     where: Where | None = None
@@ -42,6 +44,7 @@ class Run:
     weak: dict[Any, tuple[int, ...]] = field(default_factory=dict)
     anchors: dict[Any, BlockMeans] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
+    dense_alike: dict[Any, Record] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=Outputs)
     first_step: int | None = None
     first_branches: set[str] = field(default_factory=set)

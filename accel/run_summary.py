@@ -21,10 +21,10 @@ class Row:
     keep: mean fraction of blocks computed; recall: softmax mass inside them (mean, and the worst
     head), on sampled rows, as the masks were found, of heads that a kernel computes; kernels: none
     where something stands in for every head; call_ms: median time of one attention call, without
-    its mask; mask_s: seconds spent on making masks and looking at their drift; total_s: seconds of
-    masks and calls together; predicted_ms: of one call with its part in the making of masks, the
-    plan's predicted ratio times this run's dense call; None without either, and for calls of
-    another length, device or precision than predicted.
+    its mask; mask_s: seconds spent on making masks and looking at their drift and their recall;
+    total_s: seconds of masks and calls together; predicted_ms: of one call with its part in the
+    making of masks, the plan's predicted ratio times this run's dense call; None without either,
+    and for calls of another length, device or precision than predicted.
     """
 
     site: str
@@ -121,7 +121,6 @@ def _row(session: Session, site: str, phase: str, record: Record) -> Row:
     if dense is not None and dense.seconds and record.ratio is not None:
         predicted = median(dense.seconds) * 1000 / session.plan.dense_ratio(site) * record.ratio
     recalls = [r.cpu() for r in record.recall if len(r)]
-    masks = record.mask_seconds + record.check_seconds
     return Row(
         site=site,
         phase=phase,
@@ -131,8 +130,8 @@ def _row(session: Session, site: str, phase: str, record: Record) -> Row:
         worst_recall=min(float(r.min()) for r in recalls) if recalls else None,
         kernels=tuple(sorted(record.kernels)),
         call_ms=median(record.seconds) * 1000,
-        mask_s=sum(masks, 0.0),
-        total_s=sum(record.seconds) + sum(masks),
+        mask_s=record.all_mask_seconds,
+        total_s=sum(record.seconds) + record.all_mask_seconds,
         predicted_ms=predicted,
     )
 

@@ -1,9 +1,11 @@
 """Files of what was measured: the dense generation of a model, and tables of prices."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from accel.baseline import Baseline
 from accel.cost_table import CostTable, Shape
@@ -15,7 +17,24 @@ from accel.hardware import CostSource
 from accel.origin import Origin, check_origin, origin_from_dict, read_json
 from accel.untrusted import table
 
-__all__ = ["found_baseline", "found_table", "read_baseline", "save_baseline"]
+__all__ = ["found_baseline", "found_table", "kept", "read_baseline", "save_baseline"]
+
+logger = logging.getLogger("accel")
+
+T = TypeVar("T")
+
+
+def kept(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` finds in `path`; None where there is no file, or a broken one, which is said:
+    what a crash or another program left can be measured again.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except AccelError as error:
+        logger.warning("accel measures anew: %s", error)
+        return None
 
 
 def save_baseline(baseline: Baseline, path: Path, origin: Origin) -> None:

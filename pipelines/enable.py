@@ -65,8 +65,9 @@ def enable(
         tokens accel would misread.
     check: run one small forward and see that every site is taken exactly once.
     guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
-        the rest of the run, with a notice (`accel.guard`). That depends on the machine of the
-        moment; False gives the same output always.
+        the rest of the run, with a notice (`accel.guard`). In a run without dense steps three dense
+        calls are timed beside the first sparse ones to judge by. What is turned off depends on the
+        machine of the moment; False gives the same output always.
 
     The speed-up that the plan promises is logged, with a warning where it is for another device or
     precision.

@@ -1,8 +1,8 @@
 """What plans will cost here: one dense generation with timed sites, and tables of prices.
 
 Both are kept in files, and measured anew where those are of another device, other versions or other
-code. Where `hardware` is not this device they come from a folder that a run elsewhere made, or from
-a data sheet.
+code, or broken. Where `hardware` is not this device they come from a folder that a run elsewhere
+made, or from a data sheet.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ from accel.pipelines.adapters import denoisers_of, geometry_of
 from accel.pipelines.cost_files import (
     found_baseline,
     found_table,
+    kept,
     read_baseline,
     save_baseline,
 )
@@ -68,10 +69,8 @@ def load_or_measure_baseline(
     geometry = geometry_of(host.pipe)
     if hardware.table is not None and not Path(hardware.table).is_file():
         return found_baseline(hardware, geometry, host.steps, here)
-    made = None
-    if path.is_file():
-        found, origin = read_baseline(path)
-        made = found if origin == here else None
+    found = kept(path, read_baseline)
+    made = found[0] if found is not None and found[1] == here else None
     if made is None:
         made = measure_baseline(host, prompt, seed)
         save_baseline(made, path, here)
@@ -128,7 +127,7 @@ def load_or_measure_costs(
     if hardware.hardware is not None:
         shape = replace(shape, device="cuda")
         return roofline_table(shape, hardware.hardware, tuple(wanted.values()))
-    known = CostTable.load(path) if path.is_file() else None
+    known = kept(path, CostTable.load)
     if known is not None and (known.shape, known.origin) != (shape, here):
         known = None
     missing = [e for work, e in wanted.items() if known is None or work not in known.select]

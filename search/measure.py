@@ -11,13 +11,19 @@ from statistics import mean, median
 
 from tqdm import tqdm
 
+from accel.errors import AccelError
 from accel.files import write_atomically
+from accel.origin import read_json
+from accel.pipelines.cost_files import kept
 from accel.pipelines.enable import enabled
 from accel.pipelines.host import Host, Video
 from accel.pipelines.pricing import warm_up_steps
 from accel.plan import Plan
 from accel.schedule import Schedule
 from accel.search.objective import Objective
+from accel.untrusted import finite, table, typed
+
+ENTRY = {"seconds", "dense_seconds", "psnr"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,7 @@ class Bench:
         self._reference = reference
         self._path = path
         self._seed = seed
-        self._known: dict[str, dict[str, dict[str, float]]] = {}
-        if path.is_file():
-            self._known = json.loads(path.read_text())
+        self._known: dict[str, dict[str, dict[str, float]]] = kept(path, _read) or {}
 
     def measure(
         self, plans: Mapping[str, Plan], prompts: Sequence[str], what: str
@@ -113,3 +117,14 @@ class Bench:
             psnr=mean(f["psnr"] for f in found),
             by_prompt=tuple(f["psnr"] for f in found),
         )
+
+
+def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Plan -> prompt -> what was measured, as untrusted input."""
+    plans = typed(f"{path}", read_json(path), dict)
+    for plan, prompts in plans.items():
+        for prompt, entry in typed(f"{path}: {plan!r:.20}", prompts, dict).items():
+            what = f"{path}: {plan!r:.20} on {prompt!r:.80}"
+            if not all(finite(value) for value in table(what, entry, ENTRY, ENTRY).values()):
+                raise AccelError(f"{what} has something that is not a number")
+    return dict(plans)

@@ -8,6 +8,7 @@ Three fidelities, from free to true:
 * `whole`: a whole generation; PSNR of the video.
 
 All but the first are deterministic for one device: the same plan is worth the same in every run.
+A run with values that are not finite is worth the least there is, -100 dB.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from accel.pipelines.enable import enabled
 from accel.pipelines.host import Host
 from accel.plan import Plan
 
+WORST_DB = -PSNR_CAP_DB
 FIDELITIES = ("profile", "steps", "whole")
 
 
@@ -65,6 +67,11 @@ class Objective:
         if not path.is_file():
             buffer = io.BytesIO()
             run = self._generate(prompt) if known is None else known
+            if not np.isfinite(run).all():
+                raise AccelError(
+                    f"the dense run of {prompt!r:.80} has values that are not finite, so nothing"
+                    f" can be judged by it; take another dtype than {self._host.config.dtype}"
+                )
             np.savez_compressed(buffer, found=run)
             write_atomically(path, buffer.getvalue())
         with np.load(path, allow_pickle=False) as file:
@@ -76,14 +83,17 @@ class Objective:
         return self._host.generate(prompt, self._seed)
 
     def quality(self, found: NDArray[np.float32], dense: NDArray[np.float32]) -> float:
-        """Of a run beside the dense one, in dB."""
+        """Of a run beside the dense one, in dB: from -100, of a run that is broken, to 100."""
+        if not np.isfinite(found).all():
+            return WORST_DB
         if self.fidelity == "steps":
             return signal_to_error_db(found, dense)
-        return capped(psnr(found, dense))
+        return max(WORST_DB, capped(psnr(found, dense)))
 
 
 def signal_to_error_db(found: NDArray[np.float32], dense: NDArray[np.float32]) -> float:
-    """`-10 log10(|x - y|^2 / |y - mean y|^2)`, at most 100 dB."""
+    """`-10 log10(|x - y|^2 / |y - mean y|^2)`, from -100 to 100 dB."""
     error = float(np.square(found.astype(np.float64) - dense).sum())
     signal = float(np.square(dense.astype(np.float64) - dense.mean(dtype=np.float64)).sum())
-    return min(-10 * log10(max(error, 1e-30) / max(signal, 1e-30)), PSNR_CAP_DB)
+    ratio_db = -10 * log10(max(error, 1e-30) / max(signal, 1e-30))
+    return max(WORST_DB, min(ratio_db, PSNR_CAP_DB))

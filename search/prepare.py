@@ -19,9 +19,11 @@ from accel.cost import CostTable, dense_price, fastest_dense, keep_of, looks_pri
 from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.geometry import Geometry
+from accel.origin import read_json
 from accel.pipelines.adapters import denoisers_of, geometry_of
 from accel.pipelines.calibration import calibrate, fingerprint
 from accel.pipelines.calibrator import cheapest_harmless
+from accel.pipelines.cost_files import kept
 from accel.pipelines.host import Host, ModelConfig
 from accel.pipelines.pricing import (
     Baseline,
@@ -38,6 +40,7 @@ from accel.search.objective import Objective
 from accel.search.resolve import Resolved, Resolver, Times
 from accel.search.sensitivity import predicted_quality, sensitivity
 from accel.search.settings import SearchSettings, candidates_of
+from accel.untrusted import finite, typed
 
 HERE = Path(__file__).parent
 # what finds prices and harms, besides the code that every measurement depends on
@@ -102,9 +105,10 @@ class Known:
 
     def fingerprint(self) -> str:
         """Names the prices and errors themselves: trials of other ones are not comparable."""
-        parts: list[Any] = [self.sensitivities, self.baseline.seconds]
-        parts += [(word, table.dense_ms, dict(table.sparse)) for word, table in self.tables.items()]
+        parts: list[Any] = [self.sensitivities, self.baseline.to_dict()]
+        parts += [(word, asdict(table)) for word, table in self.tables.items()]
         parts += [(key, errors.tolist()) for key, errors in self.profile.errors.items()]
+        parts += [(choice.to_dict(), keep) for choice, keep in self.keeps.items()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -224,7 +228,7 @@ def _sensitivities(
     """Of every band, by probes that are sparse in it alone, as far as the tolerance allows."""
     evolution = settings.evolution
     path = folder / f"probes-{digest}.json"
-    known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+    known: dict[str, dict[str, float]] = kept(path, _read_probes) or {}
     fidelity = "whole" if evolution.fidelity == "profile" else evolution.fidelity
     judge = Objective(
         host, folder, digest, fidelity=fidelity, steps=evolution.steps, seed=settings.seed
@@ -262,6 +266,16 @@ def _sensitivities(
     return tuple(
         sensitivity([known[str(band)][prompt] for prompt in prompts], harms[band]) for band in bands
     )
+
+
+def _read_probes(path: Path) -> dict[str, dict[str, float]]:
+    """Band -> prompt -> quality in dB, as untrusted input."""
+    bands = typed(f"{path}", read_json(path), dict)
+    for band, by_prompt in bands.items():
+        prompts = typed(f"{path}: band {band!r:.20}", by_prompt, dict)
+        if not all(finite(quality) for quality in prompts.values()):
+            raise AccelError(f"{path}: band {band!r:.20} has a quality that is not a number")
+    return dict(bands)
 
 
 def plan_of(

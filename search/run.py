@@ -1,13 +1,17 @@
 """One search: prepare, evolve, and finish."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tqdm import tqdm
 
 from accel.pipelines.arm_meter import peak_memory_bytes, reset_peak_memory
 from accel.pipelines.host import Host, ModelConfig
+from accel.pipelines.provenance import code_digest
 from accel.search.finish import Finish, Outcome
 from accel.search.front import within
 from accel.search.genome import Genome
@@ -17,6 +21,8 @@ from accel.search.sensitivity import predicted_quality
 from accel.search.settings import SearchSettings
 from accel.search.study import Done, Trials, one_at_a_time, open_storage
 
+# what makes plans of genomes and genomes of trials, besides what prices and harms depend on
+CODE = tuple(Path(__file__).parent / f"{name}.py" for name in ("genome", "resolve", "run", "study"))
 Repair = Callable[[Genome], Genome]
 
 
@@ -44,7 +50,8 @@ class Search:
             first = warm_start(known, repair, evolution.population)
         else:
             first = cold_start(known, repair, evolution.population, self.settings.seed)
-        provenance = {
+        provenance: dict[str, Any] = {
+            "code": code_digest(*CODE),
             "prepared": known.digest,
             "prices and errors": known.fingerprint(),
             "levels": evolution.levels,
@@ -56,11 +63,16 @@ class Search:
             "time_limit": evolution.time_limit,
             "floor": evolution.floor,
             "warm": evolution.warm,
+            "memory": evolution.memory,
             "seed": self.settings.seed,
         }
+        name = evolution.study or self.host.config.name
+        if evolution.fresh:
+            told = json.dumps(provenance, sort_keys=True)
+            name = f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
         return Trials(
             open_storage(evolution.storage, self.folder),
-            evolution.study or self.host.config.name,
+            name,
             known.genes,
             provenance,
             first,

@@ -45,7 +45,8 @@ class Evolution:
     worth trying, as a fraction of the fastest dense; floor: the lowest predicted quality worth
     trying, in dB; memory: whether peak memory is a third
     objective; storage, study: of Optuna, "" for a journal in the output folder and the model's
-    name.
+    name; fresh: whether the study's name gets an ending of its own for all that its values depend
+    on, so that a study of other code, settings or prices is left alone.
     """
 
     trials: int = 36
@@ -60,6 +61,7 @@ class Evolution:
     memory: bool = False
     storage: str = ""
     study: str = ""
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("trials", 0), ("population", 2), ("levels", 3), ("steps", 2)):

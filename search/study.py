@@ -95,8 +95,9 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 class Trials:
     """The study of one search.
 
-    provenance: what values depend on; a study of another one is refused. first: genomes of the
-    first generation, as many as a population has. memory: whether that is a third objective.
+    provenance: what values depend on; a study of another one is refused, whole: trials of two kinds
+    are never mixed. first: genomes of the first generation, as many as a population has. memory:
+    whether that is a third objective.
     """
 
     def __init__(
@@ -129,16 +130,16 @@ class Trials:
                 seed=seed,
                 child_generation_strategy=self._strategy,
             )
-        more = (MINIMIZE,) if memory else ()
+        directions = [*DIRECTIONS, *((MINIMIZE,) if memory else ())]
         with one_at_a_time(lock):
             self._study = optuna.create_study(
                 storage=storage,
                 study_name=name,
                 sampler=self._sampler,
-                directions=[*DIRECTIONS, *more],
+                directions=directions,
                 load_if_exists=True,
             )
-            self._check(provenance)
+            self._check({**provenance, "objectives": [d.name.lower() for d in directions]})
             if "first_generation" not in self._study.user_attrs:
                 for genome in first:
                     self._study.enqueue_trial(genes.to_params(genome), skip_if_exists=True)
@@ -146,16 +147,22 @@ class Trials:
 
     def _check(self, provenance: Mapping[str, Any]) -> None:
         known = self._study.user_attrs.get("provenance")
-        if known is None:
+        if known is None and not self._study.get_trials(deepcopy=False):
             self._study.set_user_attr("provenance", dict(provenance))
-            return
-        for key in dict.fromkeys([*known, *provenance]):
-            if known.get(key) != provenance.get(key):
-                raise AccelError(
-                    f"the study {self._name!r} was made with {key} {known.get(key)!r:.120}, this"
-                    f" search has {provenance.get(key)!r:.120}; their values are not comparable:"
-                    " take another study=… or another out=…"
-                )
+            known = provenance
+        # a study that another program made says nothing, and is refused by what it does not say
+        known = {**(known or {}), "objectives": [d.name.lower() for d in self._study.directions]}
+        other = [
+            f"{key} {known.get(key)!r:.120}, this search has {provenance.get(key)!r:.120}"
+            for key in dict.fromkeys([*known, *provenance])
+            if known.get(key) != provenance.get(key)
+        ]
+        if other:
+            raise AccelError(
+                f"the study {self._name!r} was made with {'; with '.join(other)}. Its trials are"
+                " not comparable with new ones: take search.fresh=true (a study of its own for"
+                " what this search has), another search.study=… or another out=…"
+            )
 
     @property
     def finished(self) -> list[Done]:

@@ -51,14 +51,16 @@ class TestTurningOff:
         plan = session(choice, **{"dense_start": 0.3, **schedule}).plan
         return Session(plan, GEOMETRY, strict=strict, guard=guard)
 
-    def timed(self, one, sparse_ms, masks_ms=(), dense_ms=(10, 10, 10), steps=range(6)):
-        """After `steps`, as if the calls at site a had taken so long."""
-        run(one, steps)
+    def timed(self, one, sparse_ms, masks_ms=(), recalls_ms=(), dense_ms=(10, 10, 10)):
+        """After six steps, as if the calls at site a had taken so long."""
+        run(one, range(6))
         one.records["a", "dense"].seconds[:] = [s * MS for s in dense_ms]
         record = one.records["a", "band 0"]
         record.seconds[:] = [s * MS for s in sparse_ms]
         record.mask_seconds[:] = [s * MS for s in masks_ms]
         one.records["b", "band 0"].mask_seconds[:] = [s * MS for s in masks_ms]
+        for site in "ab":
+            one.records[site, "band 0"].recall_seconds[:] = [s * MS for s in recalls_ms]
         return one
 
     def is_off(self, one, step=6):
@@ -95,11 +97,61 @@ class TestTurningOff:
         assert not self.is_off(self.timed(self.guarded(), [5, 5, 5]))
         assert not self.is_off(self.timed(self.guarded(guard=False), [50, 50, 50]))
 
-    def test_without_dense_calls_there_is_no_judgement(self):
-        one = self.guarded(dense_start=0.0)
+    def alike(self, one, sparse_ms, dense_ms=(10, 10, 10)):
+        """A run without dense steps, as if its calls and those made for times took so long."""
         run(one, range(6))
-        one.records["a", "band 0"].seconds[:] = [50 * MS] * 6
-        assert not self.is_off(one)
+        (found,) = one.run.dense_alike.values()
+        found.seconds[:] = [s * MS for s in dense_ms]
+        record = one.records["a", "band 0"]
+        record.seconds[:], record.recall_seconds[:] = [s * MS for s in sparse_ms], []
+        return one
+
+    def test_without_dense_steps_calls_of_the_same_kind_are_judged_by(self, caplog):
+        with caplog.at_level(logging.WARNING, logger="accel"):
+            one = self.alike(self.guarded(dense_start=0.0), [12, 13, 14])
+            assert set(one.records) == {("a", "band 0"), ("b", "band 0")}, "no calls of the run"
+            assert self.is_off(one)
+        assert "13.00 ms with masks against 10.00 ms, medians of 3 and 3 calls" in caplog.text
+        assert not self.is_off(self.alike(self.guarded(dense_start=0.0), [5, 5, 5]))
+
+    def test_a_late_or_short_dense_part_is_none_to_judge_by(self):
+        for schedule in ({"dense_start": 0.0, "dense_end": 0.3}, {"dense_start": 0.2}):
+            assert self.is_off(self.alike(self.guarded(**schedule), [12, 13, 14]))
+
+    def test_three_dense_calls_are_made_for_every_kind_of_site(self):
+        def counted(one, tensors, steps=range(6)):
+            calls = []
+            for step in steps:
+                one.begin(LAYOUT, Where(step, 10))
+                for site in (A, B):
+                    q, k, v = tensors[site]
+                    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                    one.attend(
+                        site, q, k, v, lambda d=dense, s=site: calls.append(s.name) or d, None
+                    )
+            return sorted(calls)
+
+        same = {A: qkv(), B: qkv(seed=1)}
+        other = {A: qkv(), B: tuple(x[..., :4] for x in qkv())}
+        never = self.guarded(dense_start=0.0, guard=False)
+        assert counted(self.guarded(dense_start=0.0), same) == ["a", "a", "b"]
+        assert counted(self.guarded(dense_start=0.0), other) == ["a"] * 3 + ["b"] * 3
+        assert counted(never, same) == []
+        assert counted(self.guarded(), same) == ["a"] * 3 + ["b"] * 3, "the dense steps alone"
+
+    def test_accels_own_dense_kernel_is_timed_where_the_plan_has_it(self):
+        one = self.guarded(dense_start=0.0)
+        own = Session(replace(one.plan, dense="kernel"), GEOMETRY, guard=True)
+        own.begin(LAYOUT, Where(0, 10))
+        q, k, v = qkv()
+
+        def host():
+            raise AssertionError("the host's attention is not what dense calls would take")
+
+        own.attend(A, q, k, v, host, None)
+        (kind,) = own.run.dense_alike
+        assert kind.precision == "full"
+        assert own.records["a", "band 0"].calls == 1
 
     def test_masks_are_spread_over_the_calls_that_they_serve(self):
         # one mask for the seven calls of the band: 35 / 7 = 5 ms a call
@@ -108,6 +160,13 @@ class TestTurningOff:
         # and three of them with two refresh points
         often = {"refresh": (0.5, 0.9)}
         assert self.is_off(self.timed(self.guarded(ONLINE, **often), [5, 5, 5], [35]))
+
+    def test_looks_at_recall_are_spread_like_masks_and_are_those_of_patterns_too(self):
+        for choice in (STATIC, ONLINE):
+            assert not self.is_off(self.timed(self.guarded(choice), [5, 5, 5], recalls_ms=[35]))
+            assert self.is_off(self.timed(self.guarded(choice), [7, 7, 7], recalls_ms=[35]))
+        both = self.timed(self.guarded(ONLINE), [7, 7, 7], [21], [14])
+        assert self.is_off(both), "7 + 3 + 2 ms against 10"
 
     def test_masks_that_drift_made_count(self):
         drift = {"drift": 0.1}

@@ -95,9 +95,9 @@ def allows(pattern, q, k, grid, apart):
         width = pattern.decay * rows * columns * 0.5 ** math.floor(math.log2(dt))
         if width < 1 and dt % math.ceil(1 / width):
             return False
-        if width / 2 >= columns:
-            return dh <= width / 2 // columns
-        return dh == 0 and dw <= width / 2
+        if width >= columns:
+            return dh <= width // columns
+        return dh == 0 and (dw + 1 <= width or dw == 0)
     return any(allows(part, q, k, grid, apart) for part in pattern.parts)
 
 
@@ -189,7 +189,25 @@ def test_radial_keeps_full_neighbours_and_halves():
     """One block per row of the image: the kept rows per frame distance, read off the mask."""
     blocking = Blocking(Layout.of((9, 16, 4)), "thw", (4, 4))
     kept = Radial().mask(blocking).view(9, 16, 9, 16)[0, 8].sum(-1)
-    assert kept.tolist() == [16, 16, 9, 9, 5, 5, 5, 5, 3]
+    assert kept.tolist() == [16, 16, 16, 16, 9, 9, 9, 9, 5]
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.2, 0.5, 1.0])
+def test_radial_is_as_wide_as_published(decay):
+    """Tokens kept of each frame by one in the middle, beside |k - l| + 1 <= width (equation 3)."""
+    rows, columns = 9, 15
+    blocking = Blocking(Layout.of((33, rows, columns)), "thw", (1, 1))
+    size, middle = rows * columns, rows * columns // 2
+    kept = Radial(decay).mask(blocking)[middle].view(33, size).sum(-1)
+    for r in range(2, 33):
+        width = decay * size / 2 ** int(math.log2(r))
+        published = sum(abs(middle - place) + 1 <= width for place in range(size))
+        if width >= columns:
+            assert abs(kept[r] - published) <= columns
+        elif width >= 1:
+            assert kept[r] == min(published, columns)
+        else:
+            assert kept[r] == (r % math.ceil(1 / width) == 0)
 
 
 def test_one_pattern_serves_every_grid():

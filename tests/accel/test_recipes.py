@@ -97,7 +97,7 @@ class TestSparseContract:
             for heads in bands:
                 keeps = {keep_of_choice(choice, Layout.of(grid), plan.block) for choice in heads}
                 if None not in keeps:
-                    assert max(keeps) < 0.65
+                    assert max(keeps) < 0.7
                 elif grid[0] == 17:  # only the call can tell, and large ones take long
                     layout, q, k, v = smooth_call(grid)
                     found = site_mask(heads, q, k, v, layout=layout, block=plan.block, lse={})

@@ -122,6 +122,7 @@ def test_predictions_are_ratios_of_this_runs_dense_calls():
     one.records["a", "dense"].seconds[:] = [0.004]
     one.records["a", "band 0"].seconds[:] = [0.001, 0.003, 0.009]
     one.records["a", "band 0"].mask_seconds[:] = [0.003]
+    one.records["a", "band 0"].recall_seconds.clear()
     summary = summarise([one])
     row = next(r for r in summary.rows if (r.site, r.phase) == ("a", "band 0"))
     assert row.predicted_ms == pytest.approx(2.0)
@@ -150,6 +151,7 @@ def test_masks_are_timed_apart_from_calls():
     assert (len(record.seconds), len(record.mask_seconds)) == (12, 2)
     dense = one.records["a", "dense"]
     assert (len(dense.seconds), dense.mask_seconds) == (4, [])
+    assert (len(record.recall_seconds), dense.recall_seconds) == (2, [])
 
 
 def test_without_a_prediction_there_is_no_ratio():
@@ -211,13 +213,13 @@ def test_labels(band):
     assert phase_label(band) == ("dense" if band is None else f"band {band}")
 
 
-def test_looks_at_drift_are_time_of_masks():
+def test_looks_at_drift_and_recall_are_time_of_masks():
     one = run(session())
     record = one.records["a", "band 0"]
     record.seconds[:], record.mask_seconds[:] = [0.001] * 3, [0.002]
-    record.check_seconds[:] = [0.001] * 3
+    record.check_seconds[:], record.recall_seconds[:] = [0.001] * 3, [0.004]
     row = next(r for r in summarise([one]).rows if (r.site, r.phase) == ("a", "band 0"))
-    assert (row.mask_s, row.total_s) == pytest.approx((0.005, 0.008))
+    assert (row.mask_s, row.total_s) == pytest.approx((0.009, 0.012))
 
 
 def test_heads_that_something_stands_in_for():

@@ -50,6 +50,28 @@ def test_signal_to_error():
     assert signal_to_error_db(signal, signal) == 100
 
 
+@pytest.mark.parametrize("fidelity", ["steps", "whole"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_run_that_is_broken_is_worth_the_least(host, tmp_path, monkeypatch, fidelity, wrong):
+    ask = judge(host, tmp_path, fidelity)
+    dense = ask.dense(PROMPTS[0])
+    broken = dense.copy()
+    broken[0, 0, 0, 0] = wrong
+    assert ask.quality(broken, dense) == -100
+    for name in ("latents", "generate"):
+        monkeypatch.setattr(Host, name, lambda *_, **__: broken)
+    assert ask(plan(host), PROMPTS[:1]) == -100
+    assert ask.quality(np.full_like(dense, 1e30), dense) == -100
+
+
+def test_a_dense_run_that_is_broken_is_refused(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(Host, "latents", lambda *_, **__: np.full((2, 2), np.nan, np.float32))
+    ask = judge(host, tmp_path, "steps")
+    with pytest.raises(AccelError, match=r"the dense run of 'a seven.* not finite.*float32"):
+        ask.dense(PROMPTS[0])
+    assert not list(tmp_path.rglob("*.npz"))
+
+
 def test_latents_are_what_the_videos_are_decoded_from(host):
     one = host.latents(PROMPTS[0], 5, num_inference_steps=2)
     assert one.dtype == np.float32

@@ -1,6 +1,8 @@
 """A whole search on a tiny random pipeline: its files, its plans, its resumption."""
 
 import json
+import logging
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -178,6 +180,42 @@ def test_other_settings_do_not_go_on_with_the_study(done, model):
     other = settings(replace(EVOLUTION, levels=9))
     with pytest.raises(AccelError, match="made with levels 8, this search has 9"):
         Search(model, other, done.folder).run()
+
+
+def test_a_fresh_study_leaves_the_other_one_alone_and_goes_on_by_the_same_command(
+    done, model, monkeypatch
+):
+    other = settings(replace(EVOLUTION, levels=9, trials=5, fresh=True))
+    first = Search(model, other, done.folder).run()
+    assert len(first.trials) == 5
+    monkeypatch.setattr(Host, "latents", None)
+    assert Search(model, other, done.folder).run().trials == first.trials
+    again = Search(model, settings(recipes=("window",)), done.folder).run()
+    assert again.trials[: len(done.outcome.trials)] == done.outcome.trials
+
+
+def test_prices_of_selections_and_masks_are_part_of_what_trials_depend_on(done, model, monkeypatch):
+    found = search_prepare.prepare(Host(model), settings(), done.folder)
+    (word,) = found.tables
+    dearer = replace(found.tables[word], mask=Price.known(0.5))
+    assert replace(found, tables={word: dearer}).fingerprint() != found.fingerprint()
+
+
+@pytest.mark.parametrize("content", ['{"0": {', '{"0": {"a": "b"}}'])
+def test_broken_files_of_measurements_are_measured_anew(
+    done, model, tmp_path, monkeypatch, caplog, content
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(done.folder, folder)
+    names = ("baseline", "costs", "probes", "measured")
+    for name in names:
+        (path,) = folder.glob(f"{name}-*.json")
+        path.write_text(content)
+    with caplog.at_level(logging.WARNING, logger="accel"):
+        found = Search(model, settings(recipes=("window",)), folder).run()
+    assert found.trials[:8] == done.outcome.trials[:8]
+    told = [r.getMessage() for r in caplog.records if "measures anew" in r.getMessage()]
+    assert [sum(f"/{name}-" in line for line in told) for name in names] == [1, 1, 1, 1]
 
 
 def test_interrupted_anywhere_it_ends_where_it_would_have(done, model, tmp_path, monkeypatch):

@@ -116,6 +116,31 @@ def test_a_study_of_something_else_is_refused(tmp_path):
     trials(tmp_path).run(2, cost)
     with pytest.raises(AccelError, match=r"made with prepared 'abc', this search has 'abd'"):
         trials(tmp_path, provenance={**PROVENANCE, "prepared": "abd"})
+    with pytest.raises(AccelError) as error:
+        trials(tmp_path, provenance={**PROVENANCE, "prepared": "abd", "code": "x"}, memory=True)
+    told = str(error.value)
+    assert "; with code None, this search has 'x'" in told
+    assert "; with objectives ['minimize', 'maximize'], this search has" in told
+    assert "search.fresh=true" in told
+    assert len(trials(tmp_path).finished) == 2, "the study is as it was"
+
+
+def test_a_study_that_does_not_say_what_it_is_of_is_refused(tmp_path):
+    study = optuna.create_study(
+        study_name="test", storage=open_storage("", tmp_path), directions=["minimize", "maximize"]
+    )
+    study.add_trial(optuna.create_trial(values=[1.0, 2.0]))
+    with pytest.raises(AccelError, match=r"made with prepared None, this search has 'abc'; with s"):
+        trials(tmp_path)
+    assert "first_generation" not in study.user_attrs
+
+
+def test_an_empty_study_that_a_crash_left_is_taken(tmp_path):
+    optuna.create_study(
+        study_name="test", storage=open_storage("", tmp_path), directions=["minimize", "maximize"]
+    )
+    trials(tmp_path).run(2, cost)
+    assert len(trials(tmp_path).finished) == 2
 
 
 def test_memory_can_be_a_third_objective(tmp_path):
