@@ -50,7 +50,7 @@ def predict(
     steps: int | None = None,
     keeps: Mapping[Choice, float] | None = None,
 ) -> float | None:
-    """Seconds of a generation with `plan`; None where a keep is not known.
+    """Seconds of a generation with `plan`; None where a keep or a selection's price is not known.
 
     tables: one for each precision of the plan. steps: of the generation, unless as many as the
     baseline has. keeps: of choices, where they are known already; those that only the call can
@@ -70,10 +70,10 @@ def price(
 ) -> Plan:
     """`plan` with what is predicted of it in `expected`; the arguments are those of `predict`.
 
-    A plan with a keep that is not known is returned as it is. In `expected`: seconds, and
-    dense_seconds of the host's own dense generation; speedup, their quotient; attention_ratio, by
-    site and band, of a sparse call with its part in the making of masks; attention_share, of a
-    dense generation; dense_ratio, of dense calls by accel's own kernel in the plan's block, by
+    A plan with a keep or a selection's price that is not known is returned as it is. In `expected`:
+    seconds, and dense_seconds of the host's own dense generation; speedup, their quotient;
+    attention_ratio, by site and band, of a sparse call with its part in the making of masks;
+    attention_share, of a dense generation; dense_ratio, of dense calls by accel's own kernel in the plan's block, by
     precision; recipe_ratio, the same in the block of dense recipes; calibrated, false where prices
     come from a data sheet; cost, what the prediction is worth in words; and what it is for.
     """
