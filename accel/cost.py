@@ -73,9 +73,10 @@ def price(
     A plan with a keep or a selection's price that is not known is returned as it is. In `expected`:
     seconds, and dense_seconds of the host's own dense generation; speedup, their quotient;
     attention_ratio, by site and band, of a sparse call with its part in the making of masks;
-    attention_share, of a dense generation; dense_ratio, of dense calls by accel's own kernel in the plan's block, by
-    precision; recipe_ratio, the same in the block of dense recipes; calibrated, false where prices
-    come from a data sheet; cost, what the prediction is worth in words; and what it is for.
+    attention_share, of a dense generation; dense_ratio, of dense calls by accel's own kernel in the
+    plan's block, by precision; recipe_ratio, the same in the block of dense recipes; calibrated,
+    false where prices come from a data sheet; cost, what the prediction is worth in words; and what
+    it is for.
     """
     costs = run_costs(plan, tables, baseline, steps, keeps)
     if costs is None:
