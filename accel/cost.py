@@ -118,11 +118,11 @@ def cost_sentence(expected: Mapping[str, Any]) -> str:
 
 def dense_speedup(expected: Mapping[str, Any], precision: str) -> float | None:
     """What a priced plan expects of the dense recipe of `precision`: its speed-up over the host's
-    dense. None for a precision that was not measured.
+    dense. None for a precision that was not measured, and for a plan without a price.
     """
-    ratios = expected.get("recipe_ratio", expected["dense_ratio"])
-    ratio = ratios.get(precision)
-    return None if ratio is None else 1 / (1 - expected["attention_share"] * (1 - ratio))
+    ratios = expected.get("recipe_ratio") or expected.get("dense_ratio") or {}
+    ratio, share = ratios.get(precision), expected.get("attention_share")
+    return None if ratio is None or share is None else 1 / (1 - share * (1 - ratio))
 
 
 def dense_price(table: CostTable) -> float:

@@ -305,6 +305,10 @@ class TestDense:
         assert dense_speedup(expected, "full") == pytest.approx(1 / (1 - 0.6 * 0.3))
         assert dense_speedup(expected, "half") == pytest.approx(1 / (1 - 0.6 * 0.2))
         assert dense_speedup(expected, "int8") is None
+        del expected["dense_ratio"]
+        assert dense_speedup(expected, "full") == pytest.approx(1 / (1 - 0.6 * 0.3))
+        del expected["recipe_ratio"]
+        assert dense_speedup(expected, "full") is None
 
 
 class TestCalibration:
