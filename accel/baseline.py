@@ -15,6 +15,7 @@ SOURCES = ("measured", "roofline")
 MAX_SITES = 4096
 MAX_COUNT = 10**6
 MAX_TOKENS = 2**24
+SLACK = 1.01  # parts may exceed their whole by the rounding of clocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,19 @@ class Baseline:
     denoiser: float | None = None
     calibration: Calibration | None = None
     source: str = "measured"
+
+    def __post_init__(self) -> None:
+        inside = self.seconds if self.denoiser is None else self.denoiser
+        attention = self.seconds * self.total_share
+        for part, took, whole, has in (
+            ("the denoiser", inside, "the generation", self.seconds),
+            ("attention", attention, "the denoiser", inside),
+        ):
+            if took > SLACK * has:
+                raise AccelError(
+                    f"{part} is said to take {took:.4g} s of the {has:.4g} s of {whole}, which"
+                    " cannot be; measure the dense generation again"
+                )
 
     @property
     def total_share(self) -> float:

@@ -50,7 +50,7 @@ def predict(
     steps: int | None = None,
     keeps: Mapping[Choice, float] | None = None,
 ) -> float | None:
-    """Seconds of a generation with `plan`; None where a keep is not known.
+    """Seconds of a generation with `plan`; None where a keep or a selection's price is not known.
 
     tables: one for each precision of the plan. steps: of the generation, unless as many as the
     baseline has. keeps: of choices, where they are known already; those that only the call can
@@ -70,12 +70,13 @@ def price(
 ) -> Plan:
     """`plan` with what is predicted of it in `expected`; the arguments are those of `predict`.
 
-    A plan with a keep that is not known is returned as it is. In `expected`: seconds, and
-    dense_seconds of the host's own dense generation; speedup, their quotient; attention_ratio, by
-    site and band, of a sparse call with its part in the making of masks; attention_share, of a
-    dense generation; dense_ratio, of dense calls by accel's own kernel in the plan's block, by
-    precision; recipe_ratio, the same in the block of dense recipes; calibrated, false where prices
-    come from a data sheet; cost, what the prediction is worth in words; and what it is for.
+    A plan with a keep or a selection's price that is not known is returned as it is. In `expected`:
+    seconds, and dense_seconds of the host's own dense generation; speedup, their quotient;
+    attention_ratio, by site and band, of a sparse call with its part in the making of masks;
+    attention_share, of a dense generation; dense_ratio, of dense calls by accel's own kernel in the
+    plan's block, by precision; recipe_ratio, the same in the block of dense recipes; calibrated,
+    false where prices come from a data sheet; cost, what the prediction is worth in words; and what
+    it is for.
     """
     costs = run_costs(plan, tables, baseline, steps, keeps)
     if costs is None:
@@ -117,11 +118,11 @@ def cost_sentence(expected: Mapping[str, Any]) -> str:
 
 def dense_speedup(expected: Mapping[str, Any], precision: str) -> float | None:
     """What a priced plan expects of the dense recipe of `precision`: its speed-up over the host's
-    dense. None for a precision that was not measured.
+    dense. None for a precision that was not measured, and for a plan without a price.
     """
-    ratios = expected.get("recipe_ratio", expected["dense_ratio"])
-    ratio = ratios.get(precision)
-    return None if ratio is None else 1 / (1 - expected["attention_share"] * (1 - ratio))
+    ratios = expected.get("recipe_ratio") or expected.get("dense_ratio") or {}
+    ratio, share = ratios.get(precision), expected.get("attention_share")
+    return None if ratio is None or share is None else 1 / (1 - share * (1 - ratio))
 
 
 def dense_price(table: CostTable) -> float:

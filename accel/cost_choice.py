@@ -45,17 +45,19 @@ def keep_of(choice: Choice, layout: Layout, block: tuple[int, int]) -> float | N
     return float(static_keep(choice, layout, block, torch.device("cpu")).float().mean())
 
 
-def select_price(choice: Choice, table: CostTable) -> float:
-    """Price of a first selection for all heads by the choice's estimator; 0 for a pattern, and for
-    an estimator that the table does not have.
+def select_price(choice: Choice, table: CostTable) -> float | None:
+    """Price of a first selection for all heads by the choice's estimator; 0 for a pattern, None for
+    an estimator that the table does not have: nobody knows what it takes.
     """
-    if not isinstance(choice.select, Estimator) or choice.select.work not in table.select:
+    if not isinstance(choice.select, Estimator):
         return 0.0
-    return table.select[choice.select.work].value
+    found = table.select.get(choice.select.work)
+    return None if found is None else found.value
 
 
-def looks_price(choice: Choice, table: CostTable, looks: int) -> float:
-    """Price of so many masks of a site whose heads all have `choice`, in each branch.
+def looks_price(choice: Choice, table: CostTable, looks: int) -> float | None:
+    """Price of so many masks of a site whose heads all have `choice`, in each branch; None where
+    that of a selection is not known.
 
     A first selection finds the log-sum-exp of the rows, where the estimator does, and later ones
     use it. Of a pattern this is the look at its recall alone: its mask is made once for all sites.
@@ -63,12 +65,15 @@ def looks_price(choice: Choice, table: CostTable, looks: int) -> float:
     if not isinstance(choice.select, Estimator) or not looks:
         return table.recall.value * looks
     first = select_price(choice, table)
+    if first is None:
+        return None
     later = table.again[choice.select.work].value if _finds_lse(choice, table) else first
     return (table.mask.value + table.recall.value) * looks + first + later * (looks - 1)
 
 
-def looks(bands: Sequence[Heads], phases: Sequence[Phase], table: CostTable) -> list[float]:
+def looks(bands: Sequence[Heads], phases: Sequence[Phase], table: CostTable) -> list[float] | None:
     """Price of the masks of one site by band, in a run of these phases; static ones not included.
+    None where the price of a selection is not known.
 
     As the run-time does it: an online mask is made where the choices or the refresh point are not
     those of the last one, and its recall is looked at once in every band and refresh point.
@@ -91,6 +96,8 @@ def looks(bands: Sequence[Heads], phases: Sequence[Phase], table: CostTable) -> 
         for choice in dict.fromkeys(c for c in heads if c.online):
             group = {head for head, c in enumerate(heads) if c == choice}
             price = select_price(choice, table)
+            if price is None:
+                return None
             if _finds_lse(choice, table):
                 if group <= known:
                     price = table.again[choice.select.work].value  # type: ignore[union-attr]

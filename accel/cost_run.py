@@ -34,7 +34,9 @@ def run_costs(
     steps: int | None,
     keeps: Mapping[Choice, float] | None,
 ) -> RunCosts | None:
-    """The costs of `plan`, or None where a keep is not known; see `accel.cost.predict`."""
+    """The costs of `plan`, or None where a keep or the price of a selection is not known; see
+    `accel.cost.predict`.
+    """
     unknown = sorted(set(plan.sites) - set(baseline.share))
     if unknown:
         raise AccelError(
@@ -56,7 +58,10 @@ def run_costs(
         if bands is None:
             seconds += steps * dense_s * dense
             continue
-        ratios[site] = _ratios(bands, phases, found, table, dense, baseline.branches)
+        prices = _ratios(bands, phases, found, table, dense, baseline.branches)
+        if prices is None:
+            return None
+        ratios[site] = prices
         for phase in phases:
             ratio = dense if phase.band is None else ratios[site][phase.band]
             seconds += dense_s * min(dense, ratio)
@@ -98,10 +103,13 @@ def _ratios(
     table: CostTable,
     dense: float,
     branches: int,
-) -> list[float]:
-    """Of every band, the mean price of a call of one site."""
+) -> list[float] | None:
+    """Of every band, the mean price of a call of one site; None where a selection has none."""
     found = []
-    for band, (heads, masks) in enumerate(zip(bands, looks(bands, phases, table), strict=True)):
+    looked = looks(bands, phases, table)
+    if looked is None:
+        return None
+    for band, (heads, masks) in enumerate(zip(bands, looked, strict=True)):
         calls = sum(phase.band == band for phase in phases)
         first = bool(calls) and phases[0].band == band
         shared = {

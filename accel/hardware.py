@@ -49,8 +49,14 @@ class Hardware:
 
     def rate(self, *operands: str) -> float:
         """Peak operations in a second with the first of these types that the device multiplies."""
-        known = [word for word in (*operands, "float32") if word in self.tflops]
-        return self.tflops[known[0]] * 1e12
+        for word in operands:
+            if word in self.tflops:
+                return self.tflops[word] * 1e12
+        raise AccelError(
+            f"hardware {self.name!r} has no tflops of {' or '.join(operands)}; it has"
+            f" {', '.join(self.tflops)}: add what its data sheet says, or take a model.dtype or"
+            " precisions that it multiplies"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ TABLES = {
 class Profile:
     """Tables [rows, heads] of every site and band, a row for each candidate, order or precision.
 
+    asked: what it was measured for besides the rows, as `Demand.asked` has it.
     masses: [heads, q_blocks, kv_blocks], each head in its order of `mass_orders[site]`.
     counts, mass_counts: how many observations a mean is of. layout: that of the calls.
     provenance: what was measured, where and with what.
@@ -67,6 +68,7 @@ class Profile:
     orders: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     layout: Layout | None = None
+    asked: dict[str, Any] = field(default_factory=dict)
     errors: dict[Key, Tensor] = field(default_factory=dict)
     head_errors: dict[Key, Tensor] = field(default_factory=dict)
     recalls: dict[Key, Tensor] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Profile:
             "orders": list(self.orders),
             "precisions": list(self.precisions),
             "layout": None if self.layout is None else _segments(self.layout),
+            "asked": self.asked,
             "seen": seen,
             "provenance": self.provenance,
         }
@@ -124,7 +127,7 @@ class Profile:
     def from_dict(cls, data: Any) -> "Profile":
         """Read what `to_dict` wrote; every departure is a `PlanError` that names it."""
         known = {"schema", "candidates", "orders", "precisions", "layout", "seen", "provenance"}
-        data = table("the profile", data, known, known)
+        data = table("the profile", data, known | {"asked"}, known)
         if data["schema"] != SCHEMA:
             raise PlanError(f"the profile has schema {data['schema']!r}, this accel reads {SCHEMA}")
         profile = cls(
@@ -134,6 +137,7 @@ class Profile:
             orders=_words("orders", data["orders"]),
             precisions=_words("precisions", data["precisions"]),
             layout=None if data["layout"] is None else guard(_layout, data["layout"]),
+            asked=dict(typed("asked", data.get("asked", {}), dict)),
             provenance=dict(typed("provenance", data["provenance"], dict)),
         )
         for entry in typed("seen", data["seen"], list):

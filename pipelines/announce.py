@@ -12,20 +12,11 @@ from accel.plan import Plan
 logger = logging.getLogger("accel")
 
 
-def announce(plan: Plan, target: Any, model: nn.Module) -> None:
-    """Log the speed-up that was predicted or measured of `plan`, and where.
-
-    A plan that was priced on another device or for another precision than the model's is a
-    warning: which of dense and sparse attention is faster changes with both. target: what was given
-    to `enable`, a pipeline or the model itself.
-    """
-    told = [
-        f"{plan.expected[name]:.2f}x {word}"
-        for name, word in (("measured_speedup", "measured"), ("speedup", "predicted"))
-        if name in plan.expected
-    ]
+def promise(plan: Plan) -> str | None:
+    """The speed-up that was measured or predicted of `plan`, and where; None for neither."""
+    told = [f"{times:.2f}x {word}" for word, times in _speedups(plan).items()]
     if not told:
-        return
+        return None
     made = plan.made_at
     where = [
         made.device_name or made.device,
@@ -34,12 +25,30 @@ def announce(plan: Plan, target: Any, model: nn.Module) -> None:
         None if made.steps is None else f"{made.steps} steps",
     ]
     place = ", ".join(word for word in where if word)
-    logger.info(
-        "plan %r: speed-up of a whole generation %s%s",
-        plan.name,
-        ", ".join(told),
-        f" ({place})" if place else "",
-    )
+    at = f" ({place})" if place else ""
+    return f"plan {plan.name!r}: speed-up of a whole generation {', '.join(told)}{at}"
+
+
+def announce(plan: Plan, target: Any, model: nn.Module) -> None:
+    """Log the speed-up that was predicted or measured of `plan`, and where.
+
+    A plan that promises to be slower than dense is a warning. So is one that was priced on another
+    device or for another precision than the model's: which of dense and sparse attention is faster
+    changes with both. target: what was given to `enable`, a pipeline or the model itself.
+    """
+    told = promise(plan)
+    if told is None:
+        return
+    logger.info("%s", told)
+    word, times = next(iter(_speedups(plan).items()))
+    if times < 1:
+        logger.warning(
+            "plan %r makes a generation slower than the host's dense attention does: %.2fx %s; run"
+            " without it, or make a plan here with accel-search",
+            plan.name,
+            times,
+            word,
+        )
     for what, then, now in _moved(plan, target, model):
         logger.warning(
             "plan %r was priced %s %s, and this model is %s %s: it may be slower than predicted;"
@@ -50,6 +59,12 @@ def announce(plan: Plan, target: Any, model: nn.Module) -> None:
             what,
             now,
         )
+
+
+def _speedups(plan: Plan) -> dict[str, float]:
+    """What was measured goes before what was predicted."""
+    names = {"measured": "measured_speedup", "predicted": "speedup"}
+    return {w: plan.expected[name] for w, name in names.items() if name in plan.expected}
 
 
 def _moved(plan: Plan, target: Any, model: nn.Module) -> list[tuple[str, str, str]]:

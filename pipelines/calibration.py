@@ -83,7 +83,7 @@ def calibrate(
     }
     profile = _begun(path, told)
     if profile is None:
-        profile = Profile(asked.candidates, asked.orders, asked.precisions)
+        profile = Profile(asked.candidates, asked.orders, asked.precisions, asked=asked.asked)
         profile.provenance = {**told, "calibration": [], "calibration_mass": []}
     passes = ["calibration"] if asked.mass is None else ["calibration", "calibration_mass"]
     done = profile.provenance

@@ -69,8 +69,8 @@ def enable(
         calls are timed beside the first sparse ones to judge by. What is turned off depends on the
         machine of the moment; False gives the same output always.
 
-    The speed-up that the plan promises is logged, with a warning where it is for another device or
-    precision.
+    The speed-up that the plan promises is logged, with a warning where it is below 1, or was found
+    on another device or in another precision.
 
     Only this instance changes; `disable` puts it back bit for bit. Enabling again replaces the
     plan.

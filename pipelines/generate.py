@@ -8,9 +8,11 @@ from omegaconf import OmegaConf
 
 from accel.command import run_command
 from accel.errors import AccelError
+from accel.pipelines.adapters import denoisers_of
+from accel.pipelines.announce import promise
 from accel.pipelines.cache_hooks import enable_cache, magnitude_ratios
 from accel.pipelines.caches import CacheSpec
-from accel.pipelines.enable import enable, summary
+from accel.pipelines.enable import enable, session_of, summary
 from accel.pipelines.host import Host, find_path
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.video_files import checked_path, write_video
@@ -27,6 +29,7 @@ def generate(config: dict[str, Any]) -> None:
     host = Host(model)
     if config["plan"]:
         enable(host.pipe, find_path(config["plan"]), strict=config["strict"])
+        print(_promised(host))
     overrides = {} if config["steps"] is None else {"num_inference_steps": config["steps"]}
     if cache is not None:
         ratios = None
@@ -42,6 +45,18 @@ def generate(config: dict[str, Any]) -> None:
         print(summary(host.pipe))
     frames, height, width, _ = video.shape
     print(f"{path}: {frames} frames of {width} x {height}, generated in {seconds:.1f} s")
+
+
+def _promised(host: Host) -> str:
+    """What the plans in use promise, in one line."""
+    plans = [session_of(model).plan for model in denoisers_of(host.pipe)]
+    told = [
+        promise(plan)
+        or f"plan {plan.name!r}: no speed-up is predicted, for it was not priced; accel-search"
+        " makes plans that are"
+        for plan in plans
+    ]
+    return "; ".join(dict.fromkeys(told))
 
 
 @hydra.main(version_base="1.3", config_path="pkg://accel.configs", config_name="generate")

@@ -184,6 +184,16 @@ def _price(choice: Choice, keep: float, table: CostTable) -> float:
     return table.price(keep, choice.rest, choice.order != "thw")
 
 
+def _looks_price(choice: Choice, table: CostTable, looks: int) -> float:
+    found = looks_price(choice, table, looks)
+    if found is None:
+        raise AccelError(
+            f"the table of costs has no price of the selections of {choice.name!r}; measure it"
+            " anew, or leave that out of the space"
+        )
+    return found
+
+
 def _realised(candidates: Sequence[Choice], profile: Profile) -> dict[Choice, float]:
     """The mean share of blocks that each candidate kept in the calibration."""
     found = [keeps.double().mean(1) for keeps in profile.keeps.values()]
@@ -208,7 +218,7 @@ def _times(
         head={s: share / baseline.steps / heads[s] for s, share in baseline.share.items()},
         steps=[sum(p.band == band for p in phases) for band in bands],
         price=[_price(c, keep, table) for c, keep in keeps.items()],
-        looks=[[looks_price(c, table, looks[band]) for c in keeps] for band in bands],
+        looks=[[_looks_price(c, table, looks[band]) for c in keeps] for band in bands],
         total_steps=baseline.steps,
         dense=dense_price(table),
     )

@@ -4,7 +4,10 @@ Every worker asks for a genome, evaluates it in its own process, and tells the r
 is all they share. What is asked depends on the storage and the seed alone, not on a random state
 that a process takes with it: a search that was killed and goes on finds what it would have found.
 
-* A trial whose worker is gone is taken over under its own number: nothing is lost or moved.
+* A trial whose worker is gone is taken over under its own number: nothing is lost or moved. Of a
+  worker on this machine the process tells; one on another machine has a heart that beats into the
+  storage while it evaluates, and is gone when that was not seen to beat for a while. The while is
+  by the clock of who looks: clocks of machines need not agree.
 * The first generation is enqueued when the study is made. A trial that was enqueued has no
   generation unless the sampler is asked for it, and would never become a parent.
 * Children are made by `Genes.child` from the winner of a tournament among the parents that NSGA-II
@@ -20,6 +23,7 @@ Uses a few names of Optuna that are not public, for each of which there is a tes
 
 import os
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +50,9 @@ except ImportError:  # not on Windows: there, one worker
     fcntl = None  # type: ignore[assignment]
 
 ATTEMPTS = 200  # children drawn before one that is known is taken
-STALE_S = 3600.0  # a worker of another machine that says nothing for so long is gone
+BEAT_S = 30.0
+STALE_S = 600.0  # a worker of another machine whose heart does not beat for so long is gone
+UNSIGNED_S = 10.0  # a claim that nobody has signed for so long was not finished
 WAIT_S = 0.5
 MATES = 4  # parents of the nearest times, the winner itself among them
 
@@ -120,7 +126,8 @@ class Trials:
         self._seed = seed
         self._repair = repair
         self._lock = lock
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+        self._me = {"machine": _machine(), "pid": os.getpid(), "began": _began(os.getpid())}
+        self._seen: dict[int, tuple[Any, float]] = {}  # trial -> worker and beat, and since when
         self._space = {n: IntDistribution(0, s - 1) for n, s in genes.sizes.items()}
         self._strategy = _Offspring(genes, seed, repair)
         with warnings.catch_warnings():
@@ -198,9 +205,33 @@ class Trials:
                 values: Sequence[float] = known[genome].values
                 self.note(number, "same_as", known[genome].number)
             else:
-                values = evaluate(genome)
+                with self._beating(number):
+                    values = evaluate(genome)
             self._study.tell(number, list(values), skip_if_finished=True)
             told(Done(number, genome, tuple(values)))
+
+    @contextmanager
+    def _beating(self, number: int) -> Iterator[None]:
+        """While the context is open, the storage hears of trial `number` every BEAT_S."""
+        trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
+        over = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not over.wait(BEAT_S):
+                count += 1
+                # a storage that is away for a moment, or a trial that another has finished: if it
+                # matters, it is the end of the evaluation that says so
+                with suppress(Exception):
+                    self._storage.set_trial_user_attr(trial_id, "beat", count)
+
+        heart = threading.Thread(target=beat, name="accel heart", daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            over.set()
+            heart.join()
 
     def _claim(self, wanted: int) -> tuple[int, Genome] | None:
         """A trial to evaluate: one whose worker is gone, or a new one; None where all are taken."""
@@ -234,13 +265,34 @@ class Trials:
         """Whether the worker of a running trial has ended."""
         worker = trial.user_attrs.get("worker")
         if worker is None:
-            return True  # claims are made one at a time, and this one was not finished
+            # who shares a journal shares a lock: claims are made one at a time, and this one was
+            # not finished; of another storage, somebody may be at it
+            return isinstance(self._storage, JournalStorage) or self._silent(trial, UNSIGNED_S)
         if worker == self._me:
             return True  # an evaluation of this process that an error or Ctrl-C ended
-        if worker["host"] == self._me["host"]:
+        if worker["machine"] == self._me["machine"]:
             return _began(worker["pid"]) != worker["began"]
-        began = trial.datetime_start
-        return began is not None and time.time() - began.timestamp() > STALE_S
+        return self._silent(trial, STALE_S)
+
+    def _silent(self, trial: FrozenTrial, seconds: float) -> bool:
+        """Whether nothing was seen to change about a running trial for so long."""
+        now, told = time.monotonic(), [trial.user_attrs.get(name) for name in ("worker", "beat")]
+        before, since = self._seen.get(trial.number, (None, now))
+        if before != told:
+            self._seen[trial.number] = told, now
+            return False
+        return now - since > seconds
+
+
+def _machine() -> str:
+    """Where process numbers mean the same: the host's name, its start, and the number space, for
+    containers may share a name.
+    """
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def _began(pid: int) -> str | None:

@@ -40,17 +40,22 @@ def haste(
     """HASTE: XAttention with a threshold per head under one global budget, masks reused by drift.
 
     Each head of the model gets the tau, of 0.85, 0.90 and 0.95, with which the errors of all heads
-    add up to the least while the mean share of blocks computed is at most `keep`: a multiple-choice
-    knapsack. A mask is predicted anew only when the head's queries and keys have moved by more than
-    `drift` since the last time. 5 of 50 steps dense (arXiv 2605.14513).
+    add up to the least while the mean share of blocks computed in the calibration is at most
+    `keep`: a multiple-choice knapsack. The head has it for the whole run, and what it keeps in
+    another run follows from it. Masks are predicted anew only when queries and keys have moved by
+    more than `drift` since the last time. 5 of 50 steps dense, as in the second version of the
+    paper (arXiv 2605.14513); the first has none.
 
     keep: by default what the tau in the middle of the list would keep for all heads, so that only
-    who keeps how much is decided. The paper does not tell its own.
+    who keeps how much is decided. The paper bounds the mean as well, and does not tell its bound.
 
-    What departs: the error of a head is that of its site's output, measured in four intervals of
-    one generation, where the paper runs the model once for every head and candidate and weighs the
-    frequency bands of the velocity's error; and drift is relative (`accel.drift`), where the
-    paper's has a scale.
+    What departs. Errors: of a head's part in its site's output, relative, on sampled rows at the
+    first and last step of four intervals, all heads and candidates in one generation of each
+    prompt; the paper runs the model for every head and candidate with that head alone sparse, at a
+    random step of each interval, and weighs the frequency bands of the velocity's error. Drift: of
+    block means and relative (`accel.drift`), where the paper's is of the mean of all tokens, with a
+    bound that has a scale. And it is no head's own: the masks of a site, in a branch of guidance,
+    are made anew together, once more than half of its heads have moved.
     """
     keys = [(site.name, band) for site in geometry.sites for band in profile.bands(site.name)]
     by_site = {site.name: [key for key in keys if key[0] == site.name] for site in geometry.sites}

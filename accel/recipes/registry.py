@@ -42,6 +42,18 @@ class Demand:
     mass: float | None = None
     tolerance: float = 0.0
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What a profile is of besides its rows, as JSON has it. A tolerance is no part of it: it
+        steers how the run went on, and errors found with another one are errors of these rows.
+        """
+        return {
+            "block": list(self.block),
+            "schedule": self.schedule.to_dict(),
+            "precision": self.precision,
+            "mass": self.mass,
+        }
+
     def check(self, profile: Profile, geometry: Geometry) -> None:
         """Refuse, naming what is missing, a profile of something else than what was asked."""
         for what in ("candidates", "orders", "precisions"):
@@ -57,6 +69,16 @@ class Demand:
                     f"the profile knows bands {bands} of {site.name!r}, the recipe asks for"
                     f" {self.schedule.n_bands}; calibrate with the recipe's own parameters, and"
                     " with steps enough for every band"
+                )
+        for name, wanted in self.asked.items():
+            if name not in profile.asked:
+                raise PlanError(
+                    f"the profile does not say for which {name} it was calibrated; calibrate again"
+                )
+            if profile.asked[name] != wanted:
+                raise PlanError(
+                    f"the profile was calibrated for {name} {profile.asked[name]!r:.200}, the"
+                    f" recipe asks for {wanted!r:.200}; calibrate with the recipe's own parameters"
                 )
 
 

@@ -12,7 +12,7 @@ from accel.recipes import Demand
 def synthetic_profile(demand: Demand, geometry: Geometry, layout: Layout, seed=0) -> Profile:
     """Random numbers of the right shapes for all that a demand asks for."""
     generator = torch.Generator().manual_seed(seed)
-    profile = Profile(demand.candidates, demand.orders, demand.precisions, layout)
+    profile = Profile(demand.candidates, demand.orders, demand.precisions, layout, demand.asked)
     blocking = Blocking(layout, block=demand.block)
     for site in geometry.sites:
         for band in range(demand.schedule.n_bands):

@@ -22,6 +22,21 @@ def test_the_seconds_of_its_parts():
     assert made.dense_seconds(20) == pytest.approx(75.0)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"denoiser": 41.0}, "the denoiser is said to take 41 s of the 40 s of the generation"),
+        ({"denoiser": 15.0}, "attention is said to take 20 s of the 15 s of the denoiser"),
+        ({"denoiser": None, "share": 1.2}, "attention is said to take 48 s of the 40 s"),
+    ],
+)
+def test_parts_that_exceed_their_whole_are_refused(change, words):
+    with pytest.raises(AccelError, match=words):
+        baseline(**change)
+    near = baseline(denoiser=40.1)
+    assert (near.outside, near.rest) == (0.0, pytest.approx(2.0))
+
+
 def test_without_a_timed_denoiser_everything_is_in_it():
     made = baseline(denoiser=None)
     assert made.outside == 0

@@ -1,5 +1,6 @@
 """What makes each calibrated recipe the method it is, on profiles without a model."""
 
+import copy
 from math import prod
 
 import pytest
@@ -59,6 +60,25 @@ class TestAll:
             recipe("sparse_vdit", GEOMETRY, profile_of("sparse_vdit"), width=0.3)
         with pytest.raises(PlanError, match=r"bands \[0, 1, 2, 3, 4\] of 'a', .* asks for 3"):
             recipe("sta", GEOMETRY, profile_of("sta"), bands=3)
+
+    @pytest.mark.parametrize(
+        ("name", "parameters", "message"),
+        [
+            ("haste", {"block": (64, 64)}, r"block \[128, 64\], the recipe asks for \[64, 64\]"),
+            ("haste", {"dense_start": 0.5}, r"schedule \{'dense_start': 0.1, .* asks for \{'den"),
+            ("sta", {"dense_start": 0.3}, "schedule"),
+            ("paro", {"weight": 0.1}, "mass"),
+        ],
+    )
+    def test_a_profile_of_other_blocks_or_steps_is_refused(self, name, parameters, message):
+        with pytest.raises(PlanError, match=message):
+            recipe(name, GEOMETRY, profile_of(name), **parameters)
+
+    def test_a_profile_that_does_not_say_what_it_is_of_is_refused(self):
+        unsaid = copy.copy(profile_of("haste"))
+        unsaid.asked = {}
+        with pytest.raises(PlanError, match="does not say for which block it was"):
+            recipe("haste", GEOMETRY, unsaid)
 
     def test_bands_are_equal_parts_behind_the_dense_start(self):
         assert even_bands(4, 0.2) == pytest.approx((0.4, 0.6, 0.8))

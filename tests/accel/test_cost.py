@@ -32,6 +32,7 @@ POOLED = Choice(Pooled(keep=0.375))
 PRICE = 0.05 + 0.375
 TABLES = {"full": TABLE}
 P = Price.known
+FREE = {"block_mass": P(0.0), "pooled": P(0.0)}
 CHEAP = {name: tuple(P(p.value / 2) for p in row) for name, row in TABLE.sparse.items()}
 
 
@@ -120,7 +121,7 @@ class TestSeconds:
         turned = Choice(Window(t=0), order="hwt")
         keeps = [keep_of(c, LAYOUT, BLOCK) for c in (MASS, turned)]
         ratio = sum(0.1 + keep for keep in keeps) / 2
-        expected = priced(plan(MASS, turned), tables={"full": replace(TABLE, select={})})
+        expected = priced(plan(MASS, turned), tables={"full": replace(TABLE, select=FREE)})
         assert expected["attention_ratio"]["a"] == pytest.approx([ratio])
 
     def test_alternatives_are_paid_with_the_order_of_an_option(self):
@@ -128,7 +129,9 @@ class TestSeconds:
         either = Choice(Alternatives(options))
         keep = keep_of(either, LAYOUT, BLOCK)
         ratio = keep + (0.1 + 0.2) / 2
-        assert priced(plan(either))["attention_ratio"]["a"] == pytest.approx([ratio])
+        table = replace(TABLE, select={either.select.work: P(0.0)})
+        found = priced(plan(either), tables={"full": table})
+        assert found["attention_ratio"]["a"] == pytest.approx([ratio])
 
     def test_heads_without_blocks_are_free(self):
         for select in (Skip(), Identity()):
@@ -139,7 +142,7 @@ class TestSeconds:
     @pytest.mark.parametrize(("branches", "part"), [(1, 1.0), (2, 0.5), (3, 1 / 3)])
     def test_the_first_branch_has_none_to_share_with(self, branches, part):
         shared = plan(Choice(Share(of="branch")), MASS, dense_start=0.2)
-        table = replace(TABLE, select={})
+        table = replace(TABLE, select=FREE)
         found = priced(shared, tables={"full": table}, branches=branches)["attention_ratio"]["b"]
         assert found == pytest.approx([(part * 1.05 + PRICE) / 2])
 
@@ -164,11 +167,22 @@ class TestSeconds:
         assert price(unknown, TABLES, baseline()) is unknown
         assert predict(unknown, TABLES, baseline()) is None
         # unless it was seen
-        ratios = priced(unknown, keeps={choice: 0.375})["attention_ratio"]
-        assert ratios["a"] == pytest.approx([PRICE])
+        table = replace(TABLE, select={choice.select.work: P(0.0)})
+        seen = {"tables": {"full": table}, "keeps": {choice: 0.375}}
+        assert priced(unknown, **seen)["attention_ratio"]["a"] == pytest.approx([PRICE])
+
+    def test_a_selection_that_was_not_measured_is_not_free(self):
+        tables = {"full": replace(TABLE, select={"pooled": P(0.5)}, again={})}
+        assert select_price(MASS, tables["full"]) is None
+        assert looks_price(MASS, tables["full"], 2) is None
+        assert looks_price(MASS, tables["full"], 0) == 0
+        for unknown in (plan(MASS), plan(POOLED, MASS)):
+            assert predict(unknown, tables, baseline()) is None
+            assert price(unknown, tables, baseline()) is unknown
+        assert predict(plan(POOLED), tables, baseline()) > 0
 
     def test_known_keeps_go_before_computed_ones(self):
-        table = replace(TABLE, select={})
+        table = replace(TABLE, select=FREE)
         found = priced(plan(POOLED), tables={"full": table}, keeps={POOLED: 0.5})
         assert found["attention_ratio"]["a"] == pytest.approx([0.55])
 
@@ -208,7 +222,7 @@ class TestMasks:
         assert self.looks(made, table) == pytest.approx(2.0 / 2 + 0.5 / 2 + 0.25)
 
     def test_the_look_at_recall_is_paid_at_every_refresh_and_in_every_band(self):
-        table = replace(TABLE, select={}, again={}, recall=P(0.5))
+        table = replace(TABLE, select=FREE, again={}, recall=P(0.5))
         assert self.looks(plan(MASS, refresh=(0.5,)), table) == pytest.approx(2 * 0.5)
         window = Choice(Window(t=0))
         keep = keep_of(window, LAYOUT, BLOCK)
@@ -257,7 +271,7 @@ class TestDense:
         assert made.expected["speedup"] == pytest.approx(1 / (1 - 0.5 * (1 - ratio)))
 
     def test_every_site_has_the_prices_of_its_precision(self):
-        plain = replace(TABLE, select={})
+        plain = replace(TABLE, select=FREE)
         tables = {"full": plain, "half": replace(plain, sparse=CHEAP)}
         mixed = replace(plan(POOLED), precision={"b": "half"}, dense="kernel")
         expected = priced(mixed, tables=tables)
@@ -266,7 +280,7 @@ class TestDense:
         assert expected["dense_ratio"] == {"full": 1.05, "half": 0.525}
 
     def test_sites_without_a_precision_are_priced_in_full(self):
-        plain = replace(TABLE, select={})
+        plain = replace(TABLE, select=FREE)
         tables = {"full": plain, "half": replace(plain, sparse=CHEAP)}
         some = plan(POOLED, sites=("a",), dense_start=0.5)
         # a in half, b, which runs dense, in full: that is no faster by the kernel here
@@ -291,6 +305,10 @@ class TestDense:
         assert dense_speedup(expected, "full") == pytest.approx(1 / (1 - 0.6 * 0.3))
         assert dense_speedup(expected, "half") == pytest.approx(1 / (1 - 0.6 * 0.2))
         assert dense_speedup(expected, "int8") is None
+        del expected["dense_ratio"]
+        assert dense_speedup(expected, "full") == pytest.approx(1 / (1 - 0.6 * 0.3))
+        del expected["recipe_ratio"]
+        assert dense_speedup(expected, "full") is None
 
 
 class TestCalibration:

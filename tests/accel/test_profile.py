@@ -21,6 +21,7 @@ def filled(seed: int = 0) -> Profile:
     generator = torch.Generator().manual_seed(seed)
     profile = Profile(CANDIDATES, ("thw", "wht"), ("half",), LAYOUT)
     profile.provenance = {"calibration": ["a seven"], "rows": 16}
+    profile.asked = {"block": [32, 16], "mass": None}
     for _ in range(2):
         for key, heads in ((("a", 0), 2), (("a", 1), 2), (("b", 0), 5)):
             tables = {
@@ -117,6 +118,7 @@ def changed(data, where, value):
         (["seen", 0, "erors"], [], "did you mean 'errors'"),
         (["candidates", 0, "select", "kind"], "ful", "did you mean 'full'"),
         (["layout", 0], ["text", 4], "no profile"),
+        (["asked"], [], "asked must be of type dict"),
         (["masses", "digest"], "../../etc", "hexadecimal"),
         (["masses", "orders"], {}, "belongs nowhere"),
         (["masses", "orders", "a"], ["thw"], "shape"),

@@ -164,6 +164,8 @@ class TestHardware:
         assert found.table is None
         assert "data sheet" in hardware.sheet or "white paper" in hardware.sheet
         assert hardware.rate("float32") < hardware.rate("bfloat16") < hardware.rate("int8")
+        with pytest.raises(AccelError, match=r"has no tflops of fp4 or float64; it has float32, "):
+            hardware.rate("fp4", "float64")
         # figures with sparsity would be above these by two
         assert hardware.tflops["bfloat16"] <= 2250
         assert "uncalibrated" in (FOLDER / f"{name}.yaml").read_text()

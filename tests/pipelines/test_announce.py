@@ -53,6 +53,23 @@ def test_what_is_not_known_is_not_said(said):
     assert said() == [("INFO", "plan 'tiny': speed-up of a whole generation 1.50x predicted")]
 
 
+@pytest.mark.parametrize(
+    ("expected", "warned"),
+    [
+        ({"speedup": 0.9}, "0.90x predicted"),
+        ({"speedup": 1.3, "measured_speedup": 0.87}, "0.87x measured"),
+        ({"speedup": 0.9, "measured_speedup": 1.2}, None),  # what was measured decides
+        ({"speedup": 1.0}, None),
+    ],
+)
+def test_a_plan_that_promises_to_be_slow_is_a_warning(said, expected, warned):
+    accel.enable(tiny_denoiser(), tiny_plan(DENSE, expected=expected))
+    warnings = [text for level, text in said() if level == "WARNING"]
+    assert len(warnings) == (warned is not None)
+    if warned is not None:
+        assert f"slower than the host's dense attention does: {warned}; run without" in warnings[0]
+
+
 MOVED = {
     "another kind of device": ({"device": "cuda"}, {"device": "H100"}, "on H100, and", "on cpu:"),
     "another processor": ({}, {"device": "A processor, 9 threads"}, "on A processor", f"on {HERE}"),

@@ -1,13 +1,19 @@
 """One video: the file, what is said about the plan, and what is refused before anything loads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_wan import CALL, tiny_wan_config
 
 from accel.errors import AccelError, PlanError
+from accel.pipelines.adapters import geometry_of
 from accel.pipelines.generate import generate
+from accel.pipelines.host import Host
+from accel.pipelines.model_settings import model_config
 from accel.pipelines.video_files import encode_animation, load_frames, save_frames, write_video
+from accel.recipes import recipe
 
 
 @pytest.fixture
@@ -33,6 +39,27 @@ def test_a_plan_makes_a_gif_and_a_summary(config, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "plan 'sparsed'" in said
     assert "9 frames of 48 x 32" in said
+
+
+def test_what_the_plan_promises_is_said_before_it_generates(config, tmp_path, capsys, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Stop
+
+    monkeypatch.setattr(Host, "generate", stop)
+    plan = recipe("sparsed", geometry_of(Host(model_config(config["model"])).pipe))
+    path = replace(plan, expected={"speedup": 1.37}).save(tmp_path / "plan.json")
+    for given, told in (
+        (str(path), "plan 'sparsed': speed-up of a whole generation 1.37x predicted\n"),
+        ("sparsed", "plan 'sparsed': no speed-up is predicted, for it was not priced; "),
+    ):
+        with pytest.raises(Stop):
+            generate({**config, "plan": given})
+        said = capsys.readouterr().out
+        assert told in said
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("cache", ["magcache", {"cache": "fbcache", "threshold": 0.9}])

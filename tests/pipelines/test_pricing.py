@@ -107,7 +107,9 @@ class TestBaseline:
 
     def test_one_of_elsewhere_is_measured_anew(self, host, baseline, here, tmp_path, monkeypatch):
         path = tmp_path / "baseline.json"
-        save_baseline(replace(baseline, seconds=1e6), path, replace(here, device="elsewhere"))
+        save_baseline(
+            replace(baseline, seconds=1e6, denoiser=None), path, replace(here, device="elsewhere")
+        )
         monkeypatch.setattr(pricing, "measure_baseline", lambda *_: baseline)
         assert load_or_measure_baseline(host, PROMPT, 0, path) == baseline
         assert read_baseline(path) == (baseline, here)
@@ -225,7 +227,7 @@ class TestElsewhere:
             )
 
     def test_a_baseline_of_another_model(self, host, baseline, here, tmp_path):
-        save_baseline(replace(baseline, share={"x": 0.5}), tmp_path / "baseline.json", here)
+        save_baseline(replace(baseline, share={"x": 0.1}), tmp_path / "baseline.json", here)
         source = CostSource(table=str(tmp_path), foreign=True)
         with pytest.raises(AccelError, match=r"no baseline\*\.json of a model with these 2 sites"):
             load_or_measure_baseline(host, PROMPT, 0, tmp_path / "new.json", source)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -196,6 +197,74 @@ def test_killed_three_times_it_finds_what_an_undisturbed_search_finds(undisturbe
         assert count(tmp_path) < 20
     trials(tmp_path).run(20, slow)
     assert values(trials(tmp_path)) == undisturbed
+
+
+ELSEWHERE = {"machine": "another", "pid": os.getpid(), "began": "7"}
+
+
+class TestOtherMachines:
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch):
+        for name, seconds in (("BEAT_S", 0.05), ("STALE_S", 0.6), ("WAIT_S", 0.02)):
+            monkeypatch.setattr(f"accel.search.study.{name}", seconds)
+
+    def claimed_elsewhere(self, folder) -> Trials:
+        """A study of four trials, the first of which is another machine's."""
+        there = trials(folder)
+        there._me = ELSEWHERE
+        number, _ = there._claim(4)
+        assert number == 0
+        return there
+
+    def test_a_worker_that_is_silent_there_is_gone(self, tmp_path):
+        self.claimed_elsewhere(tmp_path)
+        here, began = trials(tmp_path), time.monotonic()
+        order = []
+        here.run(4, cost, lambda done: order.append(done.number))
+        assert order == [1, 2, 3, 0], "the others come first"
+        assert time.monotonic() - began > 0.6
+
+    def test_one_whose_heart_beats_is_not_whatever_its_clock_says(self, tmp_path, monkeypatch):
+        there = self.claimed_elsewhere(tmp_path)
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        here, order = trials(tmp_path), []
+        with there._beating(0):
+            worker = threading.Thread(
+                target=here.run, args=(4, cost, lambda done: order.append(done.number))
+            )
+            worker.start()
+            worker.join(1.5)
+            assert worker.is_alive()
+            assert order == [1, 2, 3]
+            there._study.tell(0, [1.0, 2.0])
+        worker.join(5)
+        assert not worker.is_alive()
+        assert here.finished[0].values == (1.0, 2.0)
+
+    def test_a_heart_beats_for_an_evaluation_and_no_longer(self, tmp_path):
+        study = trials(tmp_path)
+        before = threading.active_count()
+        study.run(1, lambda genome: time.sleep(0.4) or cost(genome))
+        raw = optuna.load_study(study_name="test", storage=open_storage("", tmp_path)).trials
+        assert raw[0].user_attrs["beat"] >= 2
+        with pytest.raises(ZeroDivisionError):
+            study.run(2, lambda genome: 1 / 0)
+        assert threading.active_count() == before
+
+    def test_a_claim_that_nobody_signed(self, tmp_path, monkeypatch):
+        """Without a lock in common somebody may be about to; with one it was not finished."""
+        monkeypatch.setattr("accel.search.study.UNSIGNED_S", 0.3)
+
+        def order(storage) -> list[int]:
+            study = Trials(storage, "t", GENES, PROVENANCE, FIRST, repair=lambda g: g, seed=7,
+                           lock=tmp_path / "lock")  # fmt: skip
+            study._study.ask()
+            told: list[int] = []
+            study.run(3, cost, lambda done: told.append(done.number))
+            return told
+
+        assert order(open_storage("", tmp_path)) == [0, 1, 2]
+        assert order(open_storage(f"sqlite:///{tmp_path}/s.db", tmp_path))[0] != 0
 
 
 def test_three_workers_share_a_study_without_a_lost_or_doubled_trial(tmp_path):
