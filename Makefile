@@ -14,7 +14,7 @@ help:
 	@echo "make test-all  with the wide sweeps"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     prices of attention on this device"
-	@echo "make compare   the whole comparison of the README (about an hour on 2 cores)"
+	@echo "make compare   the whole comparison of the README (40 minutes on 2 cores)"
 	@echo "make search    search a plan for the sample model (minutes)"
 
 $(STAMP): pyproject.toml constraints.txt
