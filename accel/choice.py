@@ -12,18 +12,9 @@ from accel.errors import PlanError, nearest
 from accel.estimators import ESTIMATORS, Call, Estimator, Selection, estimator_from_dict
 from accel.heads import of_heads
 from accel.kernels.arguments import RESTS
+from accel.kind import each, register
 from accel.order import parse_order
-from accel.pattern import (
-    PATTERNS,
-    Full,
-    Identity,
-    Pattern,
-    Share,
-    each,
-    known_mask,
-    pattern_from_dict,
-    register,
-)
+from accel.pattern import PATTERNS, Full, Identity, Pattern, Share, known_mask, pattern_from_dict
 from accel.pattern_blocks import block_sets
 from accel.sampled import SampledRows
 from accel.untrusted import table, typed

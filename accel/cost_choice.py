@@ -12,7 +12,8 @@ from accel.estimators import Estimator
 from accel.layout import Layout
 from accel.masks import static_keep
 from accel.order import parse_order
-from accel.pattern import Share, Skip, Union
+from accel.pattern import Share, Skip
+from accel.pattern_union import Union
 from accel.ranking import top_blocks
 from accel.schedule import Phase
 

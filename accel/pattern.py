@@ -17,16 +17,16 @@ Half-widths (`Extent`): an int counts grid units; a float in (0, 1] is a fractio
 are equal while they mean different things here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from accel.blocking import Blocking
-from accel.errors import nearest
+from accel.kind import Kind, from_kind, register
 from accel.layout import Grid
 
 __all__ = [
@@ -36,84 +36,20 @@ __all__ = [
     "FirstFrames",
     "Full",
     "Identity",
-    "Kind",
     "MultiDiagonal",
     "Pattern",
     "Radial",
     "Share",
     "Skip",
     "Stripe",
-    "Union",
     "Window",
-    "each",
-    "from_kind",
     "known_mask",
     "pattern_from_dict",
-    "register",
 ]
 
 Extent = int | float | None
 Term = tuple[Tensor, ...]
-Class = TypeVar("Class", bound=type["Kind"])
 CHUNK_ELEMENTS = 1 << 22
-MAX_PARTS = 64
-
-
-def register(table: dict[str, type], *names: str) -> Callable[[Class], Class]:
-    """Class decorator: `table` finds the class under every name, the first one being its `kind`."""
-
-    def add(cls: Class) -> Class:
-        for name in names:
-            if name in table:
-                raise ValueError(f"{name!r} is registered already, for {table[name].__name__}")
-            table[name] = cls
-        cls.kind = names[0]
-        return cls
-
-    return add
-
-
-def from_kind(data: Mapping, table: Mapping[str, type["Kind"]], what: str):
-    """The object that `{"kind": …, field: value}` describes; nothing unknown, nothing missing."""
-    kind = data.get("kind") if isinstance(data, Mapping) else None
-    if not isinstance(kind, str):
-        raise ValueError(f"a {what} is an object with a 'kind', got {data!r}")
-    if kind not in table:
-        raise ValueError(f"unknown {what} {kind!r}; {nearest(kind, table)}")
-    cls = table[kind]
-    known = [field.name for field in fields(cls)]
-    values = {key: value for key, value in data.items() if key != "kind"}
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{kind} has no {key!r}; {nearest(str(key), ['kind', *known])}")
-    # outside of what follows, so that an error deep inside is not told again at every level
-    values |= {key: read(values[key]) for key, read in cls.readers.items() if key in values}
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} from {dict(data)!s:.120}: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A frozen dataclass that a plan holds by its `kind` and its fields.
-
-    readers: how the fields are read that hold kinds themselves; what is none they hand back.
-    """
-
-    kind: ClassVar[str]
-    readers: ClassVar[Mapping[str, Callable]] = {}
-
-    def to_dict(self) -> dict:
-        """`{"kind": …}` and every field: what a plan holds."""
-        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
-
-    @property
-    def name(self) -> str:
-        """A short tag such as `window(t=2,h=3,w=3)`; fields that are None or False are left out."""
-        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        inside = ",".join(f"{key}={x}" for key, x in values if x is not None and x is not False)
-        return f"{self.kind}({inside})" if inside else self.kind
 
 
 PATTERNS: dict[str, type["Pattern"]] = {}
@@ -160,11 +96,6 @@ class Pattern(Kind):
                 if other is not segment:
                     keep[rows, other.start // kv_size : -(-other.stop // kv_size)] = True
         return blocking.force(keep)
-
-
-def each(read: Callable[[Any], Any], values: Any) -> Any:
-    """What `read` makes of each of a list; anything else as it is."""
-    return tuple(map(read, values)) if isinstance(values, list | tuple) else values
 
 
 def pattern_from_dict(data: Mapping) -> Pattern:
@@ -447,41 +378,3 @@ class Radial(Pattern):
             h, w = (int(width // columns), None) if whole else (0, max(0, int(width) - 1))
             out.append((at, _near(h, rows, device), _near(w, columns, device)))
         return out + (FirstFrames(1).terms(grid, device) if self.first_frame_sink else [])
-
-
-@register(PATTERNS, "union")
-@dataclass(frozen=True, slots=True)
-class Union(Pattern):
-    """What any of `parts` keeps."""
-
-    parts: tuple[Pattern, ...]
-    readers: ClassVar = {"parts": lambda parts: each(pattern_from_dict, parts)}
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(self.parts))
-        if not self.parts or any(not isinstance(part, Pattern) for part in self.parts):
-            raise ValueError(f"a union needs patterns, at least one, got {self.parts!r}")
-        if any(isinstance(part, Skip) for part in self.parts):
-            raise ValueError("a union with skip is the union of the other parts: leave skip out")
-        if self.size > MAX_PARTS:
-            raise ValueError(
-                f"a union has at most {MAX_PARTS} parts, nested ones included, got {self.size};"
-                " leave out those that others hold"
-            )
-
-    @property
-    def size(self) -> int:
-        """Parts that are no unions themselves, over all levels."""
-        return sum(part.size if isinstance(part, Union) else 1 for part in self.parts)
-
-    def mask(
-        self, blocking: Blocking, device: torch.device | str | None = None
-    ) -> Bool[Tensor, "q_blocks kv_blocks"]:
-        return torch.stack([part.mask(blocking, device) for part in self.parts]).any(0)
-
-    def to_dict(self) -> dict:
-        return {"kind": self.kind, "parts": [part.to_dict() for part in self.parts]}
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}({','.join(part.name for part in self.parts)})"

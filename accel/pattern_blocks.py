@@ -13,9 +13,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from accel.blocking import Blocking
+from accel.kind import register
 from accel.layout import Grid, Layout, Segment, as_grid
 from accel.order import inverse, order_indices, parse_order
-from accel.pattern import PATTERNS, Pattern, Union, register
+from accel.pattern import PATTERNS, Pattern
+from accel.pattern_union import Union
 
 __all__ = ["Blocks", "block_sets"]
 

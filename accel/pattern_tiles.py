@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import torch
 
+from accel.kind import each, register
 from accel.layout import Grid, as_grid
-from accel.pattern import PATTERNS, Extent, Pattern, Term, each, register
+from accel.pattern import PATTERNS, Extent, Pattern, Term
 
 __all__ = ["TileWindow"]
 

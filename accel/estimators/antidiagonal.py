@@ -5,7 +5,7 @@ from math import inf
 
 from accel.estimators.contract import ESTIMATORS, Call, Estimator, Selection, check_fraction
 from accel.kernels.antidiagonal import antidiagonal_scores
-from accel.pattern import register
+from accel.kind import register
 from accel.ranking import top_mass
 
 __all__ = ["Antidiagonal"]

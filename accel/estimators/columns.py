@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from accel.estimators.contract import ESTIMATORS, Call, Estimator, Selection, check_fraction
 from accel.kernels.column_sums import column_sums
 from accel.kernels.pooling import in_order
-from accel.pattern import register
+from accel.kind import register
 from accel.ranking import top_blocks
 
 __all__ = ["ColumnMass"]

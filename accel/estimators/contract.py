@@ -21,7 +21,7 @@ from accel.blocking import Blocking
 from accel.heads import by_key_head
 from accel.kernels.arguments import check_tensors, valid_lengths
 from accel.kernels.pooling import in_order
-from accel.pattern import Kind, from_kind
+from accel.kind import Kind, from_kind
 
 __all__ = [
     "ESTIMATORS",

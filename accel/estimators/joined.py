@@ -10,7 +10,8 @@ from accel.estimators.contract import (
     Selection,
     estimator_from_dict,
 )
-from accel.pattern import Pattern, Skip, known_mask, pattern_from_dict, register
+from accel.kind import register
+from accel.pattern import Pattern, Skip, known_mask, pattern_from_dict
 
 __all__ = ["Joined"]
 

@@ -16,7 +16,7 @@ from accel.estimators.contract import (
 )
 from accel.kernels.block_mass import block_mass
 from accel.kernels.pooling import in_order
-from accel.pattern import register
+from accel.kind import register
 from accel.ranking import (
     best_blocks,
     competing_blocks,

@@ -16,7 +16,7 @@ from accel.estimators.contract import (
     check_switch,
 )
 from accel.kernels.pooled_scores import pooled_scores
-from accel.pattern import register
+from accel.kind import register
 from accel.ranking import top_blocks, top_mass
 
 __all__ = ["Pooled", "PooledMass"]

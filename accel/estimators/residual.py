@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from accel.estimators.contract import ESTIMATORS, Call, Estimator, Selection, check_fraction
-from accel.pattern import register
+from accel.kind import register
 from accel.ranking import top_blocks
 
 __all__ = ["Residual"]

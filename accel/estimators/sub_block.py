@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from accel.estimators.contract import ESTIMATORS, Call, Estimator, Selection, check_fraction
-from accel.pattern import register
+from accel.kind import register
 from accel.ranking import top_blocks
 
 __all__ = ["SubBlock"]

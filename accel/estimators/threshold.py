@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accel.estimators.contract import ESTIMATORS, Call, Estimator, Selection
 from accel.heads import by_key_head
-from accel.pattern import register
+from accel.kind import register
 
 __all__ = ["Threshold"]
 

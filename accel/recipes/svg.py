@@ -4,7 +4,8 @@ from math import sqrt
 
 from accel.choice import Alternatives, Choice
 from accel.geometry import Geometry
-from accel.pattern import Band, FirstFrames, Pattern, Union
+from accel.pattern import Band, FirstFrames, Pattern
+from accel.pattern_union import Union
 from accel.plan import Plan
 from accel.recipes.registry import behind, published
 from accel.schedule import Schedule

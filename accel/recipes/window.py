@@ -2,7 +2,8 @@
 
 from accel.choice import Choice
 from accel.geometry import Geometry
-from accel.pattern import FirstFrames, Union, Window
+from accel.pattern import FirstFrames, Window
+from accel.pattern_union import Union
 from accel.plan import Plan
 from accel.recipes.registry import published
 from accel.schedule import Schedule

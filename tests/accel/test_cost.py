@@ -21,7 +21,8 @@ from accel.cost_calibration import Calibration
 from accel.errors import AccelError
 from accel.estimators import Antidiagonal, BlockMassTopK, Pooled
 from accel.layout import Layout
-from accel.pattern import Band, Full, Identity, Share, Skip, Stripe, Union, Window
+from accel.pattern import Band, Full, Identity, Share, Skip, Stripe, Window
+from accel.pattern_union import Union
 from accel.plan import Plan
 from accel.schedule import Schedule
 

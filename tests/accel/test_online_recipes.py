@@ -14,7 +14,8 @@ from accel.kernels.antidiagonal import antidiagonal_scores
 from accel.kernels.attention import sparse_attention
 from accel.layout import Layout
 from accel.masks import site_mask
-from accel.pattern import Band, FirstFrames, Union, Window
+from accel.pattern import Band, FirstFrames, Window
+from accel.pattern_union import Union
 from accel.recipes import recipe
 
 GRID = (6, 8, 10)

@@ -22,10 +22,10 @@ from accel.pattern import (
     Share,
     Skip,
     Stripe,
-    Union,
     Window,
     pattern_from_dict,
 )
+from accel.pattern_union import Union
 
 LAYOUT = Layout.of((5, 7, 3), text_before=11, text_after=6, padding=4)
 SEVERAL = Layout.of([(3, 5, 2), (1, 6, 4)], text_before=7, text_after=2, padding=9)

@@ -10,8 +10,9 @@ from accel.blocking import Blocking
 from accel.choice import Choice
 from accel.errors import PlanError
 from accel.layout import Layout
-from accel.pattern import Union, Window, pattern_from_dict
+from accel.pattern import Window, pattern_from_dict
 from accel.pattern_blocks import Blocks
+from accel.pattern_union import Union
 
 GRID, BLOCK = (3, 5, 7), (32, 16)
 LAYOUTS = {

@@ -14,7 +14,8 @@ from accel.errors import PlanError
 from accel.estimators import AdaptiveBlockMass, Antidiagonal, BlockMassTopK, Pooled
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
-from accel.pattern import FirstFrames, Full, MultiDiagonal, Radial, Skip, Stripe, Union, Window
+from accel.pattern import FirstFrames, Full, MultiDiagonal, Radial, Skip, Stripe, Window
+from accel.pattern_union import Union
 from accel.plan import DENSE_BY, Plan
 from accel.plan_file import MAX_FILE_BYTES
 from accel.schedule import Schedule

@@ -16,8 +16,9 @@ from accel.blocking import Blocking
 from accel.choice import DENSE, Choice
 from accel.errors import PlanError
 from accel.layout import Layout
-from accel.pattern import Union, Window
+from accel.pattern import Window
 from accel.pattern_blocks import Blocks
+from accel.pattern_union import Union
 from accel.plan import Plan
 
 

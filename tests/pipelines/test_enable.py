@@ -32,7 +32,8 @@ from accel.kernels.block_mask import BlockMask
 from accel.kernels.reference import sparse_attention_reference
 from accel.layout import Layout
 from accel.order import inverse
-from accel.pattern import FirstFrames, Skip, Union, Window
+from accel.pattern import FirstFrames, Skip, Window
+from accel.pattern_union import Union
 from accel.pipelines.enable import session_of
 from accel.schedule import Schedule
 
