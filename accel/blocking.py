@@ -5,8 +5,8 @@ the last one is whatever is left. Text and padding never move under an order, so
 follow from the layout alone.
 
 The rules that every mask obeys, here in one place (AdaSpa, arXiv 2502.21079, and Jenga, arXiv
-2505.16864, agree on the first): a block that holds any text token is kept as a row and as a
-column; a block of padding alone is never kept.
+2505.16864, agree on the first): a block that holds any token of text, or of a reference image, is
+kept as a row and as a column; a block of padding alone is never kept.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from accel.layout import Layout
+from accel.layout import CONDITIONS, Layout
 from accel.order import order_indices, parse_order
 
 __all__ = ["Blocking"]
@@ -36,6 +36,8 @@ class Blocking:
             raise ValueError(
                 f"a block is (q_block, kv_block), both at least 1 token, got {self.block}"
             )
+        if self.layout.padded_inside:
+            raise ValueError("this layout has padding inside; cut it out: layout.without_padding()")
 
     @property
     def q_blocks(self) -> int:
@@ -56,8 +58,10 @@ class Blocking:
     def text_blocks(
         self, device: torch.device | str | None = None
     ) -> tuple[Bool[Tensor, " q_blocks"], Bool[Tensor, " kv_blocks"]]:
-        """Query and key blocks that hold any text token, mixed blocks included."""
-        spans = [(s.start, s.stop) for s in self.layout.segments if s.kind == "text"]
+        """Query and key blocks that hold any token of text or of a reference image, mixed blocks
+        included.
+        """
+        spans = [(s.start, s.stop) for s in self.layout.segments if s.kind in CONDITIONS]
         return self._touched(spans, 0, device), self._touched(spans, 1, device)
 
     def pad_blocks(

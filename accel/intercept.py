@@ -21,7 +21,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isclose
 from typing import Any, NamedTuple
 
@@ -29,8 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accel.call_values import Packed, pack, unpack
 from accel.errors import UnsupportedModelError
 from accel.geometry import Site
+from accel.key_padding import KeyPadding, valid_of
 from accel.router import Session
 
 DISPATCH = "dispatch_attention_fn"
@@ -74,19 +76,24 @@ _kits: "weakref.WeakKeyDictionary[nn.Module, _Kit]" = weakref.WeakKeyDictionary(
 
 
 class Entry:
-    """The start of a denoiser call: `begin(first)` tells the session where it stands."""
+    """The start of a denoiser call: `begin(values)` tells the session where it stands, by the
+    values of some of the call's arguments.
+    """
 
-    def __init__(self, begin: Callable[[Tensor], None]) -> None:
+    def __init__(self, begin: Callable[[Sequence[Any]], None]) -> None:
         self._begin = begin
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu")  # a tensor, as sites are named
         _entries[number] = self
 
-    def __call__(self, first: Tensor) -> Tensor:
-        """Pass the first tensor of the call through; it comes back unchanged."""
+    def __call__(self, first: Tensor, values: Sequence[Any]) -> Tensor:
+        """Pass a tensor of the call through; it comes back unchanged."""
         if torch.compiler.is_compiling():
-            return torch.ops.accel.enter(first, self.number)
-        self._begin(first)
+            packed = pack(values)
+            return torch.ops.accel.enter(
+                first, packed.shape, packed.tensors, packed.numbers, self.number
+            )
+        self._begin(values)
         return first
 
 
@@ -95,13 +102,15 @@ UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op("accel::enter", mutates_args=(), tags=UNSAFE)
-def _enter(first: Tensor, entry: Tensor) -> Tensor:
-    _entries[int(entry)]._begin(first)
+def _enter(
+    first: Tensor, shape: str, tensors: list[Tensor], numbers: list[int], entry: Tensor
+) -> Tensor:
+    _entries[int(entry)]._begin(unpack(Packed(shape, tensors, numbers)))
     return first.clone()
 
 
 @_enter.register_fake
-def _(first: Tensor, entry: Tensor) -> Tensor:
+def _(first: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(first)
 
 
@@ -138,10 +147,16 @@ class How(NamedTuple):
     scale: float | None
     gqa: bool
 
-    def obstacle(self, dim: int) -> str | None:
+    def valid(self, k: Tensor, tokens_first: bool) -> Tensor | None:
+        """The keys that the mask leaves, where it is a mask of keys."""
+        if self.mask is None:
+            return None
+        return valid_of(self.mask, k.shape[0], k.shape[1 if tokens_first else 2])
+
+    def obstacle(self, dim: int, valid: Tensor | None) -> str | None:
         """What no sparse kernel can do of them."""
-        if self.mask is not None:
-            return "the call has an attention mask that the layout does not explain"
+        if self.mask is not None and valid is None:
+            return "the call has an attention mask that is no mask of padding keys"
         if self.causal or self.dropout > 0:
             return "the call is causal or drops out, which the sparse kernels do not"
         if self.scale is not None and not isclose(self.scale, dim**-0.5):
@@ -169,12 +184,13 @@ class Taken:
         own: Callable[[], Tensor],
     ) -> Tensor:
         """tokens_first: [batch, tokens, heads, dim], as diffusers' dispatcher has it."""
-        obstacle = how.obstacle(q.shape[-1])
+        valid = how.valid(k, tokens_first)
+        obstacle = how.obstacle(q.shape[-1], valid)
         if not tokens_first:
-            return self.session.attend(self.site, q, k, v, own, obstacle)
+            return self.session.attend(self.site, q, k, v, own, obstacle, valid)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = self.session.attend(self.site, q, k, v, lambda: own().transpose(1, 2), obstacle)
-        return out.transpose(1, 2)
+        dense = lambda: own().transpose(1, 2)  # noqa: E731
+        return self.session.attend(self.site, q, k, v, dense, obstacle, valid).transpose(1, 2)
 
     def own(self, q: Tensor, k: Tensor, v: Tensor, how: How, tokens_first: bool) -> Tensor:
         """The dense attention the user chose for this module, for calls from a compiled graph."""
@@ -199,9 +215,13 @@ class Interception:
 
     modules: attention module by site. A module whose processor is shared with attention that is no
     site (cross-attention) is told apart at the call, by the module.
+    vector_masks: the processors get masks of keys, and would make matrices of them (`KeyPadding`).
     """
 
-    def __init__(self, session: Session, modules: dict[Site, nn.Module]) -> None:
+    def __init__(
+        self, session: Session, modules: dict[Site, nn.Module], *, vector_masks: bool = False
+    ) -> None:
+        self._vector_masks = vector_masks
         self._rebound: list[tuple[Any, type]] = []
         self._modules = list(modules.values())
         self._taken: list[Taken] = []
@@ -269,7 +289,7 @@ class Interception:
             call.__code__, namespace.__dict__, call.__name__, call.__defaults__, call.__closure__
         )
         body.__kwdefaults__ = call.__kwdefaults__
-        slot = self._kit.slot
+        slot, vector_masks = self._kit.slot, self._vector_masks
 
         @functools.wraps(call)
         def __call__(self, attn, *args, **kwargs):
@@ -277,6 +297,8 @@ class Interception:
             if site is None:
                 return call(self, attn, *args, **kwargs)
             slot.site = site
+            if vector_masks and kwargs.get("attention_mask") is not None:
+                kwargs = {**kwargs, "attention_mask": KeyPadding(kwargs["attention_mask"].bool())}
             return body(self, attn, *args, **kwargs)
 
         def __reduce_ex__(self, protocol):
@@ -304,6 +326,8 @@ class Interception:
                 {k: v for k, v in F.__dict__.items() if k not in ("__name__", "__spec__")}
             )
             functional.__dict__[SDPA] = _shim(_sdpa, self._kit.slot, False)
+            if self._vector_masks:
+                functional.__dict__["pad"] = KeyPadding.pad
             module.__dict__["F"] = functional
             sys.modules[functional.__name__] = functional
             self._kit.namespaces[functional.__name__] = functional
@@ -359,6 +383,8 @@ def _shim(own: Callable[..., Tensor], slot: _Slot, tokens_first: bool) -> Callab
         *args,
         **kwargs,
     ):
+        if isinstance(attn_mask, KeyPadding):
+            attn_mask = attn_mask.mask
         how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if torch.compiler.is_compiling():
             mask, *rest = how

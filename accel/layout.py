@@ -2,21 +2,25 @@
 
 A layout is a value: it can be a dictionary key, be compared, and be carried to another grid.
 Grids are `(t, h, w)` in that order everywhere: frames, rows, columns. An image has `t = 1`.
+A reference image (of an editing model) is a condition as text is, not what is generated: it is
+always attended, and always attends.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 __all__ = ["Grid", "Layout", "Segment", "as_grid"]
 
 Grid = tuple[int, int, int]
-SegmentKind = Literal["grid", "text", "pad"]
-KINDS = ("grid", "text", "pad")
+SegmentKind = Literal["grid", "text", "reference", "pad"]
+KINDS = ("grid", "text", "reference", "pad")
+CONDITIONS = ("text", "reference")  # always kept
 
 
 def as_grid(grid) -> Grid:
@@ -63,9 +67,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The segments of a sequence: contiguous from token 0, padding (if any) last.
+    """The segments of a sequence, contiguous from token 0.
 
     Any number of grids and text spans in any order; a sequence of text alone is a layout too.
+    Padding is last, or anywhere (`padded_inside`): then it is cut out before anything is computed.
     """
 
     segments: tuple[Segment, ...]
@@ -81,11 +86,25 @@ class Layout:
                     f"segment {index} ({segment.kind}) starts at token {segment.start}, "
                     f"but the one before it ends at {expected}"
                 )
-            if segment.kind == "pad" and index != len(self.segments) - 1:
-                raise ValueError(f"padding must be last, got it at segment {index}")
             expected = segment.stop
-        if self.segments[0].kind == "pad":
+        if all(segment.kind == "pad" for segment in self.segments):
             raise ValueError(f"{expected} tokens of padding alone have nothing to attend to")
+
+    @classmethod
+    def join(cls, runs: Iterable[tuple[SegmentKind, int] | Grid]) -> "Layout":
+        """From runs in order: a grid, or a kind with its number of tokens; those of none are left
+        out.
+
+            >>> Layout.join([("text", 11), (5, 7, 3), ("pad", 4)]).length
+            120
+        """
+        segments, start = [], 0
+        for run in runs:
+            kind, length = run if len(run) == 2 else ("grid", prod(as_grid(run)))
+            if length:
+                segments.append(Segment(kind, start, length, None if len(run) == 2 else run))
+                start += length
+        return cls(tuple(segments))
 
     @classmethod
     def of(
@@ -109,15 +128,9 @@ class Layout:
             if count < 0:
                 raise ValueError(f"{name} is a number of tokens, at least 0, got {count}")
         grids = [grid] if grid and not isinstance(grid[0], tuple | list) else grid
-        runs: list[tuple[SegmentKind, int, Grid | None]] = [("text", text_before, None)]
-        runs += [("grid", prod(sizes), sizes) for sizes in map(as_grid, grids)]
-        runs += [("text", text_after, None), ("pad", padding, None)]
-        segments, start = [], 0
-        for kind, length, sizes in runs:
-            if length:
-                segments.append(Segment(kind, start, length, sizes))
-                start += length
-        return cls(tuple(segments))
+        runs: list[tuple[SegmentKind, int] | Grid] = [("text", text_before)]
+        runs += [as_grid(sizes) for sizes in grids]
+        return cls.join([*runs, ("text", text_after), ("pad", padding)])
 
     @property
     def length(self) -> int:
@@ -129,6 +142,24 @@ class Layout:
         """Tokens before the trailing padding."""
         last = self.segments[-1]
         return last.start if last.kind == "pad" else last.stop
+
+    @property
+    def padded_inside(self) -> bool:
+        """Whether there is padding before the last token that is none."""
+        return any(segment.kind == "pad" for segment in self.segments[:-1])
+
+    def valid(self, device: torch.device | str | None = None) -> Bool[Tensor, " length"]:
+        """Which tokens are no padding."""
+        out = torch.ones(self.length, dtype=torch.bool, device=device)
+        for segment in self.segments:
+            if segment.kind == "pad":
+                out[segment.start : segment.stop] = False
+        return out
+
+    def without_padding(self) -> "Layout":
+        """The layout of the tokens that are no padding, in their order."""
+        kept = [s for s in self.segments if s.kind != "pad"]
+        return Layout.join([s.grid or (s.kind, s.length) for s in kept])
 
     @property
     def grids(self) -> tuple[Grid, ...]:

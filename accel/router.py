@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from accel.choice import Choice
@@ -25,6 +25,7 @@ from accel.kernels.arguments import DTYPES, MAX_DIM
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
+from accel.layouts import Layouts, LayoutsLike, Part, parts_of, valid_keys
 from accel.masks import SiteMask, sampled_recall
 from accel.plan import Plan
 from accel.records import Record, Stopwatch, phase_label
@@ -37,6 +38,8 @@ logger = logging.getLogger("accel")
 
 Heads = Float[Tensor, "batch heads tokens dim"]
 KeyHeads = Float[Tensor, "batch kv_heads kv_tokens dim"]
+UNKNOWN = "the layout of the call is unknown; pass layout= to accel.enable"
+Valid = Bool[Tensor, "batch kv_tokens"]
 # Sees every dense call (site, run, q, k, v, out) and may put another output in its place.
 Observer = Callable[[Site, Run, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -48,6 +51,9 @@ class Session:
     guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
         the rest of the run (`accel.guard`). In a run without dense steps a few dense calls are made
         for their times alone.
+
+    check_first_call: the first denoiser call runs dense, and everything runs dense after it unless
+    it met every site once, with as many keys as queries (`unfit` says which not).
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class Session:
         self.records: dict[tuple[str, str], Record] = {}
         self.notices: Counter[str] = Counter()
         self.probe: Counter[str] | None = None
+        self.check_first_call = False
+        self.unfit: str | None = None
         self.observer: Observer | None = None
 
     @contextmanager
@@ -72,18 +80,28 @@ class Session:
         finally:
             self.probe = None
 
-    def begin(self, layout: Layout | None, where: Where | None) -> None:
-        """Called at the start of every denoiser call."""
+    def begin(
+        self, layout: Layouts | LayoutsLike | None, where: Where | None, why: str = UNKNOWN
+    ) -> None:
+        """Called at the start of every denoiser call; why: there is no layout."""
+        if self.check_first_call:
+            if self.probe is None:
+                self.probe = Counter()
+            else:
+                self.unfit = _missed(self.geometry, self.probe)
+                self.probe, self.check_first_call = None, False
         if self.probe is not None:
             return  # a self-check belongs to no run
-        if self._is_new_run(layout, where):
+        layouts = None if layout is None else Layouts.of(layout)
+        if self._is_new_run(layouts, where):
             self.run = Run()
             self.records.clear()
             self.notices.clear()
         elif where is not None and _leaps(self.run.said, where):
             self.run.forget()
         run = self.run
-        run.layout, run.reason = layout or run.layout, None
+        run.begin(layouts)
+        run.reason = None
         if where is not None:
             if run.said is None:
                 self._look_for_sparse_steps(where.total)
@@ -97,8 +115,8 @@ class Session:
             )
             return
         run.phase = self.plan.schedule.phase(where.step, where.total)
-        if layout is None:
-            run.reason = "the layout of the call is unknown; pass layout= to accel.enable"
+        if layout is None or self.unfit:
+            run.reason = self.unfit or why
 
     def _look_for_sparse_steps(self, total: int) -> None:
         """A run too short for its schedule says so at its start."""
@@ -110,15 +128,15 @@ class Session:
                 " more steps"
             )
 
-    def _is_new_run(self, layout: Layout | None, where: Where | None) -> bool:
+    def _is_new_run(self, layouts: Layouts | None, where: Where | None) -> bool:
         """Whether this call belongs to another generation than the one before it.
 
-        The scheduler has other timesteps, the step went back, the number of steps or the layout
+        The scheduler has other timesteps, the step went back, the number of steps or the grids
         changed, or, where no scheduler tells, the first step of a branch is said a second time (a
         run that was interrupted in its first step).
         """
         run, last = self.run, self.run.said
-        if None not in (layout, run.layout) and layout != run.layout:
+        if layouts is not None and run.layouts.grids not in (set(), layouts.grids):
             return True
         if where is None or last is None:
             return False
@@ -136,25 +154,28 @@ class Session:
         v: KeyHeads,
         dense: Callable[[], Heads],
         obstacle: str | None,
+        valid: Valid | None = None,
     ) -> Heads:
         """The output of one site.
 
         dense: the user's own attention, for dense phases; obstacle: what about this call no sparse
-        kernel can do.
+        kernel can do; valid: the keys that its attention mask leaves, where that is such a mask.
         """
         if self.probe is not None:
-            self.probe[site.name] += 1
+            self.probe[site.name] += q.shape[2] == k.shape[2]
             return dense()
         run = self.run
+        run.enter(site.name, q.shape[0])
         obstacle = _refusal(q, k, v) or obstacle
         choices = None
         if not run.phase.dense and run.phase.band is not None:
-            choices = self._sparse_choices(site, run, q, k, obstacle)
+            choices = self._sparse_choices(site, run, q, k, obstacle, valid)
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
         kernel = "dense"
-        if self._is_own(run, obstacle):
-            kernel, dense = self._kernel(site, q), partial(self._own_dense, site, run, q, k, v)
+        if self._is_own(run, obstacle, valid):
+            own = partial(self._own_dense, site, run, valid is not None, q, k, v)
+            kernel, dense = self._kernel(site, q), own
         out = None
         if choices is not None:
             out = self._sparse(site, run, choices, record, q, k, v)
@@ -188,13 +209,22 @@ class Session:
             out = self.observer(site, run, q, k, v, out)
         return out
 
-    def _is_own(self, run: Run, obstacle: str | None) -> bool:
+    def _is_own(self, run: Run, obstacle: str | None, valid: Valid | None) -> bool:
         """Whether dense calls are made by accel's own kernel."""
-        return self.plan.dense == "kernel" and run.where is not None and obstacle is None
+        if self.plan.dense != "kernel" or run.where is None or obstacle is not None:
+            return False
+        # the layout says what an attention mask hides
+        return valid is None or (run.layout is not None and not run.layout.padded_inside)
 
-    def _own_dense(self, site: Site, run: Run, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        mask = self._full_mask(run, q, k)
-        return sparse_attention(q, k, v, mask, precision=self.plan.precision_of(site.name))
+    def _own_dense(
+        self, site: Site, run: Run, masked: bool, q: Heads, k: KeyHeads, v: KeyHeads
+    ) -> Heads:
+        mask, length = self._full_mask(run, q, k), None
+        if masked:
+            assert run.layout is not None
+            length = run.layout.valid_length
+        precision = self.plan.precision_of(site.name)
+        return sparse_attention(q, k, v, mask, kv_length=length, precision=precision)
 
     def _kind(self, site: Site, q: Heads, k: KeyHeads) -> Kind:
         own = self.plan.dense == "kernel"
@@ -212,22 +242,22 @@ class Session:
     ) -> Heads | None:
         """The output of a sparse call; None where every head turns out to be dense."""
         assert run.where is not None
-        stand_ins = run.outputs.stand_ins(choices, site.name, run.where.branch, q, v)
+        stand_ins = run.outputs.stand_ins(choices, site.name, run.branch, q, v)
         if all(c.dense or h in stand_ins.dense for h, c in enumerate(choices)):
             return None
-        chosen = None
+        parts: list[tuple[Part, SiteMask]] = []
         if len(stand_ins.given) < len(choices):
-            chosen = self._mask(site, run, choices, stand_ins.dense, record, q, k, v)
-            if chosen is None:
-                return None
+            for part in parts_of(run.here, q.device):
+                cut = [part.cut(x) for x in (q, k, v)]
+                chosen = self._mask(site, run, part, choices, stand_ins.dense, record, *cut)
+                if chosen is None:
+                    return None
+                parts.append((part, chosen))
         watch = Stopwatch(record, q.device)
-        if chosen is None:
-            out = torch.empty_like(q)
-        else:
-            out = sparse_attention(
-                q,
-                k,
-                v,
+        out = None
+        for part, chosen in parts:
+            result = sparse_attention(
+                *(part.cut(x) for x in (q, k, v)),
                 chosen.mask,
                 rest=chosen.rest,
                 order=chosen.order,
@@ -235,10 +265,16 @@ class Session:
                 precision=self.plan.precision_of(site.name),
             )
             record.kernels.add(self._kernel(site, q))
+            record.keep += chosen.keep / len(parts)
+            if result.shape == q.shape:
+                out = result
+            else:
+                out = torch.empty_like(q) if out is None else out
+                part.put(out, result)
+        out = torch.empty_like(q) if out is None else out
         stand_ins.put(out)
         watch.stop()
         record.calls += 1
-        record.keep += 0.0 if chosen is None else chosen.keep
         record.ratio = self._ratio(site, run, q)
         return out
 
@@ -251,10 +287,16 @@ class Session:
             () if phase.band is None else self.plan.choices(site.name, phase.band) or ()
             for phase in (run.phase, then)
         ]
-        run.outputs.keep(site.name, run.where.branch, out, *choices)
+        run.outputs.keep(site.name, run.branch, out, *choices)
 
     def _sparse_choices(
-        self, site: Site, run: Run, q: Heads, k: KeyHeads, obstacle: str | None
+        self,
+        site: Site,
+        run: Run,
+        q: Heads,
+        k: KeyHeads,
+        obstacle: str | None,
+        valid: Valid | None,
     ) -> tuple[Choice, ...] | None:
         """The choices of a sparse call, or None where the call has to be dense."""
         assert run.phase.band is not None
@@ -264,13 +306,12 @@ class Session:
         reason = run.reason or obstacle
         if reason is None and q.shape[2] != k.shape[2]:
             reason = f"{site.name} has {q.shape[2]} queries and {k.shape[2]} keys"
-        if reason is None and run.layout is not None and run.layout.length != q.shape[2]:
-            grids = " and ".join(map(str, run.layout.grids)) or "no grid"
-            reason = (
-                f"{site.name} has {q.shape[2]} tokens, but the layout ({grids}, with"
-                f" {run.layout.text_tokens} of text) makes {run.layout.length}; pass layout= to"
-                " accel.enable"
-            )
+        reason = reason or _misfit(site, run.here, q)
+        if reason is None and valid is not None and (site.name, run.branch) not in run.explained:
+            if torch.equal(valid, valid_keys(run.here, valid.device).expand_as(valid)):
+                run.explained.add((site.name, run.branch))
+            else:
+                reason = "the call has an attention mask that the layout does not explain"
         ratio = self._ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
@@ -336,6 +377,7 @@ class Session:
         self,
         site: Site,
         run: Run,
+        part: Part,
         choices: tuple[Choice, ...],
         dense: tuple[int, ...],
         record: Record,
@@ -343,14 +385,15 @@ class Session:
         k: KeyHeads,
         v: KeyHeads,
     ) -> SiteMask | None:
-        """The mask of a call; None where every head is dense.
+        """The mask of a part of a call; None where every head is dense.
 
-        dense: heads that are dense in this call, whatever their choice.
+        dense: heads that are dense in this call, whatever their choice; q, k, v: of the part.
         """
-        assert run.layout is not None
-        assert run.where is not None
-        key, found = found_mask(self.plan, run, site, computed(choices), record, q, k, v)
-        looked = (site.name, run.where.branch, phase_label(run.phase.band), run.phase.generation)
+        branch, layout = run.branch + part.name, part.layout
+        key, found = found_mask(
+            self.plan, run, site, branch, layout, computed(choices), record, q, k, v
+        )
+        looked = (site.name, branch, phase_label(run.phase.band), run.phase.generation)
         if looked not in run.recalls:
             floor = self.plan.recall_floor
             watch = Stopwatch(record, q.device, "recall_seconds")
@@ -367,10 +410,35 @@ class Session:
             return None
         if not dense:
             return found
-        key = (*key, dense)
+        key = key._replace(dense=dense)
         if key not in run.masks:
-            run.masks[key] = with_dense_heads(found, dense, run.layout)
+            run.masks[key] = with_dense_heads(found, dense, layout)
         return run.masks[key]
+
+
+def _missed(geometry: Geometry, seen: Counter[str]) -> str | None:
+    wrong = [f"{s.name} ({seen[s.name]} times)" for s in geometry.sites if seen[s.name] != 1]
+    if not wrong:
+        return None
+    return (
+        f"accel does not know a {geometry.model}, and its first call did not use every site that"
+        f" was guessed once, as self-attention: {', '.join(wrong)}"
+    )
+
+
+def _misfit(site: Site, layouts: tuple[Layout, ...], q: Heads) -> str | None:
+    """Where a call has other samples or tokens than its layouts."""
+    if len(layouts) not in (1, q.shape[0]):
+        return f"{site.name} has {q.shape[0]} samples, but layouts for {len(layouts)}"
+    for layout in layouts:
+        if layout.length != q.shape[2]:
+            grids = " and ".join(map(str, layout.grids)) or "no grid"
+            return (
+                f"{site.name} has {q.shape[2]} tokens, but the layout ({grids}, with"
+                f" {layout.text_tokens} of text) makes {layout.length}; pass layout= to"
+                " accel.enable"
+            )
+    return None
 
 
 def _leaps(last: Where | None, where: Where) -> bool:

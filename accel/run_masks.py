@@ -1,7 +1,6 @@
 """The masks of a run: found once, shared where that is right, found anew when they are stale."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,40 +8,42 @@ from torch import Tensor
 from accel.choice import Choice
 from accel.drift import BlockMeans
 from accel.geometry import Site
+from accel.layout import Layout
 from accel.masks import SiteMask, site_mask
 from accel.plan import Plan
 from accel.records import Record, Stopwatch
-from accel.run_state import Run
+from accel.run_state import MaskKey, Run
 
 
 def found_mask(
     plan: Plan,
     run: Run,
     site: Site,
+    branch: str,
+    layout: Layout,
     choices: tuple[Choice, ...],
     record: Record,
     q: Float[Tensor, "batch heads tokens dim"],
     k: Float[Tensor, "batch kv_heads tokens dim"],
     v: Float[Tensor, "batch kv_heads tokens dim"],
-) -> tuple[tuple[Any, ...], SiteMask]:
+) -> tuple[MaskKey, SiteMask]:
     """The mask of a call of `site` and its key in `run.masks`; made where none still holds.
 
     Masks of patterns alone hold for a run, and for all sites and branches with the same choices.
     Those that looked at q and k belong to a site and branch, and hold until the next refresh point
     of the schedule, or until q and k have drifted away.
     """
-    assert run.layout is not None
-    assert run.where is not None
     online = [h for h, c in enumerate(choices) if c.online]
-    owner = (site.name, run.where.branch) if online else None
+    owner = (site.name, branch) if online else None
     generation = run.phase.generation if online else None
-    key = (owner, choices, generation, q.shape[0] if online else None, q.device)
+    batch = q.shape[0] if online else None
+    key = MaskKey(owner, choices, layout, generation, batch, q.device)
     rows = (owner, q.shape[0], q.device)
     chosen = run.masks.get(key)
     bound = plan.schedule.drift
     if online and bound is not None:
         watch = Stopwatch(record, q.device, "check_seconds")
-        means = BlockMeans.of(q, k, plan.block, run.layout.valid_length)
+        means = BlockMeans.of(q, k, plan.block, layout.valid_length)
         if chosen is not None and means.has_left(run.anchors[owner], bound, online):
             chosen = None
             run.lse.pop(rows, None)  # the rows have moved as well
@@ -61,7 +62,7 @@ def found_mask(
             q,
             k,
             v,
-            layout=run.layout,
+            layout=layout,
             block=plan.block,
             lse=lse,
             patterns=run.patterns,
@@ -74,12 +75,11 @@ def found_mask(
 def selected_keeps(run: Run) -> Iterator[tuple[Choice, float]]:
     """What choices that look at q and k keep in the masks that hold now, head by head.
 
-    As they were selected: heads that are dense for their recall are in masks of their own, whose
-    keys are longer.
+    As they were selected: heads that are dense for their recall are in masks of their own.
     """
-    for (owner, choices, *rest), found in run.masks.items():
-        if owner is None or len(rest) > 3:
+    for key, found in run.masks.items():
+        if key.owner is None or key.dense:
             continue
-        for choice, keep in zip(choices, found.mask.keep_per_head().tolist(), strict=True):
+        for choice, keep in zip(key.choices, found.mask.keep_per_head().tolist(), strict=True):
             if choice.online:
                 yield choice, keep

@@ -2,14 +2,17 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from accel.choice import Choice
 from accel.context import Where
 from accel.drift import BlockMeans
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
+from accel.layouts import Layouts
 from accel.masks import SiteMask
 from accel.records import Record
 from accel.schedule import Phase
@@ -18,25 +21,50 @@ from accel.stand_in import Outputs
 UNNAMED_CALLS = 3  # of one step at most: guidance in three directions
 
 
+class MaskKey(NamedTuple):
+    """What a mask was made for.
+
+    owner: site and branch whose queries and keys it looked at, None for patterns alone; dense:
+    heads that are dense in it for their low recall, whatever their choice.
+    """
+
+    owner: tuple[str, str] | None
+    choices: tuple[Choice, ...]
+    layout: Layout
+    generation: int | None
+    batch: int | None
+    device: torch.device
+    dense: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class Run:
     """What one generation keeps between steps. A fresh one replaces it when a run begins.
 
-    where, layout: the last ones known; placed: whether the call of the moment has a place of its
+    where, layouts: the last ones known; placed: whether the call of the moment has a place of its
     own; first_step, first_branches: where the run began.
+    here, layout, branch: of the site that is running: the layouts of its samples, the one of all of
+    them (None where they differ), and the guidance branch; a model that calls a site sample by
+    sample (Mochi) has a branch for each. calls: of the sites in this denoiser call.
     said: the last place as it was given; turns: calls of its step so far, by branch.
     anchors: means of the blocks that the masks of a site and branch were made for; weak: heads
-    under the plan's floor of recall, while their mask lives; off: sites that were measured to be
+    under the plan's floor of recall, while their mask lives; explained: sites and branches whose
+    attention mask was seen to be the padding of their layout; off: sites that were measured to be
     slower than dense, with the reason; dense_alike: dense calls that were made for their times
     alone, by kind of site; outputs: what later calls take over.
     """
 
     where: Where | None = None
+    layouts: Layouts = field(default_factory=Layouts)
+    here: tuple[Layout, ...] = ()
     layout: Layout | None = None
+    branch: str = ""
+    calls: Counter[str] = field(default_factory=Counter)
     placed: bool = False
     phase: Phase = field(default_factory=lambda: Phase(None, 0))
     reason: str | None = None
-    masks: dict[Any, SiteMask] = field(default_factory=dict)
+    masks: dict["MaskKey", SiteMask] = field(default_factory=dict)
+    explained: set[tuple[str, str]] = field(default_factory=set)
     full: dict[Any, BlockMask] = field(default_factory=dict)
     patterns: dict[Any, Tensor] = field(default_factory=dict)
     lse: dict[Any, dict[int, Tensor]] = field(default_factory=dict)
@@ -66,9 +94,25 @@ class Run:
         if where.step == self.first_step:
             self.first_branches.add(self.where.branch)
 
+    def begin(self, layouts: Layouts | None) -> None:
+        """A call of the denoiser begins; None leaves the layouts as they were."""
+        self.layouts = layouts or self.layouts
+        self.layout = self.layouts.first if self.layouts != Layouts() else None
+        self.calls.clear()
+
+    def enter(self, site: str, batch: int) -> None:
+        """A site is called, with `batch` samples."""
+        turn, here = self.calls[site], self.layouts.at(site)
+        self.calls[site] += 1
+        self.here = here[turn : turn + 1] if batch == 1 < len(here) else here
+        self.layout = self.here[0] if len(self.here) == 1 else None
+        self.branch = "" if self.where is None else self.where.branch
+        if turn:
+            self.branch += f"@{turn}"
+
     def forget(self) -> None:
         """Let go of what was found in the queries and keys of earlier steps."""
-        self.masks = {key: mask for key, mask in self.masks.items() if key[0] is None}
+        self.masks = {key: mask for key, mask in self.masks.items() if key.owner is None}
         for found in (self.lse, self.recalls, self.weak, self.anchors):
             found.clear()
         self.outputs = Outputs()
@@ -77,7 +121,7 @@ class Run:
 
     def let_go(self, owner: tuple[str, str]) -> None:
         """Drop the masks of a site and branch, and what was seen of them."""
-        self.masks = {key: mask for key, mask in self.masks.items() if key[0] != owner}
+        self.masks = {key: mask for key, mask in self.masks.items() if key.owner != owner}
         for seen in (self.recalls, self.weak):
             for key in [key for key in seen if key[:2] == owner]:
                 del seen[key]

@@ -1,6 +1,7 @@
 """What accel has to know of a kind of model: about ten lines each, found by the model's class."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,31 +11,74 @@ from torch import Tensor, nn
 from accel.errors import UnsupportedModelError, nearest
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
+from accel.layouts import Layouts, LayoutsLike
 
 T = TypeVar("T")
+Call = Mapping[str, Any]
+
+
+def heads_of(module: nn.Module) -> tuple[int, int]:
+    """(heads, head dim) of an attention module, as diffusers' classes have them."""
+    heads: int = module.heads  # type: ignore[assignment]
+    dim = getattr(module, "head_dim", None) or module.inner_dim // heads  # type: ignore[operator]
+    return heads, dim
+
+
+def output_projection(model: nn.Module, name: str) -> Tensor:
+    """The weight that follows a site's heads, [features, heads * dim].
+
+    Blocks that compute attention and feed-forward side by side (Flux's single blocks) have one for
+    both, whose first columns are attention's.
+    """
+    module = model.get_submodule(name)
+    out = getattr(module, "to_out", None)
+    if out is None:
+        out = getattr(model.get_submodule(name.rpartition(".")[0]), "proj_out", None)
+    weight = getattr(
+        out[0] if isinstance(out, nn.ModuleList | nn.Sequential) else out, "weight", None
+    )
+    if weight is None:
+        raise UnsupportedModelError(f"the output projection of {name} was not found")
+    heads, dim = heads_of(module)
+    return weight[:, : heads * dim]
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """A kind of denoiser.
 
-    classes: class names it serves. is_site: whether a module (by name) is a self- or
-    joint-attention of a block. heads: (heads, head dim) of such a module. first: name of the
-    argument that holds the visual tokens. layout: the layout of a call, from the model and that
-    tensor. projection: weight of a site's output projection, [features, heads * dim].
-    probe: small inputs for one forward, for the self-check.
+    classes: class names it serves.
+    sites: a regular expression that the name of every self- or joint-attention of a block matches
+        in full, and no other module's.
+    layout: the layout of a call, from the model and the arguments that it reads: one for all, one
+        for each sample of the batch, or by site (`accel.layouts`); or why it is unknown, as a text.
+    first: the argument that holds the visual tokens. reads: others that the layout depends on by
+        their shape (tensors) or value (whole numbers, and lists of them); contents: those whose
+        elements it looks at, masks and positions. A layout is read anew when one of these changes.
+    probe: small inputs for one forward, for the self-check; None: the first call is the check.
+    heads, projection: (heads, head dim) of a site's module, and the weight that follows it.
+    vector_masks: its processors make matrices of masks of keys (`accel.key_padding`).
     """
 
     classes: tuple[str, ...]
-    is_site: Callable[[str, nn.Module], bool]
-    heads: Callable[[nn.Module], tuple[int, int]]
-    first: str
-    layout: Callable[[nn.Module, Tensor], Layout]
-    projection: Callable[[nn.Module], Tensor]
-    probe: Callable[[nn.Module], dict[str, Any]]
+    sites: str
+    layout: Callable[[nn.Module, Call], Layouts | LayoutsLike | str]
+    probe: Callable[[nn.Module], dict[str, Any]] | None
+    first: str = "hidden_states"
+    reads: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
+    heads: Callable[[nn.Module], tuple[int, int]] = heads_of
+    projection: Callable[[nn.Module, str], Tensor] = output_projection
+    vector_masks: bool = False
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Every argument that the layout depends on."""
+        return (self.first, *self.reads, *self.contents)
 
 
 _ADAPTERS: list[Adapter] = []
+_REFUSED: dict[str, str] = {}
 
 
 def register(adapter: Adapter) -> Adapter:
@@ -45,19 +89,43 @@ def register(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter of a model, by its class or one of its bases."""
-    import accel.pipelines.video_dit  # noqa: F401  registers its adapters
+def refuse(reason: str, *classes: str) -> None:
+    """Name classes of models that accel has nothing for, and why."""
+    _REFUSED.update(dict.fromkeys(classes, reason))
 
+
+def known_classes() -> tuple[str, ...]:
+    """The class names that have an adapter."""
+    _register_all()
+    return tuple(name for adapter in _ADAPTERS for name in adapter.classes)
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of a model, by its class or one of its bases, else a guess (`generic`).
+
+    Raises UnsupportedModelError for what accel has nothing for.
+    """
+    from accel.pipelines.generic import guess
+
+    known = known_classes()
     names = [cls.__name__ for cls in type(model).__mro__]
     for name in names:
+        if name in _REFUSED:
+            raise UnsupportedModelError(f"accel does nothing for a {names[0]}: {_REFUSED[name]}")
         for adapter in _ADAPTERS:
             if name in adapter.classes:
                 return adapter
-    known = [name for adapter in _ADAPTERS for name in adapter.classes]
-    raise UnsupportedModelError(
-        f"accel has no attention sites in a {names[0]}; {nearest(names[0], known)}"
-    )
+    adapter = guess(model)
+    if adapter is None:
+        raise UnsupportedModelError(
+            f"accel has no attention sites in a {names[0]}; {nearest(names[0], known)}"
+        )
+    return adapter
+
+
+def _register_all() -> None:
+    import accel.pipelines.dit
+    import accel.pipelines.video_dit  # noqa: F401  both register their adapters
 
 
 def denoisers_of(target: Any) -> list[nn.Module]:
@@ -90,7 +158,7 @@ def sites_of(model: nn.Module) -> dict[Site, nn.Module]:
     sites = {
         Site(name, *adapter.heads(module)): module
         for name, module in model.named_modules()
-        if adapter.is_site(name, module)
+        if re.fullmatch(adapter.sites, name)
     }
     if not sites:
         raise UnsupportedModelError(f"this {type(model).__name__} has no block with self-attention")
@@ -103,14 +171,22 @@ def geometry_of(target: Any, layout: Layout | None = None) -> Geometry:
     return Geometry(type(model).__name__, tuple(sites_of(model)), layout)
 
 
-def self_check_inputs(model: nn.Module) -> dict[str, Any]:
-    """Small inputs of the model's own dtype and device, for one forward."""
+def self_check_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Small inputs of the model's own dtype and device, for one forward; None where there are
+    none.
+    """
+    probe = adapter_of(model).probe
+    if probe is None:
+        return None
     weight = next(model.parameters())
     # diffusers keeps some parameters in float32; the model says what it takes
     dtype = getattr(model, "dtype", weight.dtype)
-    return {
-        name: value.to(weight.device, dtype if value.is_floating_point() else value.dtype)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in adapter_of(model).probe(model).items()
-    }
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(placed(item) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(weight.device, dtype if value.is_floating_point() else value.dtype)
+
+    return {name: placed(value) for name, value in probe(model).items()}

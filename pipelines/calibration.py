@@ -98,7 +98,7 @@ def calibrate(
             "calibration": Calibrator(
                 profile,
                 asked,
-                {site.name: projection(module).detach() for site, module in sites.items()},
+                {site.name: projection(model, site.name).detach() for site in sites},
                 rows=rows,
                 prices=prices,
                 branches=branches,

@@ -119,7 +119,7 @@ class Calibrator:
             self.progress()
         self._first = where.branch if self._first is None else self._first
         self.profile.layout = layout
-        key = (site.name, where.branch)
+        key = (site.name, run.branch)
         result = out
         if band is not None:
             result = self._in_band((band, run.phase.generation), site, run, q, k, v, out)
@@ -148,7 +148,7 @@ class Calibrator:
         where, layout = run.where, run.layout
         assert where is not None
         assert layout is not None
-        key, leads = (site.name, where.branch), where.branch == self._first
+        key, leads = (site.name, run.branch), where.branch == self._first
         counts = leads or self.branches == "all"
         held = self._held.get(key)
         begins = held is None or held.since != since

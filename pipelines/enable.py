@@ -3,10 +3,11 @@
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from accel.context import locate
 from accel.errors import AccelError, MissedSiteError, PlanError, nearest
 from accel.geometry import Geometry
 from accel.intercept import REDUCE, Entry, Interception, copy_plainly
-from accel.layout import Layout
+from accel.layouts import Layouts, LayoutsLike
 from accel.pipelines.adapters import (
     adapter_of,
     denoisers_of,
@@ -27,6 +28,7 @@ from accel.pipelines.adapters import (
     sites_of,
 )
 from accel.pipelines.announce import announce
+from accel.pipelines.call_reader import CallReader
 from accel.plan import Plan
 from accel.plan_hub import HUB_FILE, looks_like_repository
 from accel.recipes import RECIPES, recipe
@@ -39,7 +41,7 @@ __all__ = ["HUB_FILE", "disable", "enable", "enabled", "session_of", "summary"]
 
 T = TypeVar("T")
 PlanLike = Plan | str | os.PathLike[str] | Mapping[str, Any]
-LayoutLike = Layout | Callable[[nn.Module, Tensor], Layout] | None
+LayoutLike = LayoutsLike | Callable[[nn.Module, Mapping[str, Any]], LayoutsLike] | None
 
 HANDLE = "_accel"
 CONTEXT = "cache_context"
@@ -61,9 +63,11 @@ def enable(
         pipeline with two denoisers a mapping {"transformer": plan, "transformer_2": plan} gives
         each its own; one plan serves both.
     strict: whatever would run dense with a notice is an error instead.
-    layout: the layout of a call, or a function (model, first tensor) -> layout, for a model whose
-        tokens accel would misread.
-    check: run one small forward and see that every site is taken exactly once.
+    layout: for a model whose tokens accel does not know or would misread: the layout of a call, a
+        list with one for each sample, a mapping from sites to theirs, or a function (model,
+        arguments of the call by name) that gives one of these.
+    check: run one small forward and see that every site is taken exactly once; of a model that
+        accel does not know, the first call of a run is looked at instead.
     guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
         the rest of the run, with a notice (`accel.guard`). In a run without dense steps three dense
         calls are timed beside the first sparse ones to judge by. What is turned off depends on the
@@ -78,8 +82,8 @@ def enable(
     """
     named = named_denoisers(target)
     models = list(named.values())
-    if layout is not None and not isinstance(layout, Layout) and not callable(layout):
-        raise AccelError(f"layout is an accel.Layout or a function that gives one, not {layout!r}")
+    if layout is not None and not callable(layout):
+        _layouts(layout)
     if isinstance(plan, Mapping) and sorted(plan) != sorted(named):
         raise PlanError(f"plans must be given for {sorted(named)}, got {sorted(plan)}")
     chosen = [
@@ -194,8 +198,10 @@ class Handle:
         self._context: Any = None
         self.settings = settings
         self.first = self._adapter.first
+        self.names = tuple(n for n in signature(type(model).forward).parameters if n != "self")
+        self._reader = CallReader(self._adapter)
         self.entry = Entry(self._begin)
-        self._interception = Interception(self.session, self._sites)
+        self._interception = self._intercept()
         self._pre_hook = model.register_forward_pre_hook(_on_call, with_kwargs=True)
         if hasattr(model, CONTEXT):
             model.__dict__[CONTEXT] = self._listening(getattr(model, CONTEXT))
@@ -205,6 +211,9 @@ class Handle:
     @property
     def session(self) -> Session:
         return self.settings.session
+
+    def _intercept(self) -> Interception:
+        return Interception(self.session, self._sites, vector_masks=self._adapter.vector_masks)
 
     def use(self, settings: Settings) -> None:
         """Go on with another plan; compiled graphs stay valid."""
@@ -232,20 +241,38 @@ class Handle:
 
         return cache_context
 
-    def _begin(self, first: Tensor) -> None:
+    def reads(self) -> tuple[str, ...]:
+        """The arguments of a call that its layout is read from."""
+        return self.names if callable(self.settings.layout) else self._adapter.arguments
+
+    def _begin(self, values: Sequence[Any]) -> None:
         if not self._interception.intact:
             logger.warning(
                 "attention processors were replaced after accel.enable; taking them again"
             )
             self._interception.undo()
-            self._interception = Interception(self.session, self._sites)
-        read = self.settings.layout or self._adapter.layout
-        layout = read if isinstance(read, Layout) else read(self._model, first)
-        if layout is not None and not isinstance(layout, Layout):
-            raise AccelError(
-                f"the function given as layout= must give a Layout, not {layout!r:.80}"
-            )
-        self.session.begin(layout, locate(self._context, self.settings.scheduler()))
+            self._interception = self._intercept()
+        given, call = self.settings.layout, dict(zip(self.reads(), values, strict=True))
+        layouts: Layouts | str
+        if given is None:
+            layouts = self._reader.layouts(self._model, call)
+        else:
+            layouts = _layouts(given(self._model, call) if callable(given) else given)
+        where = locate(self._context, self.settings.scheduler())
+        if isinstance(layouts, str):
+            self.session.begin(None, where, layouts)
+        else:
+            self.session.begin(layouts, where)
+
+
+def _layouts(given: Any) -> Layouts:
+    try:
+        return Layouts.of(given)
+    except TypeError:
+        raise AccelError(
+            "layout= is an accel.Layout, a list of them, a mapping from sites to them, or a"
+            f" function that gives one of these, not {given!r:.80}"
+        ) from None
 
 
 def _on_call(
@@ -255,15 +282,31 @@ def _on_call(
     handle = getattr(module, HANDLE, None)
     if handle is None:
         return None
-    if handle.first in kwargs:
-        return args, {**kwargs, handle.first: handle.entry(kwargs[handle.first])}
-    if not args:
+    call = {**dict(zip(handle.names, args, strict=False)), **kwargs}
+    first = call.get(handle.first)
+    if first is None:
         return None  # the model says itself what it lacks
-    return (handle.entry(args[0]), *args[1:]), kwargs
+    values = [call.get(name) for name in handle.reads()]
+    # a list of tensors, one for each sample, is entered by its first
+    passed: Any = _passed(handle.entry, first, values)
+    if handle.first in kwargs:
+        return args, {**kwargs, handle.first: passed}
+    place = handle.names.index(handle.first)
+    return (*args[:place], passed, *args[place + 1 :]), kwargs
+
+
+def _passed(entry: Entry, first: Any, values: Sequence[Any]) -> Any:
+    if isinstance(first, Tensor):
+        return entry(first, values)
+    return [_passed(entry, first[0], values), *first[1:]]
 
 
 def _self_check(handle: Handle, model: nn.Module) -> None:
     """One small dense forward must meet every site exactly once."""
+    inputs = self_check_inputs(model)
+    if inputs is None:
+        handle.session.check_first_call = True
+        return
     # a cache that is enabled on the model asks for a context
     cached = getattr(model, "is_cache_enabled", False)
     context = getattr(model, CONTEXT)("accel") if cached else nullcontext()
@@ -273,7 +316,7 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
         torch.compiler.set_stance("force_eager"),
         context,
     ):
-        model(**self_check_inputs(model))
+        model(**inputs)
     if cached:
         # it would answer the next check, or begin the next run
         model._reset_stateful_cache()  # type: ignore[operator]

@@ -70,7 +70,7 @@ def test_bad_segments_are_named():
     text, pad = Segment("text", 0, 4), Segment("pad", 4, 2)
     with pytest.raises(ValueError, match="starts at token 6, but the one before it ends at 4"):
         Layout((text, Segment("text", 6, 1)))
-    with pytest.raises(ValueError, match="padding must be last"):
+    with pytest.raises(ValueError, match="PLACEHOLDER"):
         Layout((text, pad, Segment("text", 6, 1)))
     with pytest.raises(ValueError, match="makes 105 tokens, not 104"):
         Segment("grid", 0, 104, (5, 7, 3))
