@@ -248,8 +248,8 @@ class Session:
         parts: list[tuple[Part, SiteMask]] = []
         if len(stand_ins.given) < len(choices):
             for part in parts_of(run.here, q.device):
-                cut = [part.cut(x) for x in (q, k, v)]
-                chosen = self._mask(site, run, part, choices, stand_ins.dense, record, *cut)
+                of_part = (part.cut(q), part.cut(k), part.cut(v))
+                chosen = self._mask(site, run, part, choices, stand_ins.dense, record, *of_part)
                 if chosen is None:
                     return None
                 parts.append((part, chosen))
@@ -257,7 +257,9 @@ class Session:
         out = None
         for part, chosen in parts:
             result = sparse_attention(
-                *(part.cut(x) for x in (q, k, v)),
+                part.cut(q),
+                part.cut(k),
+                part.cut(v),
                 chosen.mask,
                 rest=chosen.rest,
                 order=chosen.order,

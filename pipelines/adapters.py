@@ -17,11 +17,10 @@ T = TypeVar("T")
 Call = Mapping[str, Any]
 
 
-def heads_of(module: nn.Module) -> tuple[int, int]:
+def heads_of(module: Any) -> tuple[int, int]:
     """(heads, head dim) of an attention module, as diffusers' classes have them."""
-    heads: int = module.heads  # type: ignore[assignment]
-    dim = getattr(module, "head_dim", None) or module.inner_dim // heads  # type: ignore[operator]
-    return heads, dim
+    dim = getattr(module, "head_dim", None) or module.inner_dim // module.heads
+    return module.heads, dim
 
 
 def output_projection(model: nn.Module, name: str) -> Tensor:
@@ -62,12 +61,12 @@ class Adapter:
 
     classes: tuple[str, ...]
     sites: str
-    layout: Callable[[nn.Module, Call], Layouts | LayoutsLike | str]
-    probe: Callable[[nn.Module], dict[str, Any]] | None
+    layout: Callable[[Any, Call], Layouts | LayoutsLike | str]
+    probe: Callable[[Any], dict[str, Any]] | None
     first: str = "hidden_states"
     reads: tuple[str, ...] = ()
     contents: tuple[str, ...] = ()
-    heads: Callable[[nn.Module], tuple[int, int]] = heads_of
+    heads: Callable[[Any], tuple[int, int]] = heads_of
     projection: Callable[[nn.Module, str], Tensor] = output_projection
     vector_masks: bool = False
 
@@ -115,12 +114,12 @@ def adapter_of(model: nn.Module) -> Adapter:
         for adapter in _ADAPTERS:
             if name in adapter.classes:
                 return adapter
-    adapter = guess(model)
-    if adapter is None:
+    guessed = guess(model)
+    if guessed is None:
         raise UnsupportedModelError(
             f"accel has no attention sites in a {names[0]}; {nearest(names[0], known)}"
         )
-    return adapter
+    return guessed
 
 
 def _register_all() -> None:

@@ -4,7 +4,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel.layout import Grid, Layout
 from accel.layouts import Layouts
@@ -21,12 +21,12 @@ refuse(
 )
 
 
-def _image_alone(model: nn.Module, call: Call) -> Layout:
+def _image_alone(model: Any, call: Call) -> Layout:
     """DiT, PixArt: text is cross-attended, or there is none."""
     return Layout.of(image_grid(model, call["hidden_states"]))
 
 
-def _flux(model: nn.Module, call: Call) -> Layout | str:
+def _flux(model: Any, call: Call) -> Layout | str:
     """Flux, Flux2: [text, image, reference images] (Kontext, Flux2) in both kinds of block."""
     found = image_and_rest(call["img_ids"])
     if isinstance(found, str):
@@ -35,16 +35,16 @@ def _flux(model: nn.Module, call: Call) -> Layout | str:
     return Layout.join([("text", text), grid, ("reference", rest)])
 
 
-def _sd3(model: nn.Module, call: Call) -> Layouts:
+def _sd3(model: Any, call: Call) -> Layouts:
     """SD3: [image, text]; the second attention of SD3.5's dual blocks has the image alone."""
     grid = image_grid(model, call["hidden_states"])
     joint = Layout.of(grid, text_after=call["encoder_hidden_states"].shape[1])
-    dual = model.config.dual_attention_layers or ()  # type: ignore[union-attr]
-    alone = {f"transformer_blocks.{i}.attn2": Layout.of(grid) for i in dual}  # type: ignore[union-attr]
+    dual = model.config.dual_attention_layers or ()
+    alone = {f"transformer_blocks.{i}.attn2": Layout.of(grid) for i in dual}
     return Layouts((joint,), alone)
 
 
-def _qwen(model: nn.Module, call: Call) -> list[Layout] | str:
+def _qwen(model: Any, call: Call) -> list[Layout] | str:
     """QwenImage: [text, padding, image, reference images], in layers several generated images.
 
     img_shapes: for each sample its (frames, rows, columns); for editing, references come after.
@@ -57,16 +57,16 @@ def _qwen(model: nn.Module, call: Call) -> list[Layout] | str:
     layouts = []
     for sample, text in enumerate(texts):
         images = shapes[sample % len(shapes)]
-        grids: list[Grid] = [images] if isinstance(images[0], int) else list(images)
+        images = [images] if isinstance(images[0], int) else images
+        grids: list[Grid] = [(t, h, w) for t, h, w in images]
         layered = getattr(model.config, "use_layer3d_rope", False)
         generated = len(grids) - 1 if layered else 1
         rest = sum(prod(grid) for grid in grids[generated:])
-        runs = [*text, *map(tuple, grids[:generated]), ("reference", rest)]
-        layouts.append(Layout.join(runs))
+        layouts.append(Layout.join([*text, *grids[:generated], ("reference", rest)]))
     return layouts
 
 
-def _z_image(model: nn.Module, call: Call) -> list[Layout] | str:
+def _z_image(model: Any, call: Call) -> list[Layout] | str:
     """Z-Image: [image, filling, caption, filling, padding to the longest of the batch].
 
     What fills up image and caption are learned tokens that are attended, as text is.
@@ -90,13 +90,13 @@ def patched_image(x: Tensor, f: int, p: int) -> Grid:
     return x.shape[1] // f, x.shape[2] // p, x.shape[3] // p
 
 
-def _hidream(model: nn.Module, call: Call) -> Layout | str:
+def _hidream(model: Any, call: Call) -> Layout | str:
     """HiDream: [image, what it is filled up with where it is not square, text].
 
     text: T5's, the last layer of Llama's, and that of the block. Filling is attended (its keys are
     zero, which is no mask), so it counts as text.
     """
-    config: Any = model.config
+    config = model.config
     x, t5, llama = (
         call[name]
         for name in ("hidden_states", "encoder_hidden_states_t5", "encoder_hidden_states_llama3")
@@ -109,23 +109,23 @@ def _hidream(model: nn.Module, call: Call) -> Layout | str:
     return Layout.of(grid, text_after=filling + t5.shape[1] + 2 * llama.shape[-2])
 
 
-def _auraflow(model: nn.Module, call: Call) -> Layout:
+def _auraflow(model: Any, call: Call) -> Layout:
     """AuraFlow: [register tokens, text, image]."""
-    registers: int = model.register_tokens.shape[1]  # type: ignore[assignment,union-attr,index]
+    registers: int = model.register_tokens.shape[1]
     text = registers + call["encoder_hidden_states"].shape[1]
     return Layout.of(image_grid(model, call["hidden_states"]), text_before=text)
 
 
-def _lumina2(model: nn.Module, call: Call) -> list[Layout]:
+def _lumina2(model: Any, call: Call) -> list[Layout]:
     """Lumina2: [caption, image, padding]: a sample's image follows its own caption at once."""
     grid = image_grid(model, call["hidden_states"])
     captions = call["encoder_attention_mask"].sum(1).tolist()
     return [Layout.of(grid, text_before=n, padding=max(captions) - n) for n in captions]
 
 
-def _lumina2_heads(module: nn.Module) -> tuple[int, int]:
-    heads: int = module.heads  # type: ignore[assignment]
-    return heads, module.to_q.out_features // heads  # type: ignore[union-attr,operator,return-value]
+def _lumina2_heads(module: Any) -> tuple[int, int]:
+    heads: int = module.heads
+    return heads, module.to_q.out_features // heads
 
 
 def _image(config: Any, channels: int | None = None) -> Tensor:
@@ -140,8 +140,8 @@ def _ids(*axes: int, width: int) -> Tensor:
     return ids
 
 
-def _flux_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _flux_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     axes = len(config.axes_dims_rope)
     return {
         "hidden_states": torch.zeros(1, 6, config.in_channels),
@@ -153,13 +153,13 @@ def _flux_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _pooled_flux_probe(model: nn.Module) -> dict[str, Any]:
-    pooled = torch.zeros(1, model.config.pooled_projection_dim)  # type: ignore[union-attr,arg-type]
+def _pooled_flux_probe(model: Any) -> dict[str, Any]:
+    pooled = torch.zeros(1, model.config.pooled_projection_dim)
     return {**_flux_probe(model), "pooled_projections": pooled}
 
 
-def _sd3_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _sd3_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     return {
         "hidden_states": _image(config),
         "encoder_hidden_states": torch.zeros(1, 2, config.joint_attention_dim),
@@ -168,8 +168,8 @@ def _sd3_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _qwen_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _qwen_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     return {
         "hidden_states": torch.zeros(1, 6, config.in_channels),
         "encoder_hidden_states": torch.zeros(1, 2, config.joint_attention_dim),
@@ -182,8 +182,8 @@ def _qwen_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _pixart_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _pixart_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     size = {"resolution": torch.ones(1, 2), "aspect_ratio": torch.ones(1, 1)}
     extra = size if model.use_additional_conditions else dict.fromkeys(size)
     return {
@@ -194,13 +194,13 @@ def _pixart_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _dit_probe(model: nn.Module) -> dict[str, Any]:
+def _dit_probe(model: Any) -> dict[str, Any]:
     zero = torch.zeros(1, dtype=torch.long)
     return {"hidden_states": _image(model.config), "timestep": zero, "class_labels": zero}
 
 
-def _z_image_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _z_image_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     p, f = config.all_patch_size[0], config.all_f_patch_size[0]
     return {
         "x": [torch.zeros(config.in_channels, f, 2 * p, 3 * p)],
@@ -211,8 +211,8 @@ def _z_image_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _hidream_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _hidream_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     t5, llama = config.caption_channels
     return {
         "hidden_states": _image(config),
@@ -223,8 +223,8 @@ def _hidream_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _auraflow_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _auraflow_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     return {
         "hidden_states": _image(config),
         "encoder_hidden_states": torch.zeros(1, 2, config.joint_attention_dim),
@@ -232,8 +232,8 @@ def _auraflow_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _lumina2_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _lumina2_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     return {
         "hidden_states": _image(config),
         "timestep": torch.zeros(1),

@@ -196,9 +196,9 @@ class Handle:
         self._sites = sites_of(model)
         self._adapter = adapter_of(model)
         self._context: Any = None
-        self.settings = settings
         self.first = self._adapter.first
         self.names = tuple(n for n in signature(type(model).forward).parameters if n != "self")
+        self._settings(settings)
         self._reader = CallReader(self._adapter)
         self.entry = Entry(self._begin)
         self._interception = self._intercept()
@@ -215,9 +215,14 @@ class Handle:
     def _intercept(self) -> Interception:
         return Interception(self.session, self._sites, vector_masks=self._adapter.vector_masks)
 
+    def _settings(self, settings: Settings) -> None:
+        self.settings = settings
+        # the arguments of a call that its layout is read from; a function may want any of them
+        self.reads = self.names if callable(settings.layout) else self._adapter.arguments
+
     def use(self, settings: Settings) -> None:
         """Go on with another plan; compiled graphs stay valid."""
-        self.settings = settings
+        self._settings(settings)
         self._interception.serve(settings.session)
 
     def remove(self) -> None:
@@ -241,10 +246,6 @@ class Handle:
 
         return cache_context
 
-    def reads(self) -> tuple[str, ...]:
-        """The arguments of a call that its layout is read from."""
-        return self.names if callable(self.settings.layout) else self._adapter.arguments
-
     def _begin(self, values: Sequence[Any]) -> None:
         if not self._interception.intact:
             logger.warning(
@@ -252,7 +253,7 @@ class Handle:
             )
             self._interception.undo()
             self._interception = self._intercept()
-        given, call = self.settings.layout, dict(zip(self.reads(), values, strict=True))
+        given, call = self.settings.layout, dict(zip(self.reads, values, strict=True))
         layouts: Layouts | str
         if given is None:
             layouts = self._reader.layouts(self._model, call)
@@ -286,7 +287,7 @@ def _on_call(
     first = call.get(handle.first)
     if first is None:
         return None  # the model says itself what it lacks
-    values = [call.get(name) for name in handle.reads()]
+    values = [call.get(name) for name in handle.reads]
     # a list of tensors, one for each sample, is entered by its first
     passed: Any = _passed(handle.entry, first, values)
     if handle.first in kwargs:

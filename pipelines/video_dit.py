@@ -5,61 +5,60 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 
 from accel.layout import Layout
 from accel.pipelines.adapters import Adapter, Call, register
 from accel.pipelines.token_order import patched
 
 
-def _video_alone(model: nn.Module, call: Call) -> Layout:
+def _video_alone(model: Any, call: Call) -> Layout:
     """Wan, Cosmos: [batch, channels, t, h, w] in patches of (t, h, w); text is cross-attended."""
-    return Layout.of(patched(call["hidden_states"].shape, model.config.patch_size))  # type: ignore[union-attr,arg-type]
+    return Layout.of(patched(call["hidden_states"].shape, model.config.patch_size))
 
 
-def _hunyuan(model: nn.Module, call: Call) -> list[Layout]:
+def _hunyuan(model: Any, call: Call) -> list[Layout]:
     """HunyuanVideo: [video, text, padding of the text]; a sample's mask counts its text."""
     config, mask = model.config, call["encoder_attention_mask"]
-    p = config.patch_size  # type: ignore[union-attr]
-    grid = patched(call["hidden_states"].shape, (config.patch_size_t, p, p))  # type: ignore[union-attr,arg-type]
+    p = config.patch_size
+    grid = patched(call["hidden_states"].shape, (config.patch_size_t, p, p))
     valid = mask.sum(1).int().tolist()
     return [Layout.of(grid, text_after=n, padding=mask.shape[1] - n) for n in valid]
 
 
-def _hunyuan15(model: nn.Module, call: Call) -> list[Layout]:
+def _hunyuan15(model: Any, call: Call) -> list[Layout]:
     """HunyuanVideo 1.5: [video, condition image, ByT5's text, the other text, all their padding].
 
     Image embeddings of zeros (text to video) are padding.
     """
     config = model.config
-    p = config.patch_size  # type: ignore[union-attr]
-    grid = patched(call["hidden_states"].shape, (config.patch_size_t, p, p))  # type: ignore[union-attr,arg-type]
+    p = config.patch_size
+    grid = patched(call["hidden_states"].shape, (config.patch_size_t, p, p))
     masks = [call["encoder_attention_mask"], call["encoder_attention_mask_2"]]
     image = call["image_embeds"]
     seen = 0 if bool((image == 0).all()) else image.shape[1]
     whole = sum(mask.shape[1] for mask in masks) + image.shape[1]
-    valid = [seen + int(n) for n in sum(mask.bool().sum(1) for mask in masks).tolist()]  # type: ignore[union-attr]
+    valid = [seen + int(n) for n in sum(mask.bool().sum(1) for mask in masks).tolist()]
     return [Layout.of(grid, text_after=n, padding=whole - n) for n in valid]
 
 
-def _cogvideox(model: nn.Module, call: Call) -> Layout:
+def _cogvideox(model: Any, call: Call) -> Layout:
     """CogVideoX: [text, video]; latents [batch, t, channels, h, w], in 1.5 patched in time."""
-    config: Any = model.config
+    config = model.config
     b, t, _, h, w = call["hidden_states"].shape
     patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
     text = call["encoder_hidden_states"].shape[1]
     return Layout.of(patched((b, t, h, w), patch), text_before=text)
 
 
-def _mochi(model: nn.Module, call: Call) -> list[Layout]:
+def _mochi(model: Any, call: Call) -> list[Layout]:
     """Mochi: [video, text]; it calls attention sample by sample, and leaves padding out itself."""
-    p = model.config.patch_size  # type: ignore[union-attr]
-    grid = patched(call["hidden_states"].shape, (1, p, p))  # type: ignore[arg-type]
+    p = model.config.patch_size
+    grid = patched(call["hidden_states"].shape, (1, p, p))
     valid = call["encoder_attention_mask"].bool().sum(1).tolist()
     return [Layout.of(grid, text_after=n) for n in valid]
 
 
-def _ltx(model: nn.Module, call: Call) -> Layout | str:
+def _ltx(model: Any, call: Call) -> Layout | str:
     """LTX, LTX2's video: tokens [batch, t * h * w, channels], whose grid is given beside them."""
     grid = tuple(call[name] for name in ("num_frames", "height", "width"))
     tokens = call["hidden_states"].shape[1]
@@ -71,25 +70,25 @@ def _ltx(model: nn.Module, call: Call) -> Layout | str:
     return Layout.of(grid)
 
 
-def _latte(model: nn.Module, call: Call) -> dict[str, Layout]:
+def _latte(model: Any, call: Call) -> dict[str, Layout]:
     """Latte: attention over the h * w tokens of a frame, and over the t frames of a token."""
-    p = model.config.patch_size  # type: ignore[union-attr]
-    t, h, w = patched(call["hidden_states"].shape, (1, p, p))  # type: ignore[arg-type]
+    p = model.config.patch_size
+    t, h, w = patched(call["hidden_states"].shape, (1, p, p))
     space, time = Layout.of((1, h, w)), Layout.of((t, 1, 1))
-    blocks = range(len(model.transformer_blocks))  # type: ignore[arg-type]
+    blocks = range(len(model.transformer_blocks))
     return {f"transformer_blocks.{i}.attn1": space for i in blocks} | {
         f"temporal_transformer_blocks.{i}.attn1": time for i in blocks
     }
 
 
-def _latents(model: nn.Module, patch: Sequence[int]) -> torch.Tensor:
+def _latents(model: Any, patch: Sequence[int]) -> torch.Tensor:
     t, h, w = patch
-    channels: int = model.config.in_channels  # type: ignore[union-attr,assignment]
+    channels: int = model.config.in_channels
     return torch.zeros(1, channels, t, 2 * h, 3 * w)
 
 
-def _wan_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _wan_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     image = getattr(config, "image_dim", None)
     probe = {
         "hidden_states": _latents(model, config.patch_size),
@@ -103,8 +102,8 @@ def _wan_probe(model: nn.Module) -> dict[str, Any]:
     return probe
 
 
-def _hunyuan_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _hunyuan_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     p = config.patch_size
     return {
         "hidden_states": _latents(model, (config.patch_size_t, p, p)),
@@ -116,8 +115,8 @@ def _hunyuan_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _hunyuan15_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _hunyuan15_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     p = config.patch_size
     return {
         "hidden_states": _latents(model, (config.patch_size_t, p, p)),
@@ -131,8 +130,8 @@ def _hunyuan15_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _cogvideox_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _cogvideox_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     p, t = config.patch_size, config.patch_size_t or 1
     size, frames, text = (p, p), t, 2
     if not config.use_rotary_positional_embeddings or config.use_learned_positional_embeddings:
@@ -152,8 +151,8 @@ def _cogvideox_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _mochi_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _mochi_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     p = config.patch_size
     return {
         "hidden_states": _latents(model, (1, p, p)),
@@ -163,8 +162,8 @@ def _mochi_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _ltx_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _ltx_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     return {
         "hidden_states": torch.zeros(1, 6, config.in_channels),
         "encoder_hidden_states": torch.zeros(1, 2, config.caption_channels),
@@ -176,8 +175,8 @@ def _ltx_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _ltx2_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _ltx2_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     text = config.caption_channels
     video, audio = (text, text)
     if not config.use_prompt_embeddings:  # they come projected
@@ -196,8 +195,8 @@ def _ltx2_probe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _cosmos_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _cosmos_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     t, h, w = config.patch_size
     hidden = _latents(model, (t, h, w))
     probe: dict[str, Any] = {
@@ -215,8 +214,8 @@ def _cosmos_probe(model: nn.Module) -> dict[str, Any]:
     return {"hidden_states": hidden, **probe}
 
 
-def _latte_probe(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+def _latte_probe(model: Any) -> dict[str, Any]:
+    config = model.config
     side = config.sample_size
     return {
         "hidden_states": torch.zeros(1, config.in_channels, config.video_length, side, side),

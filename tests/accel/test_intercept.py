@@ -190,10 +190,10 @@ def test_sites_are_named_on_the_cpu_whatever_the_default_device():
 
 def test_settings_say_what_stands_in_the_way():
     free = How(None, 0.0, False, None, False)
-    assert free.obstacle(8) is None
-    assert free._replace(gqa=True).obstacle(8) is None
-    assert "drops out" in free._replace(dropout=0.1).obstacle(8)
-    assert "mask" in free._replace(mask=torch.ones(1)).obstacle(8)
+    assert free.obstacle(8, None) is None
+    assert free._replace(gqa=True).obstacle(8, None) is None
+    assert "drops out" in free._replace(dropout=0.1).obstacle(8, None)
+    assert "mask" in free._replace(mask=torch.ones(1)).obstacle(8, None)
 
 
 def test_a_shared_processor_tells_sites_from_other_attention():

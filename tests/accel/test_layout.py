@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from accel.blocking import Blocking
 from accel.layout import Layout, Segment
 
 LAYOUT = Layout.of((5, 7, 3), text_before=11, text_after=6, padding=4)
@@ -67,11 +68,9 @@ def test_bad_grids_are_named(grid):
 
 
 def test_bad_segments_are_named():
-    text, pad = Segment("text", 0, 4), Segment("pad", 4, 2)
+    text = Segment("text", 0, 4)
     with pytest.raises(ValueError, match="starts at token 6, but the one before it ends at 4"):
         Layout((text, Segment("text", 6, 1)))
-    with pytest.raises(ValueError, match="PLACEHOLDER"):
-        Layout((text, pad, Segment("text", 6, 1)))
     with pytest.raises(ValueError, match="makes 105 tokens, not 104"):
         Segment("grid", 0, 104, (5, 7, 3))
     with pytest.raises(ValueError, match="exactly grid segments"):
@@ -84,3 +83,24 @@ def test_bad_segments_are_named():
         Layout.of(padding=3)
     with pytest.raises(ValueError, match="text_after"):
         Layout.of((1, 1, 1), text_after=-1)
+
+
+def test_padding_inside_is_cut_out_before_anything_is_computed():
+    layout = Layout.join([("text", 4), ("pad", 2), (1, 3, 5), ("reference", 7), ("pad", 1)])
+    assert layout.padded_inside
+    assert layout.valid().tolist() == [True] * 4 + [False] * 2 + [True] * 22 + [False]
+    assert layout.without_padding() == Layout.join([("text", 4), (1, 3, 5), ("reference", 7)])
+    assert not layout.without_padding().padded_inside
+    assert not Layout.of((1, 3, 5), padding=2).padded_inside
+    assert Layout.of((1, 3, 5), padding=2).without_padding() == Layout.of((1, 3, 5))
+    with pytest.raises(ValueError, match="cut it out"):
+        Blocking(layout)
+
+
+def test_reference_images_are_kept_as_text_is():
+    layout = Layout.join([("text", 16), (1, 8, 8), ("reference", 32)])
+    q_kept, kv_kept = Blocking(layout, block=(16, 32)).text_blocks()
+    assert q_kept.tolist() == [True, False, False, False, False, True, True]
+    assert kv_kept.tolist() == [True, False, True, True]  # a block that is shared counts
+    assert layout.text_tokens == 16
+    assert layout.grids == ((1, 8, 8),)

@@ -40,21 +40,21 @@ def test_the_layout_of_wan_is_what_its_attention_sees(model, grid):
     arguments = inputs(grid=grid)
     model(**arguments)
     handle.remove()
-    layout = adapter_of(model).layout(model, arguments["hidden_states"])
+    layout = adapter_of(model).layout(model, arguments)
     assert layout == Layout.of(grid)
     assert seen == [layout.length]
 
 
 def test_a_patch_of_more_frames():
     model = tiny_denoiser(patch_size=(2, 1, 3))
-    layout = adapter_of(model).layout(model, torch.zeros(1, 4, 6, 5, 12))
+    layout = adapter_of(model).layout(model, {"hidden_states": torch.zeros(1, 4, 6, 5, 12)})
     assert layout == Layout.of((3, 5, 4))
 
 
 def test_the_projection_is_what_follows_the_heads(model):
     project = adapter_of(model).projection
-    for site, module in sites_of(model).items():
-        assert project(module).shape[1] == site.heads * site.head_dim
+    for site in sites_of(model):
+        assert project(model, site.name).shape[1] == site.heads * site.head_dim
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

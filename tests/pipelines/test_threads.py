@@ -16,7 +16,8 @@ def _pipe(path, plan):
     pipe = WanPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
     parameters = {"dense_start": 0.25, "block": (32, 16)}
-    return accel.enable(pipe, accel.recipe(plan, _geometry(pipe), **parameters))
+    plan = accel.recipe(plan, _geometry(pipe), **parameters)
+    return accel.enable(pipe, plan, guard=False)  # it decides by time
 
 
 def _geometry(pipe):
