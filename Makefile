@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export PYTHONUTF8 := 1
 
-.PHONY: help install demo test test-all lint bench compare search clean
+.PHONY: help models-table install demo test test-all lint bench compare search clean
 
 help:
 	@echo "make demo      dense and accelerated videos side by side, a table and a report (minutes)"
 	@echo "make test      the test suite"
 	@echo "make test-all  with the wide sweeps"
 	@echo "make lint      ruff and mypy"
+	@echo "make models-table  docs/models.md anew, from the tests of all models"
 	@echo "make bench     prices of attention on this device"
 	@echo "make compare   the whole comparison of the README (40 minutes on 2 cores)"
 	@echo "make search    search a plan for the sample model (minutes)"
@@ -46,6 +47,9 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+models-table: $(STAMP)
+	@$(BIN)/python tests/models/table.py
 
 bench: $(STAMP)
 	@$(BIN)/accel-bench

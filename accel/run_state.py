@@ -55,9 +55,9 @@ class Run:
     """
 
     where: Where | None = None
+    layout: Layout | None = None
     layouts: Layouts = field(default_factory=Layouts)
     here: tuple[Layout, ...] = ()
-    layout: Layout | None = None
     branch: str = ""
     calls: Counter[str] = field(default_factory=Counter)
     placed: bool = False

@@ -69,6 +69,7 @@ def enable(model, *choices, **settings):
 
 
 class TestContract:
+    @pytest.mark.feature("every site found")
     def test_sites_are_found_by_name(self, case, plain):
         assert tuple(site.name for site in sites_of(plain)) == case.sites
         attentions = [
@@ -83,6 +84,7 @@ class TestContract:
             for name in rest
         ), rest
 
+    @pytest.mark.feature("keep 1 is bit-equal")
     def test_keep_1_is_the_model(self, case, model, plain):
         inputs = case.inputs()
         enable(model, DENSE)
@@ -91,6 +93,7 @@ class TestContract:
         times = len(TEXTS) if case.by_sample else 1
         assert calls == Counter(dict.fromkeys(case.sites, times))
 
+    @pytest.mark.feature("sparse is masked dense")
     @pytest.mark.parametrize("at", [0, 1], ids=["", "another resolution"])
     def test_a_plan_is_the_model_under_its_mask(self, case, model, plain, at):
         grid = case.grids[at]
@@ -106,6 +109,7 @@ class TestContract:
         assert torch.allclose(out, expected, atol=2e-4, rtol=2e-4), (out - expected).abs().max()
         assert not torch.allclose(out, run(plain, case.inputs(grid)), atol=1e-3)
 
+    @pytest.mark.feature("text and references kept")
     def test_conditions_are_attended_and_attend(self, case, model):
         enable(model)
         run(model, case.inputs(), 0)
@@ -121,6 +125,7 @@ class TestContract:
                     assert rows[..., : -(-end // block[1])].all()
                     assert columns[..., : -(-end // block[0]), :].all()
 
+    @pytest.mark.feature("padded text never attended")
     def test_padded_text_is_never_attended(self, case, model):
         if not case.padded:
             pytest.skip("pads no text: all of it is attended, or is no part of the sequence")
@@ -132,6 +137,7 @@ class TestContract:
                 inputs[name][sample, length:] = 7.0
         assert torch.allclose(run(model, inputs, 0), expected, atol=1e-5)
 
+    @pytest.mark.feature("batch of 3")
     def test_a_batch_is_its_samples(self, case, model):
         enable(model)
         together = run(model, case.inputs(), 0)
@@ -139,6 +145,7 @@ class TestContract:
             alone = run(model, case.inputs(samples=(sample,)), 0)
             assert torch.allclose(together[sample], alone[0], atol=2e-4, rtol=2e-4)
 
+    @pytest.mark.feature("guidance batched and separate")
     def test_both_forms_of_guidance(self, case, model):
         """One batched call of two prompts, or a call for each under a name."""
         enable(model)
@@ -151,6 +158,7 @@ class TestContract:
                 assert torch.allclose(batched[step][sample], apart[0], atol=2e-4, rtol=2e-4)
         assert {key.owner for key in session_of(model).run.masks} == {None}
 
+    @pytest.mark.feature("disable is exact")
     def test_disable_leaves_the_model(self, case, model, plain):
         before = {name: type(m) for name, m in model.named_modules()}, list(model.state_dict())
         enable(model)
@@ -163,6 +171,7 @@ class TestContract:
         assert torch.equal(run(model, case.inputs()), run(plain, case.inputs()))
         assert torch.equal(run(model, case.inputs(), 0), run(plain, case.inputs()))
 
+    @pytest.mark.feature("deepcopy, pickle")
     def test_copies_are_plain(self, case, model, plain):
         enable(model)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

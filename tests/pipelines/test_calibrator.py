@@ -60,7 +60,8 @@ WEIGHT = torch.randn(11, HEADS * DIM, generator=torch.Generator().manual_seed(9)
 
 
 def run_at(step: int, total: int = 8, branch: str = "cond", schedule=SCHEDULE) -> Run:
-    return Run(Where(step, total, branch), LAYOUT, phase=schedule.phase(step, total))
+    where = Where(step, total, branch)
+    return Run(where, LAYOUT, branch=branch, phase=schedule.phase(step, total))
 
 
 def demand_of(candidates=BLOCKS, schedule=SCHEDULE, **asked) -> Demand:
