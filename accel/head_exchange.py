@@ -93,8 +93,9 @@ class Exchange:
             sent.flatten(), [len(heads) * row * held for heads in self.heads], counts
         )
         out = got.new_empty((len(tensors), batch, len(self.own), sum(self.tokens), dim))
-        for ranges, part in zip(self.pieces, got.split(counts), strict=True):
-            part = part.view(len(self.own), len(tensors), batch, -1, dim).permute(1, 2, 0, 3, 4)
+        shape = (len(self.own), len(tensors), batch)
+        for ranges, tokens, part in zip(self.pieces, self.tokens, got.split(counts), strict=True):
+            part = part.view(*shape, tokens, dim).permute(1, 2, 0, 3, 4)
             first = 0
             for start, stop in ranges:
                 out[..., start:stop, :] = part[..., first : first + stop - start, :]

@@ -7,7 +7,7 @@ What a token's output is taken over from (`accel.stand_in`) needs no other token
 rank that holds the token, of all heads, and heads that take over are neither dealt nor sent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor
 from accel.blocking import Blocking
 from accel.choice import Choice
 from accel.head_deal import LEAST, Heads, contiguous, deal, imbalance
-from accel.head_exchange import Exchange, Pieces, cut, pieces_of, streams_of
+from accel.head_exchange import Exchange, Pieces, pieces_of, streams_of
+from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
-from accel.layouts import valid_keys
 from accel.pattern import known_mask
 from accel.ranks import Ranks
 from accel.stand_in import stands_in
@@ -66,22 +66,25 @@ class Spread:
         """Something of the shape, dtype and device that x has with all tokens; no more memory."""
         return x[:, :, :1].expand(-1, -1, self.tokens, -1)
 
-    def explains(self, valid: Bool[Tensor, "batch held"], layouts: tuple[Layout, ...]) -> bool:
-        """Whether the keys that every rank's attention mask leaves are those of the layouts."""
+    def gathered(self, valid: Bool[Tensor, "batch held"]) -> Bool[Tensor, "batch tokens"]:
+        """The keys that the attention masks of all ranks leave, in their natural order."""
         assert self.pieces is not None
-        expected = valid_keys(layouts, valid.device)
-        here = cut(expected, self.pieces[self.ranks.rank], 1)
-        return self.ranks.all(torch.equal(valid, here.expand_as(valid)), valid.device)
+        every = torch.zeros(len(valid), self.tokens, dtype=torch.int32, device=valid.device)
+        first = 0
+        for start, stop in self.pieces[self.ranks.rank]:
+            every[:, start:stop] = valid[:, first : first + stop - start]
+            first += stop - start
+        return self.ranks.total(every).bool()
 
-    def evenly(
-        self, heads: int, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        """The output of `attend` on whole sequences, of as many heads on every rank."""
-        assert self.pieces is not None
-        exchange = Exchange(self.ranks, contiguous(heads, self.ranks.count), self.pieces, q.device)
-        mine, out = exchange.to_heads(q, k, v), torch.empty_like(q)
-        exchange.to_tokens(attend(*mine) if exchange.own else mine[0], out)
-        return out
+    def obstacle(self, layouts: tuple[Layout, ...]) -> str | None:
+        """Why ranks cannot share the call, where the layouts have all of its tokens."""
+        fit = all(layout.length == self.tokens for layout in layouts)
+        if not fit or self.pieces is not None:
+            return None
+        return (
+            f"the ranks hold the {self.tokens} tokens of the call otherwise than in equal parts of"
+            " its text and of its images"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,18 +108,30 @@ class Mine:
 
         like: q of this call, `[batch, heads, tokens, dim]`. A collective call.
         """
-        count = 1 + max(h for heads in self.dealt for h in heads)
+        assert self.rows is not None
+        count = 1 + max((h for heads in (*self.dealt, *self.rows) for h in heads), default=0)
         have = torch.zeros(count, dtype=torch.int64, device=like.device)
-        rows = torch.zeros(
-            (like.shape[0], count, like.shape[2]), dtype=torch.float32, device=like.device
-        )
+        rows = like.new_zeros((like.shape[0], count, like.shape[2]), dtype=torch.float32)
         for head, own in lse.items():
             have[head], rows[:, head] = 1, own[:, 0]
         had = self.ranks.total(have).tolist()
         if not any(had):
             return {}
         rows = self.ranks.total(rows)
-        return {h: rows[:, h : h + 1].clone() for h in self.heads if had[h]}
+        # those of heads that nobody has for now stay where they are
+        stay = set(lse).difference(*self.dealt)
+        here = sorted({*stay, *(h for h in self.heads if had[h])})
+        return {h: rows[:, h : h + 1].clone() for h in here}
+
+    def weighed(self, count: int, masks: Sequence[BlockMask], device: torch.device) -> list[float]:
+        """What the masks of a call keep of all `count` heads of the site, in the mean over its
+        parts; 0 for those that were not dealt. A collective call.
+        """
+        keeps = torch.zeros(count, device=device)
+        for mask in masks if self.heads else ():
+            own = mask.keep_per_head()[: len(self.heads)] / len(masks)
+            keeps[list(self.heads)] += own
+        return self.ranks.total(keeps).tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,23 +160,27 @@ class Dealt:
 class HeadShares:
     """The deals of one run.
 
-    deals: by what they were made for; rows: of a site and branch, the deal by which rows of
-    log-sum-exp lie; weighed: sites and branches whose masks of a phase were looked at.
+    deals: by what they were made for, with what heads were expected to keep; rows: of a site and
+    branch, the deal by which rows of log-sum-exp lie; weighed: masks that were looked at; exchanges:
+    by the heads and the tokens that ranks have.
     """
 
-    deals: dict[Any, Heads] = field(default_factory=dict)
+    deals: dict[Any, tuple[Heads, list[float | None]]] = field(default_factory=dict)
     rows: dict[tuple[str, str], Heads] = field(default_factory=dict)
     weighed: set[Any] = field(default_factory=set)
     exchanges: dict[Any, Exchange] = field(default_factory=dict)
 
-    def deal(self, key: Any, keeps: Callable[[], Sequence[float | None]], ranks: int) -> Heads:
-        """The heads of every rank; keeps: of all heads, None for those that are not dealt."""
-        if key not in self.deals:
-            costs = keeps()
-            heads = [h for h, cost in enumerate(costs) if cost is not None]
-            dealt = deal([max(LEAST, costs[h]) for h in heads], ranks)
-            self.deals[key] = tuple(tuple(heads[i] for i in own) for own in dealt)
-        return self.deals[key]
+    def add(self, key: Any, keeps: list[float | None], ranks: int) -> None:
+        """Deal the heads; keeps: of all of them, None for those that are not dealt."""
+        heads = [h for h, keep in enumerate(keeps) if keep is not None]
+        dealt = deal([max(LEAST, keeps[h] or 0.0) for h in heads], ranks)
+        self.deals[key] = tuple(tuple(heads[i] for i in own) for own in dealt), keeps
+
+    def moves(self, site: str, branch: str, dealt: Heads) -> Heads | None:
+        """The deal by which the rows of a site and branch lie, where it was another one."""
+        before = self.rows.get((site, branch))
+        self.rows[site, branch] = dealt
+        return None if before == dealt else before
 
     def exchange(self, spread: Spread, heads: Heads, device: torch.device) -> Exchange:
         """The exchange by which ranks get these heads."""
@@ -193,7 +212,9 @@ def expected_keeps(
             continue
         shares = []
         for layout in layouts:
-            mask = known_mask(choice.select, Blocking(layout, choice.order, block), device, patterns)
+            mask = known_mask(
+                choice.select, Blocking(layout, choice.order, block), device, patterns
+            )
             # whole numbers, so that ranks come to the same whatever their device
             shares.append(int(mask.sum()) / mask.numel())
         known[choice] = fmean(shares)

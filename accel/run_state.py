@@ -10,7 +10,7 @@ from torch import Tensor
 from accel.choice import Choice
 from accel.context import Where
 from accel.drift import BlockMeans
-from accel.head_shares import HeadShares
+from accel.head_shares import HeadShares, Spread
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.layouts import Layouts
@@ -56,7 +56,8 @@ class Run:
     attention mask was seen to be the padding of their layout; off: sites that were measured to be
     slower than dense, with the reason; dense_alike: dense calls that were made for their times
     alone, by kind of site; outputs: what later calls take over; shares: how the heads of sites are
-    dealt to the ranks of a call, where there are several.
+    dealt to the ranks of a call, where there are several; spread: of the site that is running, who
+    has which of its tokens, None where this rank has them all.
     """
 
     where: Where | None = None
@@ -80,6 +81,7 @@ class Run:
     dense_alike: dict[Any, Record] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=Outputs)
     shares: HeadShares = field(default_factory=HeadShares)
+    spread: Spread | None = None
     first_step: int | None = None
     first_branches: set[str] = field(default_factory=set)
     said: Where | None = None
@@ -122,6 +124,7 @@ class Run:
         for found in (self.lse, self.recalls, self.weak, self.anchors):
             found.clear()
         self.outputs = Outputs()
+        self.shares.rows.clear()
         self.first_step = None
         self.first_branches.clear()
 

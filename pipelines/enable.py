@@ -29,6 +29,7 @@ from accel.pipelines.adapters import (
 )
 from accel.pipelines.announce import announce
 from accel.pipelines.call_reader import CallReader
+from accel.pipelines.context_parallel import alone, check_parallel, streams_reader
 from accel.plan import Plan
 from accel.plan_hub import HUB_FILE, looks_like_repository
 from accel.recipes import RECIPES, recipe
@@ -96,6 +97,8 @@ def enable(
             announce(one, target, model)
             geometry = Geometry(type(model).__name__, tuple(sites_of(model)))
             session = Session(one, geometry, strict=strict, guard=guard)
+            check_parallel(model)
+            session.by_streams = streams_reader(model)
             settings = Settings(session, _scheduler_of(target), layout)
             handle: Handle | None = getattr(model, HANDLE, None)
             if handle is None:
@@ -315,9 +318,10 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
         handle.session.probing() as seen,
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
+        alone(model) as more,
         context,
     ):
-        model(**inputs)
+        model(**inputs, **more)
     if cached:
         # it would answer the next check, or begin the next run
         model._reset_stateful_cache()  # type: ignore[operator]
