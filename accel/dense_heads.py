@@ -40,7 +40,8 @@ def with_more_heads(
     """
     q_pad, kv_pad = Blocking(layout, block=block).pad_blocks(device)
     keep = (~q_pad[:, None] & ~kv_pad).expand(1, more, -1, -1)
-    order, rest = None, "drop"
+    order: torch.Tensor | None = None
+    rest: str | tuple[str, ...] = "drop"
     if chosen is not None:
         before = chosen.mask.to_dense()
         keep = torch.cat([before, keep.expand(len(before), -1, -1, -1)], 1)

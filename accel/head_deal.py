@@ -12,7 +12,7 @@ them.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 __all__ = ["LEAST", "Heads", "contiguous", "deal", "imbalance"]
 
@@ -44,7 +44,7 @@ def deal(costs: Sequence[float], ranks: int, loads: Sequence[float] = ()) -> Hea
 def contiguous(heads: int, ranks: int) -> Heads:
     """Neighbouring heads for every rank; the first ranks have one more where they do not divide."""
     bounds = [r * (heads // ranks) + min(r, heads % ranks) for r in range(ranks + 1)]
-    return tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
 
 
 def imbalance(costs: Sequence[float], dealt: Sequence[Sequence[int]]) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from accel.blocking import Blocking
 from accel.choice import Choice
+from accel.estimators import Estimator
 from accel.head_deal import LEAST, Heads, contiguous, deal, imbalance
 from accel.head_exchange import Exchange, Pieces, pieces_of, streams_of
 from accel.kernels.block_mask import BlockMask
@@ -66,9 +67,12 @@ class Spread:
         """Something of the shape, dtype and device that x has with all tokens; no more memory."""
         return x[:, :, :1].expand(-1, -1, self.tokens, -1)
 
-    def gathered(self, valid: Bool[Tensor, "batch held"]) -> Bool[Tensor, "batch tokens"]:
-        """The keys that the attention masks of all ranks leave, in their natural order."""
-        assert self.pieces is not None
+    def gathered(self, valid: Bool[Tensor, "batch held"]) -> Bool[Tensor, "batch some"]:
+        """The keys that the attention masks of all ranks leave, in their natural order; where the
+        layouts do not explain what ranks hold, `valid` itself.
+        """
+        if self.pieces is None:
+            return valid
         every = torch.zeros(len(valid), self.tokens, dtype=torch.int32, device=valid.device)
         first = 0
         for start, stop in self.pieces[self.ranks.rank]:
@@ -161,8 +165,8 @@ class HeadShares:
     """The deals of one run.
 
     deals: by what they were made for, with what heads were expected to keep; rows: of a site and
-    branch, the deal by which rows of log-sum-exp lie; weighed: masks that were looked at; exchanges:
-    by the heads and the tokens that ranks have.
+    branch, the deal by which rows of log-sum-exp lie; weighed: masks that were looked at;
+    exchanges: by the heads and the tokens that ranks have.
     """
 
     deals: dict[Any, tuple[Heads, list[float | None]]] = field(default_factory=dict)
@@ -207,7 +211,7 @@ def expected_keeps(
     """
     known: dict[Choice, float | None] = {}
     for choice in dict.fromkeys(choices):
-        if choice.online:
+        if isinstance(choice.select, Estimator):
             known[choice] = getattr(choice.select, "keep", None)
             continue
         shares = []

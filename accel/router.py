@@ -21,9 +21,7 @@ from accel.dense_heads import with_dense_heads, with_more_heads
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
 from accel.guard import Kind, slower_than_dense, time_dense, weak_heads
-from accel.head_deal import Heads as HeadsByRank
-from accel.head_deal import contiguous, deal
-from accel.head_shares import Dealt, Mine, Spread, expected_keeps
+from accel.head_shares import Mine
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
@@ -36,7 +34,8 @@ from accel.records import Record, Stopwatch, phase_label
 from accel.run_masks import found_mask
 from accel.run_state import MaskKey, Run
 from accel.schedule import Phase
-from accel.stand_in import StandIns, computed, stands_in
+from accel.shared_calls import SharedCalls
+from accel.stand_in import computed, stands_in
 
 logger = logging.getLogger("accel")
 
@@ -58,7 +57,7 @@ class Session:
 
     check_first_call: the first denoiser call runs dense, and everything runs dense after it unless
     it met every site once, with as many keys as queries (`unfit` says which not).
-    by_streams: whether ranks that share a sequence split its text and its images apart.
+    shared: how calls are made that several ranks share.
     """
 
     def __init__(
@@ -75,11 +74,7 @@ class Session:
         self.check_first_call = False
         self.unfit: str | None = None
         self.observer: Observer | None = None
-        self.by_streams: Callable[[], bool] = lambda: True
-        self.dealt: dict[tuple[str, str], Dealt] = {}
-        # what only calls can tell of the heads of a site, over runs: a deal that changes with it
-        # changes no output
-        self.seen_keeps: dict[tuple[str, tuple[Choice, ...]], list[float]] = {}
+        self.shared = SharedCalls(plan)
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
@@ -106,7 +101,7 @@ class Session:
         if self._is_new_run(layouts, where):
             self.run = Run()
             self.records.clear()
-            self.dealt.clear()
+            self.shared.dealt.clear()
             self.notices.clear()
         elif where is not None and _leaps(self.run.said, where):
             self.run.forget()
@@ -182,12 +177,15 @@ class Session:
         obstacle = refusal(q, k, v) or obstacle
         choices = None
         whole = (q, k)
-        run.spread = None if ranks is None else self._spread(site, run, ranks, q, k)
+        run.spread = None
+        if ranks is not None:
+            if self.observer is not None:
+                raise AccelError("a profile needs whole calls; make it where no ranks share them")
+            run.spread = self.shared.spread(site, run, ranks, q, k)
         if run.spread is not None:
             whole = (run.spread.whole(q), run.spread.whole(k))
             obstacle = obstacle or run.spread.obstacle(run.here)
-            gather = valid is not None and run.spread.pieces is not None
-            if gather and (site.name, run.branch) not in run.explained:
+            if valid is not None and (site.name, run.branch) not in run.explained:
                 valid = run.spread.gathered(valid)
         if not run.phase.dense and run.phase.band is not None:
             choices = self._sparse_choices(site, run, *whole, obstacle, valid)
@@ -195,11 +193,10 @@ class Session:
         record = self.records.setdefault((site.name, label), Record())
         kernel = "dense"
         if self._is_own(site, run, whole[0], obstacle, valid):
-            own = self._own_dense if run.spread is None else self._own_dense_of_ranks
-            kernel, dense = (
-                self._kernel(site, q),
-                partial(own, site, run, valid is not None, q, k, v),
-            )
+            own = partial(self._own_dense, site, run, valid is not None)
+            if run.spread is not None:
+                own = partial(self.shared.dense, run, own)
+            kernel, dense = self._kernel(site, q), partial(own, q, k, v)
         out = None
         if choices is not None:
             out = self._sparse(site, run, choices, record, q, k, v)
@@ -257,18 +254,6 @@ class Session:
         precision = self.plan.precision_of(site.name)
         return sparse_attention(q, k, v, mask, kv_length=length, precision=precision)
 
-    def _own_dense_of_ranks(
-        self, site: Site, run: Run, masked: bool, q: Heads, k: KeyHeads, v: KeyHeads
-    ) -> Heads:
-        """Dense heads cost alike: every rank has as many."""
-        assert run.spread is not None
-        heads = contiguous(q.shape[1], run.spread.ranks.count)
-        exchange = run.shares.exchange(run.spread, heads, q.device)
-        mine, out = exchange.to_heads(q, k, v), torch.empty_like(q)
-        attended = self._own_dense(site, run, masked, *mine) if exchange.own else mine[0]
-        exchange.to_tokens(attended, out)
-        return out
-
     def _kind(self, site: Site, q: Heads, k: KeyHeads) -> Kind:
         own = self.plan.dense == "kernel"
         return Kind.of(q, k, self.plan.precision_of(site.name) if own else None)
@@ -288,17 +273,17 @@ class Session:
         stand_ins = run.outputs.stand_ins(choices, site.name, run.branch, q, v)
         if all(c.dense or h in stand_ins.dense for h, c in enumerate(choices)):
             return None
-        out, watch = None, None
-        if len(stand_ins.given) < len(choices):
-            if run.spread is not None:
-                found = self._dealt(site, run, run.spread, choices, stand_ins, record, q, k, v)
-            else:
-                found = self._blocks(site, run, choices, stand_ins.dense, record, q, k, v)
-            if found is None:
-                return None
-            out, watch = found
-        watch = watch or Stopwatch(record, q.device)
-        out = torch.empty_like(q) if out is None else out
+        found: tuple[Heads, Stopwatch] | None
+        if len(stand_ins.given) == len(choices):
+            found = torch.empty_like(q), Stopwatch(record, q.device)
+        elif run.spread is not None:
+            blocks = partial(self._blocks, site, run)
+            found = self.shared.blocks(site, run, choices, stand_ins, record, q, k, v, blocks)
+        else:
+            found = self._blocks(site, run, choices, stand_ins.dense, record, q, k, v)
+        if found is None:
+            return None
+        out, watch = found
         stand_ins.put(out)
         watch.stop()
         record.calls += 1
@@ -332,7 +317,7 @@ class Session:
             elif mine is None:
                 return None
         if mine is not None and mine.online:
-            self._weigh(site, run, mine, [chosen for _, chosen in parts], q.device)
+            self.shared.weigh(site, run, mine, [chosen for _, chosen in parts], q.device)
         watch = Stopwatch(record, q.device)
         out = None
         for part, chosen in parts:
@@ -354,99 +339,6 @@ class Session:
                 out = torch.empty_like(q) if out is None else out
                 part.put(out, result)
         return torch.empty_like(q) if out is None else out, watch
-
-    def _spread(self, site: Site, run: Run, ranks: Ranks, q: Heads, k: KeyHeads) -> Spread | None:
-        """Which rank has which tokens of a call; None where it is left to the host."""
-        if self.observer is not None:
-            raise AccelError(
-                "a profile is made on one device: here ranks share every call, and each sees a part"
-            )
-        if q.shape[1] != k.shape[1]:
-            raise AccelError(
-                f"{site.name} has {q.shape[1]} query heads and {k.shape[1]} key heads; ranks can"
-                " share the heads of a call only where each has its own keys"
-            )
-        choices = None
-        if run.phase.band is not None:
-            choices = self.plan.choices(site.name, run.phase.band)
-        if self.plan.dense != "kernel" and (choices is None or all(c.dense for c in choices)):
-            return None
-        return Spread.of(ranks, q, run.here, self.by_streams())
-
-    def _dealt(
-        self,
-        site: Site,
-        run: Run,
-        spread: Spread,
-        choices: tuple[Choice, ...],
-        stand_ins: StandIns,
-        record: Record,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
-    ) -> tuple[Heads, Stopwatch]:
-        """`_blocks` of a call that ranks share: this one computes the heads that it is dealt."""
-        ranks = spread.ranks
-        dealt, keeps = self._deal(site, run, ranks, choices, q.device)
-        loads = [sum(keeps[h] or 0.0 for h in heads) for heads in dealt]
-        added = deal([1.0] * len(stand_ins.dense), ranks.count, loads)
-        more = [tuple(stand_ins.dense[i] for i in own) for own in added]
-        heads = tuple(own + extra for own, extra in zip(dealt, more, strict=True))
-        exchange = run.shares.exchange(spread, heads, q.device)
-        online = any(c.online for c in choices)
-        own = dealt[ranks.rank]
-        rows = run.shares.moves(site.name, run.branch, dealt) if online else None
-        mine = Mine(ranks, own, len(more[ranks.rank]), online, dealt, rows)
-        label = phase_label(run.phase.band)
-        if not online:
-            self.dealt[site.name, label] = Dealt.of(ranks, dealt, [keep or 0.0 for keep in keeps])
-        watch = Stopwatch(record, q.device, "exchange_seconds")
-        whole = exchange.to_heads(q, k, v)
-        watch.stop()
-        of_own = tuple(choices[h] for h in own)
-        found = self._blocks(site, run, of_own, (), record, *whole, mine)
-        assert found is not None
-        computed_here, watch = found
-        # as the host has it in memory, where nothing has to be turned round after it
-        out = torch.empty_like(q)
-        exchange.to_tokens(computed_here, out)
-        return out, watch
-
-    def _deal(
-        self,
-        site: Site,
-        run: Run,
-        ranks: Ranks,
-        choices: tuple[Choice, ...],
-        device: torch.device,
-    ) -> tuple[HeadsByRank, list[float | None]]:
-        """The heads of every rank, and what all heads are expected to keep. It holds as long as
-        masks do.
-        """
-        generation = run.phase.generation if any(c.online for c in choices) else None
-        key = (site.name, choices, run.here, generation)
-        if key not in run.shares.deals:
-            layouts = [part.layout for part in parts_of(run.here, torch.device("cpu"))]
-            seen = self.seen_keeps.get((site.name, choices))
-            keeps = expected_keeps(choices, layouts, self.plan.block, device, run.patterns, seen)
-            run.shares.add(key, keeps, ranks.count)
-        return run.shares.deals[key]
-
-    def _weigh(
-        self, site: Site, run: Run, mine: Mine, chosen: list[SiteMask], device: torch.device
-    ) -> None:
-        """Look once at what the masks of a site keep on all ranks, when they have been made."""
-        label = phase_label(run.phase.band)
-        assert run.phase.band is not None
-        looked = (site.name, run.branch, label, run.phase.generation)
-        if looked in run.shares.weighed:
-            return
-        run.shares.weighed.add(looked)
-        choices = self.plan.choices(site.name, run.phase.band)
-        assert choices is not None
-        keeps = mine.weighed(len(choices), [c.mask for c in chosen], device)
-        self.seen_keeps[site.name, choices] = keeps
-        self.dealt[site.name, label] = Dealt.of(mine.ranks, mine.dealt, keeps)
 
     def _keep(self, site: Site, run: Run, out: Heads) -> None:
         """Keep of an output what later calls will take over."""

@@ -98,7 +98,7 @@ def enable(
             geometry = Geometry(type(model).__name__, tuple(sites_of(model)))
             session = Session(one, geometry, strict=strict, guard=guard)
             check_parallel(model)
-            session.by_streams = streams_reader(model)
+            session.shared.by_streams = streams_reader(model)
             settings = Settings(session, _scheduler_of(target), layout)
             handle: Handle | None = getattr(model, HANDLE, None)
             if handle is None:
