@@ -96,7 +96,8 @@ class Mine:
     """The heads of a site that this rank computes in a call.
 
     heads: their numbers; more: dense ones that follow on them, which have nothing to take over;
-    online: whether any rank has heads that look at q and k; rows: who had the site's rows of
+    online: whether any rank has heads that look at q and k; certain: whether it was known before
+    what all heads keep; rows: who had the site's rows of
     log-sum-exp before, where that was another deal; dealt: the deal that holds now.
     """
 
@@ -104,6 +105,7 @@ class Mine:
     heads: tuple[int, ...]
     more: int
     online: bool
+    certain: bool
     dealt: Heads
     rows: Heads | None
 
@@ -202,12 +204,15 @@ def expected_keeps(
     device: torch.device,
     patterns: dict[Any, Tensor],
     seen: Sequence[float] | None,
+    certain: bool,
 ) -> list[float | None]:
     """The share of blocks that every head is expected to keep, None for those that take over.
 
-    Of patterns it is counted; of selections it is what they ask for, or, where only the call can
-    tell, what was seen of them last. layouts: without padding inside; patterns: block masks of
-    patterns met before, read and kept.
+    Of patterns it is counted; of selections it is what they ask for. Where only the call can tell
+    it is what was `seen` of them last, and of every head where heads may be dense for their recall,
+    which is not `certain`. What heads select together (AdaSpa) would change with the deal, and is
+    expected to be the same always.
+    layouts: without padding inside; patterns: block masks of patterns met before, read and kept.
     """
     known: dict[Choice, float | None] = {}
     for choice in dict.fromkeys(choices):
@@ -216,16 +221,16 @@ def expected_keeps(
             continue
         shares = []
         for layout in layouts:
-            mask = known_mask(
-                choice.select, Blocking(layout, choice.order, block), device, patterns
-            )
+            blocking = Blocking(layout, choice.order, block)
+            mask = known_mask(choice.select, blocking, device, patterns)
             # whole numbers, so that ranks come to the same whatever their device
             shares.append(int(mask.sum()) / mask.numel())
         known[choice] = fmean(shares)
     keeps: list[float | None] = []
     for head, choice in enumerate(choices):
         keep = known[choice]
-        if keep is None:
-            keep = UNKNOWN if seen is None else seen[head]
-        keeps.append(None if stands_in(choice) else keep)
+        apart = choice.select.by_head if isinstance(choice.select, Estimator) else True
+        if seen is not None and apart and (keep is None or not certain):
+            keep = seen[head]
+        keeps.append(None if stands_in(choice) else UNKNOWN if keep is None else keep)
     return keeps

@@ -316,7 +316,7 @@ class Session:
                 parts.append((part, chosen))
             elif mine is None:
                 return None
-        if mine is not None and mine.online:
+        if mine is not None and not mine.certain:
             self.shared.weigh(site, run, mine, [chosen for _, chosen in parts], q.device)
         watch = Stopwatch(record, q.device)
         out = None

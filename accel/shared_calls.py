@@ -103,8 +103,9 @@ class SharedCalls:
         exchange = run.shares.exchange(spread, heads, q.device)
         own, online = dealt[ranks.rank], any(c.online for c in choices)
         rows = run.shares.moves(site.name, run.branch, dealt) if online else None
-        mine = Mine(ranks, own, len(more[ranks.rank]), online, dealt, rows)
-        if not online:
+        certain = not online and self._plan.recall_floor is None
+        mine = Mine(ranks, own, len(more[ranks.rank]), online, certain, dealt, rows)
+        if certain:
             label = phase_label(run.phase.band)
             self.dealt[site.name, label] = Dealt.of(ranks, dealt, [keep or 0.0 for keep in keeps])
         watch = Stopwatch(record, q.device, "exchange_seconds")
@@ -133,7 +134,8 @@ class SharedCalls:
         if key not in run.shares.deals:
             layouts = [part.layout for part in parts_of(run.here, torch.device("cpu"))]
             seen = self._seen.get((site.name, choices))
-            keeps = expected_keeps(choices, layouts, self._plan.block, device, run.patterns, seen)
+            block, certain = self._plan.block, self._plan.recall_floor is None
+            keeps = expected_keeps(choices, layouts, block, device, run.patterns, seen, certain)
             run.shares.add(key, keeps, ranks.count)
         return run.shares.deals[key]
 
