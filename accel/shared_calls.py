@@ -96,7 +96,7 @@ class SharedCalls:
         ranks = spread.ranks
         dealt, keeps = self._deal(site, run, ranks, choices, q.device)
         # heads with nothing to take over are dense in this call, and no mask knows them
-        loads = [sum(keeps[h] or 0.0 for h in heads) for heads in dealt]
+        loads = [sum((keeps[h] or 0.0 for h in heads), 0.0) for heads in dealt]
         added = deal([1.0] * len(stand_ins.dense), ranks.count, loads)
         more = [tuple(stand_ins.dense[i] for i in heads) for heads in added]
         heads = tuple(own + extra for own, extra in zip(dealt, more, strict=True))

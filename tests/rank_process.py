@@ -14,6 +14,7 @@ install_import_hook("accel", "beartype.beartype")
 
 import diffusers.hooks.context_parallel
 import diffusers.models.transformers.transformer_flux
+import diffusers.models.transformers.transformer_qwenimage
 import diffusers.models.transformers.transformer_wan  # noqa: F401
 
-import accel  # noqa: F401
+import accel.pipelines.enable  # noqa: F401

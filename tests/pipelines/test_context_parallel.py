@@ -9,6 +9,7 @@ from context_parallel_runs import (
     COMPILED,
     GRID,
     STEPS,
+    TWICE,
     compiled,
     edges,
     model_of,
@@ -64,7 +65,8 @@ class TestWan:
         assert not same(expected, alone(shape[1])["adaptive"]), "or the test could not tell"
         for one in found:
             assert same(one[name]["outs"], expected)
-            assert same(one[name]["again"], expected), "a second run, dealt by what was seen"
+            if name in TWICE:
+                assert same(one[name]["again"], expected), "dealt by what was seen before"
 
     def test_all_ranks_give_the_same(self, found):
         for name in CHOICES:
@@ -85,7 +87,8 @@ class TestWan:
             assert together == sorted(set(together))
             assert len(together) == heads or name == "stand-ins"
             assert len({(d.imbalance, d.neighbours) for d in dealt}) == 1
-            assert dealt[0].imbalance <= dealt[0].neighbours + 1e-6
+            if name == "patterns":
+                assert dealt[0].imbalance <= dealt[0].neighbours + 1e-6
 
     def test_the_summary_is_of_this_rank_and_tells_of_the_others(self, found, shape):
         ranks, heads, _ = shape
