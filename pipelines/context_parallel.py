@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from accel.errors import AccelError
 from accel.ranks import Ranks
 
 __all__ = ["alone", "check_parallel", "streams_reader"]
@@ -22,9 +23,14 @@ TEXT = "encoder_hidden_states"
 
 
 def check_parallel(model: nn.Module) -> None:
-    """Raises AccelError where the ranks of a model pass its keys round in a ring."""
-    if getattr(model, CONFIG, None) is not None:
-        Ranks.of(getattr(model, CONFIG))
+    """Raises AccelError where ranks pass a model's keys round in a ring, or share its weights."""
+    config = getattr(model, CONFIG, None)
+    if getattr(config, "tensor_parallel_config", None) is not None:
+        raise AccelError(
+            "tensor parallelism gives every rank some of the heads, whose choices in a plan are"
+            " those of other heads; share tokens instead: ContextParallelConfig(ulysses_degree=...)"
+        )
+    Ranks.of(config)
 
 
 @contextmanager

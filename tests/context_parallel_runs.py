@@ -53,7 +53,7 @@ CHOICES = {
     "adaptive": (Choice(AdaptiveBlockMass(keep=0.4)),),
 }
 SETTINGS = {
-    "drift": {"schedule": Schedule(dense_start=0.0, drift=1.3)},
+    "drift": {"schedule": Schedule(dense_start=0.0, drift=0.95)},
     "recall": {"recall_floor": 0.6},
     "kernel": {"dense": "kernel"},
     "adaptive": {"schedule": Schedule(dense_start=0.0)},

@@ -18,6 +18,8 @@ from context_parallel_runs import (
     wan_alone,
     wan_on_ranks,
 )
+from diffusers import ParallelConfig
+from diffusers.models._modeling_parallel import TensorParallelConfig
 from ranks import on_ranks
 from tiny_denoiser import SITES, call, inputs, tiny_geometry
 
@@ -154,6 +156,13 @@ class TestEdges:
             for when in ("ring", "ring at the call"):
                 assert one[when].startswith("AccelError: context parallelism with ring_degree=2")
             assert not one["ring leaves"]
+
+    def test_shared_weights_are_refused(self):
+        model = model_of(4)
+        model._parallel_config = ParallelConfig(tensor_parallel_config=TensorParallelConfig())
+        with pytest.raises(accel.AccelError, match="tensor parallelism gives every rank some"):
+            accel.enable(model, plan_of(model, "patterns"))
+        assert "_accel" not in model.__dict__
 
     def test_a_profile_is_refused(self, edge):
         assert all(one["observer"].startswith("AccelError: a profile") for one in edge)
