@@ -105,7 +105,7 @@ class Run:
     def begin(self, layouts: Layouts | None) -> None:
         """A call of the denoiser begins; None leaves the layouts as they were."""
         self.layouts = layouts or self.layouts
-        self.layout = self.layouts.first if self.layouts != Layouts() else None
+        self.layout = self.layouts.longest if self.layouts != Layouts() else None
         self.calls.clear()
 
     def enter(self, site: str, batch: int) -> None:
