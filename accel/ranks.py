@@ -48,9 +48,8 @@ class Ranks:
                 " its blocks from the whole sequence; use ulysses_degree alone"
             )
         group = context._ulysses_mesh.get_group()
-        return cls(
-            group, dist.get_rank(group), context.ulysses_degree, not context.ulysses_anything
-        )
+        alike = not getattr(context, "ulysses_anything", False)
+        return cls(group, dist.get_rank(group), context.ulysses_degree, alike)
 
     def sizes(self, tokens: int, device: torch.device) -> tuple[int, ...]:
         """How many tokens every rank holds, when this one holds `tokens`."""
@@ -65,11 +64,6 @@ class Ranks:
         x = x.clone()
         dist.all_reduce(x, group=self.group)
         return x
-
-    def all(self, said: bool, device: torch.device) -> bool:
-        """Whether every rank says so."""
-        no = torch.tensor(int(not said), device=device)
-        return not int(self.total(no))
 
     def to_each(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Give every rank its piece of x, one after another; what came from each, likewise.

@@ -72,7 +72,8 @@ def enable(
     guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
         the rest of the run, with a notice (`accel.guard`). In a run without dense steps three dense
         calls are timed beside the first sparse ones to judge by. What is turned off depends on the
-        machine of the moment; False gives the same output always.
+        machine of the moment; False gives the same output always. Where ranks share the calls no
+        site is turned off.
 
     The speed-up that the plan promises is logged, with a warning where it is below 1, or was found
     on another device or in another precision.

@@ -54,8 +54,8 @@ def start() -> torch.device:
 def loaded(name: str, device: torch.device) -> WanPipeline:
     """The pipeline, with its transformer's tokens shared out over the processes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vae = AutoencoderKLWan.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32)
-    pipe = WanPipeline.from_pretrained(name, vae=vae, torch_dtype=dtype).to(device)
+    vae = AutoencoderKLWan.from_pretrained(name, subfolder="vae", dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(name, vae=vae, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=dist.get_rank() > 0)
     config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
     pipe.transformer.enable_parallelism(config=config)

@@ -48,8 +48,10 @@ def there_and_back(rank):
     got = exchange.to_heads(*own)
     out = torch.full_like(own[0], 7.0)
     exchange.to_tokens(got[0] + got[1] * got[2], out)
+    half = exchange.to_heads(*(x.bfloat16() for x in own))
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(half, got, strict=True))
     sizes = ranks.sizes(len(held), torch.device("cpu"))
-    return got, out, held, sizes, ranks.all(rank < 5, held.device), ranks.all(rank < 2, held.device)
+    return got, out, held, sizes
 
 
 def test_ranks_get_whole_sequences_of_their_heads(tmp_path):
@@ -57,13 +59,12 @@ def test_ranks_get_whole_sequences_of_their_heads(tmp_path):
     expected = q + k * v
     expected[:, 2] = 7.0
     found = on_ranks(3, there_and_back, tmp_path)
-    for rank, (got, out, held, sizes, all_small, all_smaller) in enumerate(found):
+    for rank, (got, out, held, sizes) in enumerate(found):
         for x, own in zip((q, k, v), got, strict=True):
             assert torch.equal(own, x[:, list(HEADS[rank])])
         assert torch.equal(out, expected[:, :, held])
         assert out.transpose(1, 2).is_contiguous(), "as the host had it"
         assert sizes == (8, 7, 6)
-        assert (all_small, all_smaller) == (True, False)
 
 
 def config(**changes):
