@@ -233,4 +233,4 @@ def _classifier_of(model: ModelConfig) -> Classifier | None:
     path = find_path(model.classifier)
     if not model.classifier or not Path(path).exists():
         return None
-    return Classifier.load(path)
+    return Classifier.load(path, {name: tuple(place) for name, place in model.places.items()})
