@@ -70,6 +70,11 @@ class _Kit:
         self.generated: dict[type, tuple[type, dict[str, Any]]] = {}
         self.namespaces: dict[str, types.ModuleType] = {}
 
+    def own(self, cls: type) -> type:
+        """The host's class, for a host also makes processors of the class of one that was taken."""
+        generated = any(cls is one for one, _ in self.generated.values())
+        return cls.__mro__[1] if generated else cls
+
 
 # by a denoiser's first attention module, which dies with it
 _kits: "weakref.WeakKeyDictionary[nn.Module, _Kit]" = weakref.WeakKeyDictionary()
@@ -251,6 +256,9 @@ class Interception:
             if isinstance(processor, original):
                 processor.__class__ = original
         for module in self._modules:
+            own = self._kit.own(type(module.processor))
+            if own is not type(module.processor):
+                module.processor.__class__ = own
             module.__dict__.pop(SITE, None)
             module.__dict__.pop(REDUCE, None)
         self._forget()
@@ -263,7 +271,7 @@ class Interception:
         return all(type(m.processor) in classes for m in self._modules)
 
     def _rebind(self, site: Site, processor: Any) -> None:
-        original = type(processor)
+        original = self._kit.own(type(processor))
         if any(processor is p for p, _ in self._rebound):
             return
         if not isinstance(getattr(original, "__call__", None), types.FunctionType):  # noqa: B004

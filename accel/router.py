@@ -110,8 +110,8 @@ class Session:
         if where is None or not run.placed:
             run.phase = Phase(None, 0)
             self._runs_dense(
-                "the step is unknown: call the model through its pipeline, or wrap the call in"
-                " `with accel.step(i, n):`"
+                "the step is unknown: call the model through its pipeline (one that shares it with"
+                " another needs accel.enable too), or wrap the call in `with accel.step(i, n):`"
             )
             return
         run.phase = self.plan.schedule.phase(where.step, where.total)
@@ -165,7 +165,10 @@ class Session:
             self.probe[site.name] += q.shape[2] == k.shape[2]
             return dense()
         run = self.run
-        run.enter(site.name, q.shape[0])
+        square = q.shape[2] == k.shape[2]
+        if run.calls[site.name] and not square:
+            return dense()  # after its self-attention a processor attends to an image (IP-Adapter)
+        run.enter(site.name, q.shape[0], counts=square)
         obstacle = _refusal(q, k, v) or obstacle
         choices = None
         if not run.phase.dense and run.phase.band is not None:
@@ -423,8 +426,8 @@ def _missed(geometry: Geometry, seen: Counter[str]) -> str | None:
     if not wrong:
         return None
     return (
-        f"accel does not know a {geometry.model}, and its first call did not use every site that"
-        f" was guessed once, as self-attention: {', '.join(wrong)}"
+        f"the first call of this {geometry.model} did not use every site once, as self-attention:"
+        f" {', '.join(wrong)}"
     )
 
 
