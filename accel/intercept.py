@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from accel.call_values import Packed, pack, unpack
 from accel.errors import UnsupportedModelError
@@ -166,6 +168,8 @@ class How(NamedTuple):
             return "the call is causal or drops out, which the sparse kernels do not"
         if self.scale is not None and not isclose(self.scale, dim**-0.5):
             return f"the call scales its logits by {self.scale}, not by {dim}**-0.5"
+        if any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
+            return "a function mode of torch may replace attention here (perturbed guidance does)"
         return None
 
 
@@ -313,7 +317,13 @@ class Interception:
             # a copy or a pickle of an enabled model is the plain model
             return _plain, (original, self.__dict__)
 
-        members = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": __name__}
+        members = {
+            "__call__": __call__,
+            "__reduce_ex__": __reduce_ex__,
+            "__module__": __name__,
+            # hosts look classes up in tables, and make processors of the class of another one
+            "__class__": property(lambda self: original, _set_class),
+        }
         return type(original.__name__, (original,), members)
 
     def _namespace(self, own: dict[str, Any]) -> types.ModuleType:
@@ -361,6 +371,10 @@ def copy_plainly(module: nn.Module, *names: str, hooks: tuple[int, ...] = ()) ->
         return tuple(parts)
 
     module.__dict__[REDUCE] = reduce
+
+
+def _set_class(processor: Any, cls: type) -> None:
+    object.__dict__["__class__"].__set__(processor, cls)
 
 
 def _plain(original: type, state: dict[str, Any]) -> Any:

@@ -186,6 +186,8 @@ def self_check_inputs(model: nn.Module) -> dict[str, Any] | None:
     def placed(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(placed(item) for item in value)
+        if isinstance(value, dict):
+            return {name: placed(item) for name, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
