@@ -21,12 +21,11 @@ from accel.dense_heads import with_dense_heads
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
 from accel.guard import Kind, slower_than_dense, time_dense, weak_heads
-from accel.kernels.arguments import DTYPES, MAX_DIM
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.kernels.block_mask import BlockMask
-from accel.layout import Layout
-from accel.layouts import Layouts, LayoutsLike, Part, parts_of, valid_keys
+from accel.layouts import Layouts, LayoutsLike, Part, parts_of
 from accel.masks import SiteMask, sampled_recall
+from accel.obstacles import misfit, missed, refusal, unexplained
 from accel.plan import Plan
 from accel.records import Record, Stopwatch, phase_label
 from accel.run_masks import found_mask
@@ -88,7 +87,7 @@ class Session:
             if self.probe is None:
                 self.probe = Counter()
             else:
-                self.unfit = _missed(self.geometry, self.probe)
+                self.unfit = missed(self.geometry, self.probe)
                 self.probe, self.check_first_call = None, False
         if self.probe is not None:
             return  # a self-check belongs to no run
@@ -169,14 +168,14 @@ class Session:
         if run.calls[site.name] and not square:
             return dense()  # after its self-attention a processor attends to an image (IP-Adapter)
         run.enter(site.name, q.shape[0], counts=square)
-        obstacle = _refusal(q, k, v) or obstacle
+        obstacle = refusal(q, k, v) or obstacle
         choices = None
         if not run.phase.dense and run.phase.band is not None:
             choices = self._sparse_choices(site, run, q, k, obstacle, valid)
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
         kernel = "dense"
-        if self._is_own(run, obstacle, valid):
+        if self._is_own(site, run, q, obstacle, valid):
             own = partial(self._own_dense, site, run, valid is not None, q, k, v)
             kernel, dense = self._kernel(site, q), own
         out = None
@@ -212,12 +211,17 @@ class Session:
             out = self.observer(site, run, q, k, v, out)
         return out
 
-    def _is_own(self, run: Run, obstacle: str | None, valid: Valid | None) -> bool:
+    def _is_own(
+        self, site: Site, run: Run, q: Heads, obstacle: str | None, valid: Valid | None
+    ) -> bool:
         """Whether dense calls are made by accel's own kernel."""
         if self.plan.dense != "kernel" or run.where is None or obstacle is not None:
             return False
+        if valid is None:
+            return True
         # the layout says what an attention mask hides
-        return valid is None or (run.layout is not None and not run.layout.padded_inside)
+        plain = run.layout is not None and not run.layout.padded_inside
+        return plain and misfit(site, run.here, q) is None and unexplained(site, run, valid) is None
 
     def _own_dense(
         self, site: Site, run: Run, masked: bool, q: Heads, k: KeyHeads, v: KeyHeads
@@ -311,12 +315,7 @@ class Session:
         reason = run.reason or obstacle
         if reason is None and q.shape[2] != k.shape[2]:
             reason = f"{site.name} has {q.shape[2]} queries and {k.shape[2]} keys"
-        reason = reason or _misfit(site, run.here, q)
-        if reason is None and valid is not None and (site.name, run.branch) not in run.explained:
-            if torch.equal(valid, valid_keys(run.here, valid.device).expand_as(valid)):
-                run.explained.add((site.name, run.branch))
-            else:
-                reason = "the call has an attention mask that the layout does not explain"
+        reason = reason or misfit(site, run.here, q) or unexplained(site, run, valid)
         ratio = self._ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
@@ -421,42 +420,6 @@ class Session:
         return run.masks[key]
 
 
-def _missed(geometry: Geometry, seen: Counter[str]) -> str | None:
-    wrong = [f"{s.name} ({seen[s.name]} times)" for s in geometry.sites if seen[s.name] != 1]
-    if not wrong:
-        return None
-    return (
-        f"the first call of this {geometry.model} did not use every site once, as self-attention:"
-        f" {', '.join(wrong)}"
-    )
-
-
-def _misfit(site: Site, layouts: tuple[Layout, ...], q: Heads) -> str | None:
-    """Where a call has other samples or tokens than its layouts."""
-    if len(layouts) not in (1, q.shape[0]):
-        return f"{site.name} has {q.shape[0]} samples, but layouts for {len(layouts)}"
-    for layout in layouts:
-        if layout.length != q.shape[2]:
-            grids = " and ".join(map(str, layout.grids)) or "no grid"
-            return (
-                f"{site.name} has {q.shape[2]} tokens, but the layout ({grids}, with"
-                f" {layout.text_tokens} of text) makes {layout.length}; pass layout= to"
-                " accel.enable"
-            )
-    return None
-
-
 def _leaps(last: Where | None, where: Where) -> bool:
     """Whether steps were left out that no scheduler vouches for: it may be another run."""
     return last is not None and where.run is None and where.step > last.step + 1
-
-
-def _refusal(*tensors: Tensor) -> str | None:
-    """What about the tensors of a call no sparse kernel can do."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "the call needs gradients, which the sparse kernels do not give"
-    if tensors[0].dtype not in DTYPES:
-        return f"the model computes in {tensors[0].dtype}, which the sparse kernels do not"
-    if tensors[0].shape[-1] > MAX_DIM:
-        return f"the head dim is {tensors[0].shape[-1]}; the sparse kernels take up to {MAX_DIM}"
-    return None

@@ -1,6 +1,7 @@
 """Layouts by sample and by site, and calls that are cut by them."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,3 +145,22 @@ def test_other_text_is_the_same_run_and_another_grid_is_not():
     assert one.run is first
     one.begin(Layout.of((1, 5, 6), text_after=9), Where(1, 4))
     assert one.run is not first
+
+
+def test_the_dense_kernel_honours_a_mask_that_is_explained():
+    q, k, v = qkv(3, tokens=70)
+
+    def dense_of(layouts, valid):
+        one = session(Choice(BlockMassTopK(keep=0.4)), dense_start=1.0)
+        one.plan = replace(one.plan, dense="kernel")
+        one.begin(layouts, Where(0, 4))
+        host = scaled_dot_product_attention(q, k, v, valid[:, None, None])
+        out = one.attend(A, q, k, v, lambda: host, None, valid)
+        kernels = next(iter(one.records.values())).kernels
+        assert torch.allclose(out[:, :, :62], host[:, :, :62], atol=1e-5)
+        return kernels
+
+    same = [LAST[2]] * 3
+    assert dense_of(same, valid_keys(tuple(same), q.device)) == {"native"}
+    assert dense_of(same, ~valid_keys(tuple(same), q.device)) == {"dense"}, "not what it says"
+    assert dense_of(LAST, valid_keys(tuple(LAST), q.device)) == {"dense"}, "one length for each"
