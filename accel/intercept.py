@@ -121,6 +121,19 @@ def _(first: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(first)
 
 
+def _note_lengths(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # torch takes a list without elements for one of tensors
+    ctx.tensors, ctx.numbers = len(inputs[2]), None if inputs[3] else []
+
+
+def _pass_back(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, None, [None] * ctx.tensors, ctx.numbers, None
+
+
+# latents may be what is differentiated by
+_enter.register_autograd(_pass_back, setup_context=_note_lengths)
+
+
 @torch.library.custom_op("accel::attend", mutates_args=(), tags=UNSAFE)
 def _attend(
     q: Tensor,
@@ -409,6 +422,8 @@ def _shim(own: Callable[..., Tensor], slot: _Slot, tokens_first: bool) -> Callab
             attn_mask = attn_mask.mask
         how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+                return own(query, key, value, *how, *args, **kwargs)  # a graph of its own
             mask, *rest = how
             return torch.ops.accel.attend(query, key, value, mask, slot.site, tokens_first, *rest)
         return slot.taken.attend(

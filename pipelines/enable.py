@@ -19,6 +19,7 @@ from accel.errors import AccelError, MissedSiteError, PlanError, nearest
 from accel.geometry import Geometry
 from accel.intercept import REDUCE, Entry, Interception, copy_plainly
 from accel.layouts import Layouts, LayoutsLike
+from accel.obstacles import GRADIENTS
 from accel.pipelines.adapters import (
     adapter_of,
     denoisers_of,
@@ -256,6 +257,9 @@ class Handle:
             layouts = _layouts(given(self._model, call) if callable(given) else given)
         timestep = call.get(self._timestep)
         where = locate(self._context, self.settings.clocks.running(), timestep, self._counter)
+        if torch.is_grad_enabled() and getattr(self._model, "is_gradient_checkpointing", False):
+            # a checkpoint may run its part without gradients first, and again with them
+            layouts = GRADIENTS
         if isinstance(layouts, str):
             self.session.begin(None, where, layouts)
         else:
