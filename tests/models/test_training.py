@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FLUX
 from features import over
 from test_contract import plan_of
 from torch.utils.checkpoint import checkpoint
@@ -73,7 +72,7 @@ def test_gradients_are_those_of_the_untouched_model(case, checkpointing):
 # the compiler looks at the latents
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.feature("training, compiled")
-@over(few=(FLUX,))
+@over(few=())
 def test_a_compiled_model_gives_gradients(case):
     if "compiled whole" in case.notes:
         pytest.skip(case.notes["compiled whole"])
@@ -81,9 +80,10 @@ def test_a_compiled_model_gives_gradients(case):
     expected = gradients(plain, case)
     torch.compiler.reset()
     model.compile(backend="aot_eager")
-    found = gradients(model, case, 0)
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[n], expected[n], rtol=1e-3, atol=1e-3) for n in expected)
+    for name, grad in gradients(model, case, 0).items():
+        # of what is not used a compiled model gives zeros
+        assert torch.allclose(grad, expected.pop(name, torch.zeros(())), rtol=1e-3, atol=1e-3)
+    assert not expected
     with torch.no_grad(), accel.step(0, 10):
         model.eval()(**case.inputs(samples=(0, 1)))
     assert {row.phase for row in accel.summary(model).rows} == {"band 0"}
