@@ -73,8 +73,8 @@ def unfuse(model):
 
 def delete(model):
     switch(model)
-    model.delete_adapters("b")
     model.set_adapters(["a"])
+    model.delete_adapters("b")
 
 
 def unload(model):
