@@ -116,8 +116,8 @@ class Session:
         if where is None or not run.placed:
             run.phase = Phase(None, 0)
             self._runs_dense(
-                "the step is unknown: call the model through its pipeline, or wrap the call in"
-                " `with accel.step(i, n):`"
+                "the step is unknown: call the model through its pipeline (one that shares it with"
+                " another needs accel.enable too), or wrap the call in `with accel.step(i, n):`"
             )
             return
         run.phase = self.plan.schedule.phase(where.step, where.total)
@@ -173,7 +173,10 @@ class Session:
             self.probe[site.name] += q.shape[2] == k.shape[2]
             return dense()
         run = self.run
-        run.enter(site.name, q.shape[0])
+        square = q.shape[2] == k.shape[2]
+        if run.calls[site.name] and not square:
+            return dense()  # after its self-attention a processor attends to an image (IP-Adapter)
+        run.enter(site.name, q.shape[0], counts=square)
         obstacle = refusal(q, k, v) or obstacle
         choices = None
         whole = (q, k)

@@ -49,7 +49,8 @@ class Run:
     own; first_step, first_branches: where the run began.
     here, layout, branch: of the site that is running: the layouts of its samples, the one of all of
     them (None where they differ), and the guidance branch; a model that calls a site sample by
-    sample (Mochi) has a branch for each. calls: of the sites in this denoiser call.
+    sample (Mochi) has a branch for each. calls: of the sites in this denoiser call, as
+    self-attention.
     said: the last place as it was given; turns: calls of its step so far, by branch.
     anchors: means of the blocks that the masks of a site and branch were made for; weak: heads
     under the plan's floor of recall, while their mask lives; explained: sites and branches whose
@@ -108,10 +109,10 @@ class Run:
         self.layout = self.layouts.longest if self.layouts != Layouts() else None
         self.calls.clear()
 
-    def enter(self, site: str, batch: int) -> None:
-        """A site is called, with `batch` samples."""
+    def enter(self, site: str, batch: int, *, counts: bool = True) -> None:
+        """A site is called, with `batch` samples; counts: as self-attention."""
         turn, here = self.calls[site], self.layouts.at(site)
-        self.calls[site] += 1
+        self.calls[site] += counts
         self.here = here[turn : turn + 1] if batch == 1 < len(here) else here
         self.layout = self.here[0] if len(self.here) == 1 else None
         self.branch = "" if self.where is None else self.where.branch

@@ -14,6 +14,7 @@ from accel.errors import AccelError
 from accel.geometry import Geometry, Site
 from accel.layouts import Layouts
 from accel.pipelines.adapters import denoisers_of, geometry_of
+from accel.pipelines.devices import execution_device
 from accel.pipelines.enable import enabled, session_of
 from accel.pipelines.host import Host
 from accel.plan import Plan
@@ -75,7 +76,7 @@ def _timed(model: nn.Module) -> Iterator[Record]:
     watches: list[Stopwatch] = []
 
     def before(module: nn.Module, args: Any) -> None:
-        watches.append(Stopwatch(record, next(module.parameters()).device))
+        watches.append(Stopwatch(record, execution_device(module)))
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         watches.pop().stop()
