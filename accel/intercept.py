@@ -35,6 +35,7 @@ from accel.call_values import Packed, pack, unpack
 from accel.errors import UnsupportedModelError
 from accel.geometry import Site
 from accel.key_padding import KeyPadding, valid_of
+from accel.ranks import Ranks
 from accel.router import Session
 
 DISPATCH = "dispatch_attention_fn"
@@ -149,7 +150,8 @@ def _attend(
 ) -> Tensor:
     taken = _taken[int(site)]
     how = How(mask, dropout, causal, scale, gqa)
-    out = taken.attend(q, k, v, how, tokens_first, lambda: taken.own(q, k, v, how, tokens_first))
+    own = lambda: taken.own(q, k, v, how, tokens_first)  # noqa: E731
+    out = taken.attend(q, k, v, how, tokens_first, own, taken.parallel_config)
     return out.clone(memory_format=torch.contiguous_format)
 
 
@@ -204,15 +206,25 @@ class Taken:
         how: How,
         tokens_first: bool,
         own: Callable[[], Tensor],
+        parallel_config: Any = None,
     ) -> Tensor:
-        """tokens_first: [batch, tokens, heads, dim], as diffusers' dispatcher has it."""
+        """tokens_first: [batch, tokens, heads, dim], as diffusers' dispatcher has it;
+        parallel_config: diffusers', where ranks make the call together.
+        """
         valid = how.valid(k, tokens_first)
         obstacle = how.obstacle(q.shape[-1], valid)
         if not tokens_first:
             return self.session.attend(self.site, q, k, v, own, obstacle, valid)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         dense = lambda: own().transpose(1, 2)  # noqa: E731
-        return self.session.attend(self.site, q, k, v, dense, obstacle, valid).transpose(1, 2)
+        ranks = Ranks.of(parallel_config)
+        out = self.session.attend(self.site, q, k, v, dense, obstacle, valid, ranks)
+        return out.transpose(1, 2)
+
+    @property
+    def parallel_config(self) -> Any:
+        """diffusers' settings for this module's processor, None where it is not parallel."""
+        return getattr(self.module().processor, "_parallel_config", None)  # type: ignore[union-attr]
 
     def own(self, q: Tensor, k: Tensor, v: Tensor, how: How, tokens_first: bool) -> Tensor:
         """The dense attention the user chose for this module, for calls from a compiled graph."""
@@ -226,7 +238,7 @@ class Taken:
             v,
             *how,
             backend=getattr(processor, "_attention_backend", None),
-            parallel_config=getattr(processor, "_parallel_config", None),
+            parallel_config=self.parallel_config,
         )
 
 
@@ -433,6 +445,7 @@ def _shim(own: Callable[..., Tensor], slot: _Slot, tokens_first: bool) -> Callab
             How(*how),
             tokens_first,
             lambda: own(query, key, value, *how, *args, **kwargs),
+            kwargs.get("parallel_config"),
         )
 
     return attention

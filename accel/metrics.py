@@ -6,7 +6,8 @@ Frames are float32 `[frames, height, width, 3]` in [0, 1]; an image is a video o
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import inf, log10
 from pathlib import Path
 from types import ModuleType
@@ -99,16 +100,25 @@ def flicker(video: Frames) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Classifier:
-    """Reads from the frames what a prompt asked for: labels are words, one output each."""
+    """Reads from the frames what a prompt asked for: labels are words, one output each.
+
+    places: where the frame shows what a prompt puts `top left`, say: first and last row and column,
+    in pixels, as (top, left, bottom, right). With places a label is looked for in its place only.
+    """
 
     model: nn.Module
     labels: tuple[str, ...]
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    places: Mapping[str, tuple[int, int, int, int]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Classifier":
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        places: Mapping[str, tuple[int, int, int, int]] | None = None,
+    ) -> "Classifier":
         """From `config.json` and `model.safetensors`; a timm architecture, nothing downloaded."""
         import timm
         from safetensors.torch import load_file
@@ -128,7 +138,7 @@ class Classifier:
             fields = {name: tuple(config[name]) for name in ("labels", "input_size", "mean", "std")}
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise AccelError(f"classifier {str(folder)!r} cannot be loaded: {error!r}") from error
-        return cls(model.eval(), **fields)
+        return cls(model.eval(), **fields, places=places or {})
 
     @torch.inference_mode()
     def logits(self, video: Frames) -> Float[Tensor, "frames labels"]:
@@ -143,16 +153,42 @@ class Classifier:
         """The labels that occur in `prompt` as words."""
         return set(re.findall(r"\w+", prompt.lower())) & set(self.labels)
 
-    def reads(self, video: Frames, prompt: str) -> bool | None:
-        """Whether the k labels that `prompt` names have the k highest mean logits over the frames.
-
-        None where the prompt names no label.
+    def placed_in(self, prompt: str) -> list[tuple[str, str]]:
+        """The labels that occur in `prompt` as words, each with the longest name of a place between
+        it and the next label: `[("seven", "top left"), ("two", "right")]`. Labels without a place
+        are left out.
         """
+        labels = "|".join(self.labels)
+        found = []
+        for label, rest in re.findall(
+            rf"\b({labels})\b(.*?)(?=\b(?:{labels})\b|$)", prompt.lower()
+        ):
+            named = [place for place in self.places if re.search(rf"\b{place}\b", rest)]
+            if named:
+                found.append((label, max(named, key=len)))
+        return found
+
+    def reads(self, video: Frames, prompt: str) -> float | None:
+        """The share of what `prompt` asks for that is seen, by mean logits over the frames.
+
+        With places: of the labels in their places, those that have the highest logit there. Else
+        all or nothing: whether the k labels that the prompt names have the k highest logits. None
+        where the prompt names no label.
+        """
+        if self.places:
+            placed = self.placed_in(prompt)
+            hits = [self._best(video, self.places[place], 1) == {label} for label, place in placed]
+            return sum(hits) / len(hits) if hits else None
         named = self.named_in(prompt)
         if not named:
             return None
-        best = self.logits(video).mean(0).topk(len(named)).indices
-        return {self.labels[i] for i in best.tolist()} == named
+        return float(self._best(video, (0, 0, *video.shape[1:3]), len(named)) == named)
+
+    def _best(self, video: Frames, place: tuple[int, int, int, int], count: int) -> set[str]:
+        """The `count` labels with the highest mean logits in a part of the frames."""
+        top, left, bottom, right = place
+        logits = self.logits(video[:, top:bottom, left:right]).mean(0)
+        return {self.labels[i] for i in logits.topk(count).indices.tolist()}
 
 
 def _check_pair(a: Frames, b: Frames) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from accel.choice import Choice
 from accel.context import Where
 from accel.drift import BlockMeans
+from accel.head_shares import HeadShares, Spread
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.layouts import Layouts
@@ -25,7 +26,8 @@ class MaskKey(NamedTuple):
     """What a mask was made for.
 
     owner: site and branch whose queries and keys it looked at, None for patterns alone; dense:
-    heads that are dense in it for their low recall, whatever their choice.
+    heads that are dense in it for their low recall, whatever their choice. heads: which of a site
+    these are where it looked at some of them only; more: dense heads that follow on them.
     """
 
     owner: tuple[str, str] | None
@@ -35,6 +37,8 @@ class MaskKey(NamedTuple):
     batch: int | None
     device: torch.device
     dense: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    more: int = 0
 
 
 @dataclass(slots=True)
@@ -52,7 +56,9 @@ class Run:
     under the plan's floor of recall, while their mask lives; explained: sites and branches whose
     attention mask was seen to be the padding of their layout; off: sites that were measured to be
     slower than dense, with the reason; dense_alike: dense calls that were made for their times
-    alone, by kind of site; outputs: what later calls take over.
+    alone, by kind of site; outputs: what later calls take over; shares: how the heads of sites are
+    dealt to the ranks of a call, where there are several; spread: of the site that is running, who
+    has which of its tokens, None where this rank has them all.
     """
 
     where: Where | None = None
@@ -75,6 +81,8 @@ class Run:
     off: dict[str, str] = field(default_factory=dict)
     dense_alike: dict[Any, Record] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=Outputs)
+    shares: HeadShares = field(default_factory=HeadShares)
+    spread: Spread | None = None
     first_step: int | None = None
     first_branches: set[str] = field(default_factory=set)
     said: Where | None = None
@@ -98,7 +106,7 @@ class Run:
     def begin(self, layouts: Layouts | None) -> None:
         """A call of the denoiser begins; None leaves the layouts as they were."""
         self.layouts = layouts or self.layouts
-        self.layout = self.layouts.first if self.layouts != Layouts() else None
+        self.layout = self.layouts.longest if self.layouts != Layouts() else None
         self.calls.clear()
 
     def enter(self, site: str, batch: int, *, counts: bool = True) -> None:
@@ -117,6 +125,7 @@ class Run:
         for found in (self.lse, self.recalls, self.weak, self.anchors):
             found.clear()
         self.outputs = Outputs()
+        self.shares.rows.clear()
         self.first_step = None
         self.first_branches.clear()
 

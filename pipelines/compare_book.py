@@ -78,7 +78,8 @@ class Book:
     sitting: names the time at which a group of arms took turns; it is a new one for every group
         and every run of the command, and times of one sitting were measured beside each other.
     priced: plans run with predictions, and so dense wherever that is predicted to be faster.
-    classifier: its directory, or ""; it alone decides what is read in a video.
+    classifier: its directory, or ""; it alone decides, with the model's places, what is read in a
+        video.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class Book:
         self._records: dict[Path, dict[str, Any]] = {}
         self._calibration = list(model.calibration)
         judge = json.dumps(files_of(find_path(classifier)) if classifier else "")
+        if model.places:
+            judge += json.dumps({k: list(v) for k, v in model.places.items()}, sort_keys=True)
         self._classifier_key = hashlib.sha256(judge.encode()).hexdigest()[:16]
         self._model: dict[str, Any] = {
             "versions": versions(),

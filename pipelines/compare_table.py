@@ -109,7 +109,7 @@ COLUMNS = (
     ),
     Column(
         "accuracy",
-        "share of videos in which a classifier sees what the prompt names",
+        "share of what the prompts name that a classifier sees",
         _number("{:.0%}", "accuracy"),
     ),
 )

@@ -30,6 +30,7 @@ from accel.pipelines.adapters import (
 from accel.pipelines.announce import announce
 from accel.pipelines.call_reader import CallReader
 from accel.pipelines.clocks import Clocks
+from accel.pipelines.context_parallel import alone, check_parallel, streams_reader
 from accel.plan import Plan
 from accel.plan_hub import HUB_FILE, looks_like_repository
 from accel.recipes import RECIPES, recipe
@@ -74,7 +75,8 @@ def enable(
     guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
         the rest of the run, with a notice (`accel.guard`). In a run without dense steps three dense
         calls are timed beside the first sparse ones to judge by. What is turned off depends on the
-        machine of the moment; False gives the same output always.
+        machine of the moment; False gives the same output always. Where ranks share the calls no
+        site is turned off.
 
     The speed-up that the plan promises is logged, with a warning where it is below 1, or was found
     on another device or in another precision.
@@ -100,6 +102,8 @@ def enable(
             announce(one, target, model)
             geometry = Geometry(type(model).__name__, tuple(sites_of(model)))
             session = Session(one, geometry, strict=strict, guard=guard)
+            check_parallel(model)
+            session.shared.by_streams = streams_reader(model)
             handle: Handle | None = getattr(model, HANDLE, None)
             clocks = Clocks() if handle is None else handle.settings.clocks
             settings = Settings(session, clocks.with_pipeline(target), layout)
@@ -316,10 +320,12 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
             handle.session.probing() as seen,
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
+            alone(model) as more,
             context,
         ):
             # offloading may not know how to rebuild a model's own kind of output
-            model(**inputs, **({"return_dict": False} if "return_dict" in handle.names else {}))
+            plainly = {"return_dict": False} if "return_dict" in handle.names else {}
+            model(**{**inputs, **more, **plainly})
     except Exception:
         if not cached:
             raise

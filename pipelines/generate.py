@@ -1,6 +1,7 @@
-"""`accel-generate`: one video from one prompt, with a plan or a cache, both or neither."""
+"""`accel-generate`: one video or image from one prompt, with a plan or a cache, both or neither."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -25,7 +26,7 @@ def generate(config: dict[str, Any]) -> None:
         raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
     model = model_config(config["model"])
     cache = None if config["cache"] is None else CacheSpec.of(config["cache"])
-    path = checked_path(config["out"])
+    path = None if config["out"] is None else checked_path(config["out"])
     host = Host(model)
     if config["plan"]:
         enable(host.pipe, find_path(config["plan"]), strict=config["strict"])
@@ -40,11 +41,13 @@ def generate(config: dict[str, Any]) -> None:
     host.pipe.set_progress_bar_config(disable=False)
     video = host.generate(prompt, config["seed"], **overrides)
     seconds = time.perf_counter() - begun
+    path = path or Path("image.png" if len(video) == 1 else "video.gif")
     write_video(path, video, fps=model.fps, min_side=config["min_side"])
     if config["plan"]:
         print(summary(host.pipe))
     frames, height, width, _ = video.shape
-    print(f"{path}: {frames} frames of {width} x {height}, generated in {seconds:.1f} s")
+    number = "one frame" if frames == 1 else f"{frames} frames"
+    print(f"{path}: {number} of {width} x {height}, generated in {seconds:.1f} s")
 
 
 def _promised(host: Host) -> str:

@@ -1,6 +1,6 @@
 """The user's own pipeline, loaded and called as a model's configuration says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import signature
@@ -24,7 +24,9 @@ class ModelConfig:
 
     path: a directory below the current one or below the checkout, or a hub repository.
     call: arguments of the pipeline's `__call__`; prompts: what comparisons generate;
-    calibration: what a search looks at; classifier: a directory with a classifier, or "".
+    calibration: what a search looks at; classifier: a directory with a classifier, or "";
+    places: where the frames show the places that prompts name, for the classifier to look there:
+    {name: [top, left, bottom, right]} in pixels.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ModelConfig:
     device: str = "auto"
     fps: int = 12
     classifier: str = ""
+    places: Mapping[str, Sequence[int]] = field(default_factory=dict)
     load: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,6 +55,13 @@ class ModelConfig:
             if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
                 raise AccelError(f"model.{name} must be prompts with text in them, got {prompts}")
             object.__setattr__(self, name, prompts)
+        for place, bounds in dict(self.places).items():
+            whole = len(bounds) == 4 and all(type(b) is int and b >= 0 for b in bounds)
+            if not (whole and bounds[0] < bounds[2] and bounds[1] < bounds[3]):
+                raise AccelError(
+                    f"model.places.{place} must be [top, left, bottom, right] in pixels, got"
+                    f" {list(bounds)}"
+                )
         check_whole("model.call.num_inference_steps", dict(self.call).get("num_inference_steps"), 1)
         self.resolved_device()
 
@@ -103,12 +113,16 @@ class Host:
     def generate(self, prompt: str, seed: int, **overrides: Any) -> Video:
         """One video [frames, height, width, 3] in [0, 1]; the noise depends on `seed` alone.
 
+        An image is a video of one frame.
+
         Raises AccelError for arguments that the pipeline does not take.
         """
         return np.asarray(self._call(prompt, seed, "np", overrides), dtype=np.float32)
 
     def latents(self, prompt: str, seed: int, **overrides: Any) -> NDArray[np.float32]:
-        """What `generate` would decode: latents [channels, frames, height, width]."""
+        """What `generate` would decode: latents [channels, frames, height, width], or of an image
+        as its pipeline has them.
+        """
         found = self._call(prompt, seed, "latent", overrides)
         return found.float().cpu().numpy()
 
@@ -123,11 +137,12 @@ class Host:
                     f" {nearest(name, known)}"
                 )
         try:
-            return self.pipe(prompt, generator=generator, output_type=kind, **call).frames[0]
+            made = self.pipe(prompt, generator=generator, output_type=kind, **call)
         except ValueError as error:
             if isinstance(error, AccelError):
                 raise
             raise AccelError(f"{self.config.pipeline} refuses {call}: {error}") from error
+        return made.frames[0] if "frames" in made else made.images[:1]
 
     @property
     def steps(self) -> int:

@@ -62,10 +62,11 @@ def _head(results: Mapping[str, Any], shown: str) -> str:
         f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>"
         for value, what in tiles
     )
-    frames = settings["call"]
+    call = settings["call"]
+    frames = f"{call['num_frames']} frames" if "num_frames" in call else "images"
     about = (
         f"{results['device']} · {settings['dtype']} · {settings['steps']} steps ·"
-        f" {frames.get('num_frames', 1)} frames of {frames.get('width')} x {frames.get('height')} ·"
+        f" {frames} of {call.get('width')} x {call.get('height')} ·"
         f" prompts: {len(settings['prompts'])}, rounds: {settings['rounds']} ·"
         f" {results['date'][:10]}"
     )

@@ -1,4 +1,4 @@
-"""Videos as files: whole frames for later comparison, and gif, webp or mp4 to look at."""
+"""Videos as files: whole frames for later comparison, and gif, webp, mp4 or png to look at."""
 
 import io
 import os
@@ -13,9 +13,11 @@ from accel.files import write_atomically
 
 __all__ = ["EXTENSIONS", "encode_animation", "load_frames", "save_frames", "write_video"]
 
+KINDS: dict[str, dict[str, int]] = {"gif": {"disposal": 1}, "webp": {"quality": 88}, "png": {}}
+
 Frames = Float[np.ndarray, "_frames _height _width 3"]
 
-EXTENSIONS = (".gif", ".webp", ".mp4")
+EXTENSIONS = (".gif", ".webp", ".mp4", ".png")
 
 
 def to_bytes(video: Frames) -> UInt8[np.ndarray, "_frames _height _width 3"]:
@@ -37,30 +39,35 @@ def load_frames(path: str | os.PathLike[str]) -> Frames:
 
 
 def encode_animation(video: Frames, kind: str, *, fps: int | float, min_side: int = 0) -> bytes:
-    """A looping "gif" or "webp"; frames are enlarged by a whole factor to `min_side` pixels."""
+    """A looping "gif" or "webp", or an image as "png"; frames are enlarged by a whole factor to
+    `min_side` pixels.
+    """
     factor = max(1, -(-min_side // min(video.shape[1:3])))
     images = [Image.fromarray(frame) for frame in to_bytes(video)]
     size = (images[0].width * factor, images[0].height * factor)
     if factor > 1:
         images = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
     buffer = io.BytesIO()
-    images[0].save(
-        buffer,
-        kind,
-        save_all=True,
-        append_images=images[1:],
-        duration=round(1000 / fps),
-        loop=0,
-        **({"quality": 88} if kind == "webp" else {"disposal": 1}),
-    )
+    moving = {
+        "save_all": True,
+        "append_images": images[1:],
+        "duration": round(1000 / fps),
+        "loop": 0,
+    }
+    images[0].save(buffer, kind, **(moving if len(images) > 1 else {}), **KINDS[kind])
     return buffer.getvalue()
 
 
 def write_video(
     path: str | os.PathLike[str], video: Frames, *, fps: int | float, min_side: int = 0
 ) -> Path:
-    """Write a gif, a webp or an mp4, by the extension of `path`."""
+    """Write a gif, a webp or an mp4, by the extension of `path`; an image as a png, too."""
     path = checked_path(path)
+    if path.suffix.lower() == ".png" and len(video) > 1:
+        raise AccelError(
+            f"a video of {len(video)} frames cannot be written to {str(path)!r};"
+            f" write {path.with_suffix('.gif').name!r} instead"
+        )
     if path.suffix.lower() == ".mp4":
         return _write_mp4(path, video, fps)
     kind = path.suffix.lower()[1:]

@@ -9,16 +9,15 @@ folder, so that the same command goes on where a killed one stopped.
 """
 
 import argparse
-import hashlib
 import json
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from attention_recall import measured_recall
 from diffusers import WanPipeline
+from evaluating import kept_frames, median_seconds, weights_digest
 from moving_digits import DIGIT_WORDS, MOTIONS, draw_scene, make_video, prompt_of
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +26,6 @@ from wan_digits_model import build_scheduler
 from accel.context import step
 from accel.metrics import Classifier
 from accel.pipelines.provenance import device_name
-from accel.pipelines.video_files import load_frames, save_frames
 
 HERE = Path(__file__).parent
 FIRST_EVALUATION_VIDEO = 1_000_000
@@ -73,15 +71,6 @@ def generate(pipe: WanPipeline, prompt: str, seed: int, guidance: float, steps: 
     return torch.from_numpy(np.asarray(frames)).float().permute(0, 3, 1, 2)
 
 
-def weights_digest(pipe: WanPipeline) -> str:
-    """Sixteen hexadecimal digits that change with any weight of the pipeline or its scheduler."""
-    made = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), default=str).encode())
-    for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
-        for name, weight in sorted(part.state_dict().items()):
-            made.update(name.encode() + weight.contiguous().numpy().tobytes())
-    return made.hexdigest()[:16]
-
-
 def kept_video(
     pipe: WanPipeline, prompt: str, seed: int, guidance: float, steps: int, folder: Path
 ) -> Tensor:
@@ -89,12 +78,12 @@ def kept_video(
 
     The video has 8 bits per channel either way, so that a resumed evaluation equals a whole one.
     """
-    words = json.dumps([prompt, seed, guidance, steps])
-    path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.npz"
-    if not path.exists():
-        video = generate(pipe, prompt, seed, guidance, steps)
-        save_frames(path, video.permute(0, 2, 3, 1).numpy())
-    return torch.from_numpy(load_frames(path)).permute(0, 3, 1, 2)
+
+    def make() -> np.ndarray:
+        return generate(pipe, prompt, seed, guidance, steps).permute(0, 2, 3, 1).numpy()
+
+    found = kept_frames(folder, [prompt, seed, guidance, steps], make)
+    return torch.from_numpy(found).permute(0, 3, 1, 2)
 
 
 def moves_as_told(video: Tensor, motions: list[str]) -> tuple[bool, list[float]]:
@@ -272,21 +261,11 @@ def recall_on_generated(
 @torch.no_grad()
 def timings(pipe: WanPipeline) -> dict[str, float]:
     """Median seconds of one dense forward, of decoding a video and of embedding prompts."""
-
-    def median(call, repeats: int = 5) -> float:
-        call()
-        seconds = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - begin)
-        return statistics.median(seconds)
-
     latents = torch.randn(1, 8, 17, 16, 16)
     embeds, _ = pipe.encode_prompt("a seven moving left", max_sequence_length=64)
-    forward = median(lambda: pipe.transformer(latents, torch.tensor([500.0]), embeds))
-    decode = median(lambda: pipe.vae.decode(latents))
-    text = median(lambda: pipe.encode_prompt("a seven moving left", max_sequence_length=64))
+    forward = median_seconds(lambda: pipe.transformer(latents, torch.tensor([500.0]), embeds))
+    decode = median_seconds(lambda: pipe.vae.decode(latents))
+    text = median_seconds(lambda: pipe.encode_prompt("a seven moving left", max_sequence_length=64))
     return {
         "forward_seconds": round(forward, 3),
         "decode_seconds": round(decode, 3),
@@ -312,7 +291,7 @@ def main(
     if scheduler:
         pipe.scheduler = build_scheduler(scheduler)
     out.mkdir(parents=True, exist_ok=True)
-    kept = work / weights_digest(pipe)
+    kept = work / weights_digest(pipe, ("text_encoder", "transformer", "vae"))
     judges = Classifier.load(classifier)
     guidance, trials = best_guidance(pipe, judges, guidance, steps, seed, kept)
     result = {

@@ -25,6 +25,7 @@ __all__ = [
     "MOTIONS",
     "Actor",
     "Scene",
+    "coloured_field",
     "coverage",
     "draw_scene",
     "make_video",
@@ -32,6 +33,7 @@ __all__ = [
     "prompt_of",
     "render",
     "scans",
+    "stroke",
 ]
 
 CANVAS = 64  # pixels, height and width
@@ -179,20 +181,22 @@ def draw_scene(
     )
 
 
-def _background(scene: Scene, frames: int) -> torch.Tensor:
-    """Drifting texture `[frames, 3, h, w]` in [0, 0.62]: an annulus of the spectrum, mixed into
-    colours.
+def coloured_field(rng: np.random.Generator, side: int, wavelength: float) -> np.ndarray:
+    """Noise `[3, side, side]` of deviation 1 that tiles: an annulus of the spectrum around
+    `wavelength` (pixels), mixed into colours.
     """
-    rng = np.random.default_rng(scene.texture_seed)
-    radius = (
-        np.hypot(np.fft.fftfreq(_FIELD)[:, None], np.fft.rfftfreq(_FIELD)[None]) * scene.wavelength
-    )
+    radius = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) * wavelength
     band = np.exp(-((np.log(np.maximum(radius, 1e-3)) / 0.45) ** 2))
-    field = np.fft.irfft2(
-        np.fft.rfft2(rng.standard_normal((3, _FIELD, _FIELD))) * band, s=(_FIELD, _FIELD)
-    )
+    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, side, side))) * band, s=(side, side))
     field = np.einsum("ij,jhw->ihw", rng.standard_normal((3, 3)) * 0.6 + 0.4, field / field.std())
-    field = 0.3 + 0.16 * field / field.std() + rng.uniform(-0.06, 0.06, (3, 1, 1))
+    return field / field.std()
+
+
+def _background(scene: Scene, frames: int) -> torch.Tensor:
+    """Drifting texture `[frames, 3, h, w]` in [0, 0.62]."""
+    rng = np.random.default_rng(scene.texture_seed)
+    field = 0.16 * coloured_field(rng, _FIELD, scene.wavelength)
+    field = 0.3 + field + rng.uniform(-0.06, 0.06, (3, 1, 1))
     time = np.arange(frames) - (frames - 1) / 2
     theta = torch.zeros(frames, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = CANVAS / _FIELD
@@ -203,22 +207,33 @@ def _background(scene: Scene, frames: int) -> torch.Tensor:
     return F.grid_sample(image, grid, mode="bilinear", align_corners=False).clamp(0, 0.62)
 
 
-def _stroke(actor: Actor, scan: torch.Tensor, frames: int) -> torch.Tensor:
-    """Opacity `[frames, 1, h, w]` of the digit along its path."""
-    centre = torch.from_numpy(positions(actor, frames)).float() / CANVAS * 2 - 1
-    zoom = CANVAS / actor.size
-    theta = torch.zeros(frames, 2, 3)
-    theta[:, 0, 0], theta[:, 0, 1], theta[:, 1, 1] = zoom, zoom * actor.shear, zoom
-    theta[:, 0, 2] = -zoom * (centre[:, 1] + actor.shear * centre[:, 0])
+def stroke(
+    scan: torch.Tensor, centres: np.ndarray, *, size: float, shear: float, canvas: int
+) -> torch.Tensor:
+    """Opacity `[n, 1, canvas, canvas]` of a scan `[8, 8]`, `size` pixels high, around `centres`
+    `[n, 2]` (h, w).
+    """
+    count = len(centres)
+    centre = torch.from_numpy(centres).float() / canvas * 2 - 1
+    zoom = canvas / size
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1], theta[:, 1, 1] = zoom, zoom * shear, zoom
+    theta[:, 0, 2] = -zoom * (centre[:, 1] + shear * centre[:, 0])
     theta[:, 1, 2] = -zoom * centre[:, 0]
-    grid = F.affine_grid(theta, (frames, 1, CANVAS, CANVAS), align_corners=False)
+    grid = F.affine_grid(theta, (count, 1, canvas, canvas), align_corners=False)
     ink = F.grid_sample(
-        F.pad(scan, (1, 1, 1, 1))[None, None].expand(frames, -1, -1, -1),
+        F.pad(scan, (1, 1, 1, 1))[None, None].expand(count, -1, -1, -1),
         grid * 0.8,
         mode="bicubic",
         align_corners=False,
     )
     return ((ink - 0.25) / 0.4).clamp(0, 1)
+
+
+def _stroke(actor: Actor, scan: torch.Tensor, frames: int) -> torch.Tensor:
+    """Opacity `[frames, 1, h, w]` of the digit along its path."""
+    path = positions(actor, frames)
+    return stroke(scan, path, size=actor.size, shear=actor.shear, canvas=CANVAS)
 
 
 def coverage(

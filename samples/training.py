@@ -4,6 +4,7 @@ weights.
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,8 +22,11 @@ __all__ = [
     "Muon",
     "Run",
     "average_gradients",
+    "parameters_of",
     "rank_and_world",
     "save_atomically",
+    "save_pipeline",
+    "stages_table",
 ]
 
 
@@ -58,6 +63,23 @@ def save_atomically(value: object, path: Path) -> None:
     part = path.with_suffix(".part")
     torch.save(value, part)
     os.replace(part, path)
+
+
+def save_pipeline(pipe: DiffusionPipeline, out: Path) -> None:
+    """Write the pipeline beside `out`, then put its parts in place, so that a reader never meets
+    half a file.
+    """
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipe.save_pretrained(part, safe_serialization=True)
+    for source in sorted(part.rglob("*")):
+        target = out / source.relative_to(part)
+        if source.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+    shutil.rmtree(part)
 
 
 def _orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -224,3 +246,19 @@ class Run:
                     after_checkpoint(length.progress(done))
                     last_checkpoint, previous = done["seconds"], time.monotonic()
         return done
+
+
+def stages_table(log: Path) -> str:
+    """One row per stage: steps and minutes on the clock, from the last line that each wrote."""
+    last = {}
+    for line in log.read_text().splitlines():
+        record = json.loads(line)
+        if "steps" in record:
+            last[record["stage"]] = record
+    rows = [f"| {name} | {r['steps']} | {r['seconds'] / 60:.1f} |" for name, r in last.items()]
+    return "\n".join(["| stage | steps | minutes |", "| --- | --- | --- |", *rows])
+
+
+def parameters_of(module: torch.nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from diffusers import WanPipeline
-from wan_digits_model import parameters_of
+from training import parameters_of, stages_table
 
 HERE = Path(__file__).parent
 FRONT = """---
@@ -17,17 +17,6 @@ library_name: diffusers
 pipeline_tag: text-to-video
 ---
 """
-
-
-def _stages(log: Path) -> str:
-    """One row per stage: steps and minutes on the clock, from the last line that each wrote."""
-    last = {}
-    for line in log.read_text().splitlines():
-        record = json.loads(line)
-        if "steps" in record:
-            last[record["stage"]] = record
-    rows = [f"| {name} | {r['steps']} | {r['seconds'] / 60:.1f} |" for name, r in last.items()]
-    return "\n".join(["| stage | steps | minutes |", "| --- | --- | --- |", *rows])
 
 
 def _recalls(table: list[list[list]]) -> str:
@@ -123,7 +112,7 @@ shift {pipe.scheduler.config.get("flow_shift", 1.0):g}.
 away reads from the third block which digit's square covers each cell (see
 `samples/wan_digits_denoiser.py`).
 
-{_stages(log)}
+{stages_table(log)}
 
 {notes}
 ## Evaluation

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from denoising import BACKGROUND, MeaningHead, noise_levels, optimisers, rate_at
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from training import Average, Muon, average_gradients, rank_and_world
+from training import Average, average_gradients, rank_and_world
 from transformers import UMT5EncoderModel
-from wan_digits_vae import BACKGROUND
 
 __all__ = ["Clips", "DenoiserSettings", "Latents", "Phase", "denoiser_step", "install_processors"]
 
@@ -264,42 +264,6 @@ def embed_prompts(
     return F.pad(states, (0, 0, 0, 1)), bias[:, None, None]
 
 
-class MeaningHead(nn.Module):
-    """Reads from the hidden states of one block which digit covers each cell, and where."""
-
-    def __init__(self, block: nn.Module, width: int) -> None:
-        super().__init__()
-        self.read = nn.Linear(width, BACKGROUND + 1 + 2)
-        self.hidden: Tensor | None = None
-        block.register_forward_hook(lambda _block, _inputs, output: setattr(self, "hidden", output))
-
-    def forward(self, digits: Tensor, inside: Tensor) -> Tensor:
-        """Cross-entropy of `digits` `[b, t, h, w]` plus the squared error of `inside` `[b, t, 2, h,
-        w]` where there is a digit, for the last call of the block.
-        """
-        found = self.read(F.layer_norm(self.hidden, self.hidden.shape[-1:]))
-        named = F.cross_entropy(found[..., :-2].transpose(1, 2), digits.flatten(1))
-        shown = (digits != BACKGROUND).flatten(1)[..., None]
-        where = inside.movedim(2, -1).flatten(1, 3)
-        missed = ((found[..., -2:] - where).square() * shown).sum() / shown.sum().clamp(min=1) / 2
-        return named + missed
-
-
-def optimisers(
-    transformer: nn.Module, others: list[nn.Module], settings: DenoiserSettings
-) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
-    hidden = {
-        id(p): p
-        for b in transformer.blocks
-        for n, p in b.named_parameters()
-        if p.ndim == 2 and n.endswith("weight")
-    }
-    rest = [p for m in (transformer, *others) for p in m.parameters() if id(p) not in hidden]
-    muon = Muon(hidden.values(), lr=settings.muon_rate, decay=0.01)
-    return muon, torch.optim.AdamW(rest, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
-
-
 def denoiser_step(
     transformer, encoder, cache: Latents, settings: DenoiserSettings, seed: int, begin: float = 0.0
 ):
@@ -311,7 +275,9 @@ def denoiser_step(
     processors, rotary = install_processors(transformer)
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     head = MeaningHead(transformer.blocks[settings.head_block], width)
-    muon, adam = optimisers(transformer, [encoder, head], settings)
+    muon, adam = optimisers(
+        transformer.blocks, [transformer, encoder, head], settings.muon_rate, settings.adam_rate
+    )
     parameters = [p for m in (transformer, encoder, head) for p in m.parameters()]
     average = Average({"transformer": transformer, "text_encoder": encoder}, settings.average_decay)
 
@@ -319,7 +285,7 @@ def denoiser_step(
         progress = begin + (1 - begin) * progress
         phase = next(p for p in settings.phases if progress < p.until or p is settings.phases[-1])
         clips = phase.clips[index % len(phase.clips)]
-        rate = min((index + 1) / 100, 1.0, 3 * (1 - progress) + 0.01)
+        rate = rate_at(index, progress)
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = (
             settings.muon_rate * rate,
             settings.adam_rate * rate,
@@ -333,15 +299,7 @@ def denoiser_step(
             1,
         )
         padded = lengths + _padding(size, progress, random)
-        # Noise levels: one stratum of the normal per clip, squashed and shifted; steadier gradients
-        # at batch 2.
-        quantile = (
-            torch.randperm(size, generator=random) + torch.rand(size, generator=random)
-        ) / size
-        base = torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)).sigmoid()
-        uniform = torch.rand(size, generator=random)
-        base = torch.where(torch.rand(size, generator=random) < 0.15, uniform, base)
-        sigma = clips.shift * base / (1 + (clips.shift - 1) * base)
+        sigma = noise_levels(size, clips.shift, random)
         noise = torch.randn(clean.shape, generator=random)
         mine = slice(rank, None, world)  # every rank draws the whole batch and computes its share
         clean, digits, inside, rotary.times = (
@@ -357,7 +315,7 @@ def denoiser_step(
         )[0]
         squared = (velocity - (noise - clean)).square()
         weight = 1 + clips.digit_weight * (digits != BACKGROUND)[:, None]
-        meant = head(digits, inside)
+        meant = head(digits.flatten(1), inside.movedim(2, -1).flatten(1, 3))
         loss = (squared * weight).mean() / weight.mean() + settings.head_weight * meant
         for optimiser in (muon, adam):
             optimiser.zero_grad(set_to_none=True)

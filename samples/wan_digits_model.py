@@ -3,11 +3,8 @@
 """
 
 import copy
-import os
-import shutil
 from pathlib import Path
 
-import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -17,6 +14,7 @@ from diffusers import (
 )
 from moving_digits import DIGIT_WORDS, MOTIONS
 from torch import nn
+from training import save_pipeline
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 __all__ = [
@@ -116,32 +114,12 @@ def export(
     transformer: WanTransformer3DModel,
     scheduler: str,
 ) -> None:
-    """Write the pipeline beside `out`, then put its parts in place, so that a reader never meets
-    half a file.
-    """
-    tokenizer = build_tokenizer()
+    """Write the pipeline to `out`; the autoencoder goes into its file as float16, half the size."""
     pipe = WanPipeline(
-        tokenizer=tokenizer,
+        tokenizer=build_tokenizer(),
         text_encoder=text_encoder.eval(),
-        vae=vae.eval(),
+        vae=copy.deepcopy(vae).half().eval(),
         transformer=transformer.eval(),
         scheduler=build_scheduler(scheduler),
     )
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    pipe.save_pretrained(part, safe_serialization=True)
-    # The autoencoder goes into the file as float16: half the size.
-    copy.deepcopy(vae).half().save_pretrained(part / "vae")
-    for source in sorted(part.rglob("*")):
-        target = out / source.relative_to(part)
-        if source.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, target)
-    shutil.rmtree(part)
-
-
-def parameters_of(module: torch.nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())
+    save_pipeline(pipe, out)

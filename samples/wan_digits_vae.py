@@ -6,16 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from denoising import BACKGROUND
 from diffusers import AutoencoderKLWan
 from moving_digits import CANVAS, Scene, draw_scene, make_video, positions, prompt_of, render
 from torch import Tensor
 from tqdm import tqdm
 from training import Length, Muon, Run, save_atomically
 
-__all__ = ["BACKGROUND", "VaeSettings", "build_vae", "encode_videos", "refine_decoder", "train_vae"]
-
-
-BACKGROUND = 10  # the label of a latent cell that shows no digit
+__all__ = ["VaeSettings", "build_vae", "encode_videos", "refine_decoder", "train_vae"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,14 @@ def tiny_wan_path(tmp_path_factory):
     return build_tiny_wan(tmp_path_factory.mktemp("models") / "tiny-wan")
 
 
+@pytest.fixture(scope="session")
+def tiny_flux_path(tmp_path_factory):
+    """The directory of a tiny random FluxPipeline."""
+    from tiny_flux import build_tiny_flux
+
+    return build_tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux")
+
+
 @pytest.fixture
 def pipe(tiny_wan_path):
     """A tiny random WanPipeline of its own."""

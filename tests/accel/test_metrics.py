@@ -7,6 +7,7 @@ from math import exp, inf
 
 import numpy as np
 import pytest
+import torch
 
 from accel.errors import AccelError
 from accel.metrics import Classifier, capped, flicker, psnr, ssim
@@ -84,7 +85,6 @@ def test_flicker_forgives_motion_and_counts_noise(random):
 def classifier(tmp_path):
     """A classifier that answers with its bias: "two" and "seven" first, whatever it sees."""
     import timm
-    import torch
     from safetensors.torch import save_file
 
     labels = ["two", "seven", "nine"]
@@ -109,10 +109,32 @@ def classifier(tmp_path):
 def test_classifier_reads_the_labels_that_the_prompt_names(classifier, random):
     judge = Classifier.load(classifier)
     video = _video(random, frames=3, height=24, width=40)
-    assert judge.reads(video, "a Two moving left") is True
-    assert judge.reads(video, "a seven, and a two") is True
-    assert judge.reads(video, "a seven") is False
+    assert judge.reads(video, "a Two moving left") == 1
+    assert judge.reads(video, "a seven, and a two") == 1
+    assert judge.reads(video, "a seven") == 0
     assert judge.reads(video, "twofold") is None
+
+
+class _Brightness(torch.nn.Module):
+    """Says "two" of bright frames and "nine" of dark ones."""
+
+    def forward(self, frames):
+        bright = frames.mean((1, 2, 3))
+        return torch.stack([bright, torch.zeros_like(bright), -bright], 1)
+
+
+def test_with_places_every_label_is_looked_for_in_its_own():
+    places = {"top": (0, 0, 8, 24), "left": (8, 0, 16, 8), "top left": (0, 0, 8, 8)}
+    labels = ("two", "seven", "nine")
+    judge = Classifier(_Brightness(), labels, (3, 8, 8), (0.5,) * 3, (0.25,) * 3, places)
+    image = np.zeros((1, 16, 24, 3), dtype=np.float32)
+    image[:, :8, :8] = 1
+    prompt = "a two top left and a nine left"
+    assert judge.placed_in(prompt) == [("two", "top left"), ("nine", "left")]
+    assert judge.reads(image, prompt) == 1
+    assert judge.reads(image, "a two at the left and a two at the top left") == 0.5
+    assert judge.reads(image, "a seven top, a nine right") == 0
+    assert judge.reads(image, "a topless two") is None
 
 
 def test_a_classifier_that_cannot_be_read_is_one_clear_error(classifier, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_flux import tiny_flux_config
 from tiny_wan import CALL, tiny_wan_config
 
 from accel.errors import AccelError, PlanError
@@ -39,6 +40,16 @@ def test_a_plan_makes_a_gif_and_a_summary(config, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "plan 'sparsed'" in said
     assert "9 frames of 48 x 32" in said
+
+
+def test_an_image_becomes_a_png(config, tiny_flux_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config |= {"model": tiny_flux_config(tiny_flux_path), "plan": None, "out": None}
+    generate({**config, "prompt": "a seven top left"})
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.format == "PNG"
+        assert image.size == (2 * 48, 2 * 32)
+    assert "image.png: one frame of 48 x 32" in capsys.readouterr().out
 
 
 def test_what_the_plan_promises_is_said_before_it_generates(config, tmp_path, capsys, monkeypatch):
@@ -115,6 +126,12 @@ def test_mp4_has_every_frame(video, tmp_path):
     reader.release()
     assert shapes == [(16, 24, 3)] * 5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.mp4"]
+
+
+def test_a_video_is_no_png(video, tmp_path):
+    with pytest.raises(AccelError, match=r"a video of 5 frames cannot .* write 'v.gif' instead"):
+        write_video(tmp_path / "v.png", video, fps=8)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])

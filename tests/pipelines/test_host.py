@@ -3,11 +3,13 @@ import re
 
 import numpy as np
 import pytest
+import tiny_flux
 import torch
 from tiny_wan import CALL, tiny_wan_config
 
 from accel.errors import AccelError
 from accel.pipelines.host import Host, ModelConfig, find_path
+from accel.pipelines.model_settings import model_config
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,17 @@ def test_a_call_may_be_overridden(host):
     assert len(video) == 5
 
 
+def test_an_image_is_a_video_of_one_frame(tiny_flux_path):
+    host = Host(model_config(tiny_flux.tiny_flux_config(tiny_flux_path)))
+    image = host.generate("a seven top left", 0)
+    assert image.shape == (1, tiny_flux.CALL["height"], tiny_flux.CALL["width"], 3)
+    assert image.dtype == np.float32
+    assert 0 <= image.min() < image.max() <= 1
+    latents = host.latents("a seven top left", 0)
+    assert latents.shape == (1, 8 * 12, 12)
+    assert np.array_equal(host.latents("a seven top left", 0), latents)
+
+
 def test_dtype_and_device_are_those_of_the_configuration(config):
     host = Host(dataclasses.replace(config, dtype="bfloat16", device="cpu"))
     assert host.pipe.transformer.dtype == torch.bfloat16
@@ -71,6 +84,11 @@ def test_dtype_and_device_are_those_of_the_configuration(config):
         ),
         pytest.param(
             {"dtype": "float8"}, "model.dtype is 'float8'; take one of float32", id="dtype"
+        ),
+        pytest.param(
+            {"places": {"top": [8, 0, 8, 9]}},
+            "model.places.top must be [top, left, bottom, right] in pixels, got [8, 0, 8, 9]",
+            id="place",
         ),
         pytest.param({"prompts": ()}, "model.prompts must be prompts with text", id="no prompts"),
         pytest.param({"calibration": ("a", " ")}, "model.calibration must be", id="blank prompt"),

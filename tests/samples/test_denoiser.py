@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from denoising import BACKGROUND, MeaningHead
 from moving_digits import CANVAS, coverage, draw_scene
 from training import Average
-from wan_digits_denoiser import Clips, DenoiserSettings, Latents, MeaningHead, Phase, denoiser_step
+from wan_digits_denoiser import Clips, DenoiserSettings, Latents, Phase, denoiser_step
 from wan_digits_model import build_text_encoder, build_tokenizer, build_transformer
-from wan_digits_vae import BACKGROUND, digits_in_cells
+from wan_digits_vae import digits_in_cells
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -72,9 +73,9 @@ def test_the_meaning_of_a_head_that_knows_nothing() -> None:
     head = MeaningHead(block, 8)
     torch.nn.init.zeros_(head.read.weight)
     torch.nn.init.zeros_(head.read.bias)
-    digits = torch.tensor([[[[3, BACKGROUND], [3, 4]]]])
-    inside = torch.zeros(1, 1, 2, 2, 2)
-    inside[0, 0, :, 0, 0] = 0.5
+    digits = torch.tensor([[3, BACKGROUND, 3, 4]])
+    inside = torch.zeros(1, 4, 2)
+    inside[0, 0] = 0.5
     block(torch.randn(1, 4, 8))
     # ln 11 for eleven labels; two squares of 0.5 over three cells and two axes
     assert head(digits, inside).item() == pytest.approx(math.log(11) + 2 * 0.25 / 3 / 2)
