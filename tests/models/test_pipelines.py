@@ -1,11 +1,13 @@
 """In the pipelines of diffusers."""
 
+import time
+
 import diffusers
 import pytest
 import torch
-from cases import HUNYUAN15, WAN
+from cases import FLUX, HUNYUAN15, SD3, WAN
 from test_contract import plan_of
-from tiny_pipelines import TINY, generate, hunyuan15, wan22
+from tiny_pipelines import TINY, flux, generate, hunyuan15, sd3, wan22
 
 import accel
 from accel.schedule import Schedule
@@ -159,6 +161,29 @@ class TestFewSteps:
         times = TINY[name].calls
         dense, sparse = (2, 5) if TINY[name].twice else (1, 3)
         assert calls(pipe) == {"dense": {dense * times}, "band 0": {sparse * times}}
+
+    @pytest.mark.feature("the guard in 4 and 8 steps")
+    @pytest.mark.parametrize("steps", [4, 8])
+    @pytest.mark.parametrize("case", [FLUX, SD3], ids=str)
+    def test_the_guard_decides_and_says_so(self, case, steps, monkeypatch):
+        """One call a step, so every site has three sparse ones in 4 steps."""
+        pipe, call = {"Flux": flux, "SD3": sd3}[case.name]()
+        attend = accel.router.sparse_attention
+
+        def slowly(*args, **kwargs):
+            time.sleep(0.02)
+            return attend(*args, **kwargs)
+
+        monkeypatch.setattr("accel.guard.LEAST_S", 0.0)
+        monkeypatch.setattr("accel.router.sparse_attention", slowly)
+        enable(pipe, Schedule(dense_start=0.25), guard=True)
+        generate(pipe, call, steps)
+        notices = accel.summary(pipe).notices
+        assert len(notices) == len(case.sites)
+        assert all("slower than dense attention" in why for why in notices)
+        # decided when three sparse calls are known, of one site or of several
+        first = -(-3 // len(case.sites))
+        assert set(notices.values()) <= {3 * steps // 4 - first, 3 * steps // 4 - first + 1}
 
     @pytest.mark.feature("one step")
     @tiny()
