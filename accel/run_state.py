@@ -56,9 +56,10 @@ class Run:
     under the plan's floor of recall, while their mask lives; explained: sites and branches whose
     attention mask was seen to be the padding of their layout; off: sites that were measured to be
     slower than dense, with the reason; dense_alike: dense calls that were made for their times
-    alone, by kind of site; outputs: what later calls take over; shares: how the heads of sites are
-    dealt to the ranks of a call, where there are several; spread: of the site that is running, who
-    has which of its tokens, None where this rank has them all.
+    alone, by kind of site; sparse_alike: sites of one kind with the same choices, and what was
+    measured of them where they are slower than dense; outputs: what later calls take over; shares:
+    how the heads of sites are dealt to the ranks of a call, where there are several; spread: of the
+    site that is running, who has which of its tokens, None where this rank has them all.
     """
 
     where: Where | None = None
@@ -80,6 +81,7 @@ class Run:
     anchors: dict[Any, BlockMeans] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
     dense_alike: dict[Any, Record] = field(default_factory=dict)
+    sparse_alike: dict[Any, dict[str, str | None]] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=Outputs)
     shares: HeadShares = field(default_factory=HeadShares)
     spread: Spread | None = None
