@@ -5,6 +5,7 @@ import torch
 from cases import CASES, FLUX, SD3
 from features import enabled_with, forward
 from test_contract import plan_of
+from tiny_pipelines import TINY, generate
 from torch._dynamo import lookup_backend
 
 import accel
@@ -143,3 +144,20 @@ def test_enabling_what_was_compiled(case, how):
     assert close(run(model, case, 3), expected)
     accel.disable(model)
     assert close(run(model, case, 3), dense)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("steps are found, compiled whole")
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(TINY[n].case, n) for n in ("CogVideoX, batched, DDIM", "DiT, batched, DDIM", "SD3, batched")],
+    ids=str,
+)
+def test_the_step_of_a_compiled_pipeline(case, name):
+    pipe, call = TINY[name].build()
+    accel.enable(pipe, plan_of(pipe.transformer, schedule=SCHEDULE), strict=True, guard=False)
+    expected = generate(pipe, call, STEPS)
+    pipe.transformer.compile(backend="aot_eager", fullgraph=True)
+    assert torch.allclose(generate(pipe, call, STEPS), expected, atol=1e-2, rtol=1e-2)
+    phases = {row.phase: row.calls for row in accel.summary(pipe).rows}
+    assert phases == {"dense": 2, "band 0": 1, "band 1": 2}

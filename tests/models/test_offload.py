@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from cases import HUNYUAN, SD3, WAN
+from cases import COGVIDEOX, HUNYUAN, SD3, WAN
 from diffusers.hooks import apply_group_offloading
 from features import enabled_with, forward, over
+from test_contract import plan_of
+from tiny_pipelines import cogvideox, generate, sd3
 
 import accel
 from accel.choice import DENSE
@@ -99,6 +101,26 @@ def test_on_a_gpu(case, way):
         assert execution_device(model).type == "cuda"
         assert torch.allclose(call(model, case, device), expected, atol=1e-5)
         assert {row.kernels for row in accel.summary(model).rows} == {("triton",)}
+
+
+@pytest.mark.gpu
+@pytest.mark.feature("offload of a pipeline")
+@pytest.mark.parametrize(
+    "way", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"]
+)
+@pytest.mark.parametrize("case", [SD3, COGVIDEOX], ids=str)
+def test_a_pipeline_on_a_gpu(case, way):
+    build, cuda = {SD3.name: sd3, COGVIDEOX.name: cogvideox}[case.name], torch.device("cuda")
+    pipe, call = build()
+    call = {name: moved(value, cuda) for name, value in call.items()}
+    accel.enable(pipe.to(cuda), plan_of(pipe.transformer), strict=True, guard=False)
+    expected = generate(pipe, call).cpu()
+    other, _ = build()
+    settings = {"onload_device": cuda} if way == "enable_group_offload" else {}
+    getattr(other, way)(**settings)
+    accel.enable(other, plan_of(other.transformer), strict=True, guard=False)
+    for _ in range(2):
+        assert torch.allclose(generate(other, call).cpu(), expected, atol=1e-3)
 
 
 def test_hooks_are_asked_for_the_device():

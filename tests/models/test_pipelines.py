@@ -70,6 +70,33 @@ def test_dense_steps_come_first(case, name):
     assert torch.equal(generate(pipe, call, STEPS), plain)
 
 
+@pytest.mark.feature("steps are counted")
+@tiny("unindexed")
+def test_steps_are_counted_where_timesteps_are_copies(case, name, monkeypatch):
+    """As DiT's are on a GPU: its timesteps stay on the CPU."""
+    pipe, call = TINY[name].build()
+    enable(pipe)
+    expected = generate(pipe, call, STEPS)
+    monkeypatch.setattr("accel.context.position", lambda *_: None)
+    for _ in range(2):
+        assert torch.equal(generate(pipe, call, STEPS), expected)
+        assert calls(pipe) == {"dense": {3}, "band 0": {7}}
+
+
+@pytest.mark.gpu
+@pytest.mark.feature("steps are found on a GPU")
+@tiny()
+def test_dense_steps_come_first_on_a_gpu(case, name):
+    pipe, call = TINY[name].build()
+    pipe.to("cuda")
+    call = {n: v.to("cuda") if isinstance(v, torch.Tensor) else v for n, v in call.items()}
+    enable(pipe)
+    generate(pipe, call, STEPS)
+    times = TINY[name].calls
+    dense, sparse = (6, 13) if TINY[name].twice else (3, 7)
+    assert calls(pipe) == {"dense": {dense * times}, "band 0": {sparse * times}}
+
+
 @pytest.mark.feature("callbacks")
 @tiny("callbacks")
 def test_callbacks_see_dense_steps_first(case, name):

@@ -9,6 +9,8 @@ from diffusers import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from features import enabled_with, forward, needs, over
+from test_contract import plan_of
+from tiny_pipelines import flux, generate
 
 import accel
 from accel.choice import DENSE
@@ -161,3 +163,45 @@ def test_attention_that_a_guider_replaces_is_left_to_it(case):
     model = enabled_with(case.model(), DENSE)
     apply_layer_skip(model, config)
     assert torch.equal(call(model, case), skipped)
+
+
+@pytest.mark.feature("load_ip_adapter, unload_ip_adapter")
+@pytest.mark.parametrize("case", [FLUX], ids=str)
+def test_an_adapter_is_loaded_and_unloaded_in_a_pipeline(case):
+    """By the loader's own code, between generations of an enabled pipeline."""
+    torch.manual_seed(1)
+    width, inner = 16, 72
+    weights = {
+        "image_proj": {
+            "proj.weight": torch.randn(4 * width, 6),
+            "proj.bias": torch.randn(4 * width),
+            "norm.weight": torch.ones(width),
+            "norm.bias": torch.zeros(width),
+        },
+        "ip_adapter": {
+            f"0.to_{letter}_ip.{part}": torch.randn(*shape)
+            for letter in "kv"
+            for part, shape in {"weight": (inner, width), "bias": (inner,)}.items()
+        },
+    }
+    image = {"ip_adapter_image_embeds": [torch.randn(1, 1, 6)]}
+    image |= {f"negative_{name}": value for name, value in image.items()}
+
+    def generations(pipe, call):
+        before = generate(pipe, call, 4)
+        pipe.transformer._load_ip_adapter_weights([weights], low_cpu_mem_usage=False)
+        prompted = generate(pipe, {**call, **image}, 4)
+        pipe.unload_ip_adapter()
+        return before, prompted, generate(pipe, call, 4)
+
+    dense = generations(*flux())
+    assert not torch.equal(dense[0], dense[1])
+    pipe, call = flux()
+    for choices, same in (((DENSE,), True), ((), False)):
+        accel.enable(pipe, plan_of(pipe.transformer, *choices), strict=True, guard=False)
+        found = generations(pipe, call)
+        assert [torch.equal(a, b) for a, b in zip(found, dense, strict=True)] == [same] * 3
+        assert torch.equal(found[0], found[2])
+    accel.disable(pipe)
+    assert torch.equal(generate(pipe, call, 4), dense[0])
+    assert classes(pipe.transformer) == classes(case.model())

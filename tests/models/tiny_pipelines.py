@@ -179,13 +179,21 @@ def dit() -> Any:
 
 @dataclass(frozen=True)
 class Tiny:
-    """calls: of the denoiser in a step; twice: steps count two calls by its scheduler (Heun)."""
+    """calls: of the denoiser in a step; twice: steps count two calls by its scheduler (Heun).
+
+    indexed: its scheduler says where it stands.
+    """
 
     case: Case
     build: Any
     calls: int = 1
     twice: bool = False
     callbacks: bool = True
+    indexed: bool = True
+
+    @property
+    def unindexed(self) -> bool:
+        return not self.indexed
 
 
 TINY = {
@@ -193,21 +201,23 @@ TINY = {
     "HunyuanVideo, embedded": Tiny(HUNYUAN, hunyuan),
     "HunyuanVideo, separate": Tiny(HUNYUAN, partial(hunyuan, 2.0), calls=2),
     "HunyuanVideo 1.5, guider": Tiny(HUNYUAN15, hunyuan15, calls=2, callbacks=False),
-    "CogVideoX, batched, DDIM": Tiny(COGVIDEOX, cogvideox),
+    "CogVideoX, batched, DDIM": Tiny(COGVIDEOX, cogvideox, indexed=False),
     "CogVideoX, batched, DPM": Tiny(
-        COGVIDEOX, lambda: cogvideox(diffusers.CogVideoXDPMScheduler())
+        COGVIDEOX, lambda: cogvideox(diffusers.CogVideoXDPMScheduler()), indexed=False
     ),
     "Mochi, batched": Tiny(MOCHI, mochi, calls=2),  # of a site, one for each sample
     "LTX, batched": Tiny(LTX, ltx),
-    "Latte, batched, DDIM": Tiny(LATTE, latte),
+    "Latte, batched, DDIM": Tiny(LATTE, latte, indexed=False),
     "Flux, embedded": Tiny(FLUX, flux),
     "Flux, separate": Tiny(FLUX, partial(flux, 2.0), calls=2),
     "SD3, batched": Tiny(SD3, sd3),
     "SD3, Heun": Tiny(SD3, lambda: sd3(diffusers.FlowMatchHeunDiscreteScheduler()), twice=True),
     "QwenImage, separate": Tiny(QWEN, qwen, calls=2),
     "PixArt, batched": Tiny(PIXART, pixart, callbacks=False),
-    "PixArt, DDIM": Tiny(PIXART, lambda: pixart(diffusers.DDIMScheduler()), callbacks=False),
-    "DiT, batched, DDIM": Tiny(DIT, dit, callbacks=False),
+    "PixArt, DDIM": Tiny(
+        PIXART, lambda: pixart(diffusers.DDIMScheduler()), callbacks=False, indexed=False
+    ),
+    "DiT, batched, DDIM": Tiny(DIT, dit, callbacks=False, indexed=False),
 }
 
 
