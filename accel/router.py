@@ -17,25 +17,22 @@ from torch import Tensor
 
 from accel.choice import Choice
 from accel.context import Where
-from accel.dense_heads import with_dense_heads, with_more_heads
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
-from accel.guard import Kind, slower_than_dense, time_dense, weak_heads
+from accel.guard import Kind, slower_than_dense, time_dense
 from accel.head_shares import Mine
+from accel.judged_masks import judged_mask
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.kernels.block_mask import BlockMask
-from accel.layout import Layout
 from accel.layouts import Layouts, LayoutsLike, Part, parts_of
-from accel.masks import SiteMask, sampled_recall
+from accel.masks import SiteMask
 from accel.obstacles import misfit, missed, refusal, unexplained
 from accel.plan import Plan
 from accel.ranks import Ranks
 from accel.records import Record, Stopwatch, phase_label
-from accel.run_masks import found_mask
-from accel.run_state import MaskKey, Run
+from accel.run_state import Run
 from accel.schedule import Phase
 from accel.shared_calls import SharedCalls
-from accel.stand_in import computed, stands_in
 
 logger = logging.getLogger("accel")
 
@@ -98,12 +95,12 @@ class Session:
         if self.probe is not None:
             return  # a self-check belongs to no run
         layouts = None if layout is None else Layouts.of(layout)
-        if self._is_new_run(layouts, where):
+        if self.run.ends_before(layouts, where):
             self.run = Run()
             self.records.clear()
             self.shared.dealt.clear()
             self.notices.clear()
-        elif where is not None and _leaps(self.run.said, where):
+        elif where is not None and self.run.leaves_out_steps(where):
             self.run.forget()
         run = self.run
         run.begin(layouts)
@@ -133,24 +130,6 @@ class Session:
                 f" {schedule.dense_start} and dense_end {schedule.dense_end}; lower them, or take"
                 " more steps"
             )
-
-    def _is_new_run(self, layouts: Layouts | None, where: Where | None) -> bool:
-        """Whether this call belongs to another generation than the one before it.
-
-        The scheduler has other timesteps, the step went back, the number of steps or the grids
-        changed, or, where no scheduler tells, the first step of a branch is said a second time (a
-        run that was interrupted in its first step).
-        """
-        run, last = self.run, self.run.said
-        if layouts is not None and run.layouts.grids not in (set(), layouts.grids):
-            return True
-        if where is None or last is None:
-            return False
-        if where.run is not last.run or where.total != last.total or where.step < last.step:
-            return True
-        again = where.step == run.first_step and where.branch in run.first_branches
-        # calls in one block of `accel.step` have one place between them: they are guidance
-        return again and where.run is None and where is not last
 
     def attend(
         self,
@@ -314,7 +293,11 @@ class Session:
         parts: list[tuple[Part, SiteMask]] = []
         for part in parts_of(run.here, q.device):
             of_part = (part.cut(q), part.cut(k), part.cut(v))
-            chosen = self._mask(site, run, part, choices, dense, record, *of_part, mine)
+            chosen, weak = judged_mask(
+                self.plan, run, site, part, choices, dense, record, *of_part, mine
+            )
+            if weak:
+                self._notice(weak)
             if chosen is not None:
                 parts.append((part, chosen))
             elif mine is None:
@@ -434,70 +417,3 @@ class Session:
     def _notice(self, reason: str) -> None:
         """Count what the plan or its user asked to be made dense: no error in strict mode."""
         self.notices[reason] += 1
-
-    def _mask(
-        self,
-        site: Site,
-        run: Run,
-        part: Part,
-        choices: tuple[Choice, ...],
-        dense: tuple[int, ...],
-        record: Record,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
-        mine: Mine | None = None,
-    ) -> SiteMask | None:
-        """The mask of a part of a call; None where every head is dense.
-
-        dense: heads that are dense in this call, whatever their choice; q, k, v: of the part.
-        mine: of a site that ranks share these are the heads; there is a mask even where all of them
-        are dense, and None where there are none.
-        """
-        branch, layout = run.branch + part.name, part.layout
-        if mine is not None and mine.more:
-            q, k, v = (x[:, : len(mine.heads)] for x in (q, k, v))
-        key, found = found_mask(
-            self.plan, run, site, branch, layout, computed(choices), record, q, k, v, mine
-        )
-        if found is None:
-            return self._with_more(run, key, None, mine, layout)
-        looked = (site.name, branch, phase_label(run.phase.band), run.phase.generation)
-        if looked not in run.recalls:
-            floor = self.plan.recall_floor
-            watch = Stopwatch(record, q.device, "recall_seconds")
-            recall = run.recalls[looked] = sampled_recall(q, k, found)
-            run.weak[looked] = () if floor is None else weak_heads(recall, floor, choices)
-            watch.stop()
-            seen = [h for h, c in enumerate(choices) if not stands_in(c)]
-            record.recall.append(recall if len(seen) == len(choices) else recall[seen])
-            if run.weak[looked]:
-                numbers = range(len(choices)) if mine is None else mine.heads
-                heads = ", ".join(str(numbers[h]) for h in run.weak[looked])
-                self._notice(f"recall is under the floor of {floor} at {site.name}, heads {heads}")
-        dense = tuple(sorted({*dense, *run.weak[looked]}))
-        if mine is None and all(c.dense or h in dense for h, c in enumerate(choices)):
-            return None
-        if dense:
-            key = key._replace(dense=dense)
-            if key not in run.masks:
-                run.masks[key] = with_dense_heads(found, dense, layout)
-            found = run.masks[key]
-        return self._with_more(run, key, found, mine, layout)
-
-    def _with_more(
-        self, run: Run, key: MaskKey, found: SiteMask | None, mine: Mine | None, layout: Layout
-    ) -> SiteMask | None:
-        """A mask with the dense heads that this rank has besides those with choices of their own"""
-        if mine is None or not mine.more:
-            return found
-        key = key._replace(more=mine.more)
-        if key not in run.masks:
-            block, device = self.plan.block, key.device
-            run.masks[key] = with_more_heads(found, mine.more, layout, block, device)
-        return run.masks[key]
-
-
-def _leaps(last: Where | None, where: Where) -> bool:
-    """Whether steps were left out that no scheduler vouches for: it may be another run."""
-    return last is not None and where.run is None and where.step > last.step + 1

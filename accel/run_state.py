@@ -105,6 +105,28 @@ class Run:
         if where.step == self.first_step:
             self.first_branches.add(self.where.branch)
 
+    def ends_before(self, layouts: Layouts | None, where: Where | None) -> bool:
+        """Whether a call belongs to another generation than the one before it.
+
+        The scheduler has other timesteps, the step went back, the number of steps or the grids
+        changed, or, where no scheduler tells, the first step of a branch is said a second time (a
+        run that was interrupted in its first step).
+        """
+        last = self.said
+        if layouts is not None and self.layouts.grids not in (set(), layouts.grids):
+            return True
+        if where is None or last is None:
+            return False
+        if where.run is not last.run or where.total != last.total or where.step < last.step:
+            return True
+        again = where.step == self.first_step and where.branch in self.first_branches
+        # calls in one block of `accel.step` have one place between them: they are guidance
+        return again and where.run is None and where is not last
+
+    def leaves_out_steps(self, where: Where) -> bool:
+        """Whether steps were left out that no scheduler vouches for: it may be another run."""
+        return self.said is not None and where.run is None and where.step > self.said.step + 1
+
     def begin(self, layouts: Layouts | None) -> None:
         """A call of the denoiser begins; None leaves the layouts as they were."""
         self.layouts = layouts or self.layouts

@@ -297,7 +297,7 @@ class TestRecallFloor:
         torch.testing.assert_close(outs[0], dense, atol=1e-5, rtol=1e-5)
 
     def test_without_a_floor_nothing_is_read(self, monkeypatch):
-        monkeypatch.setattr("accel.router.weak_heads", None)
+        monkeypatch.setattr("accel.judged_masks.weak_heads", None)
         run(session(self.FEW), range(2))
 
     @pytest.mark.parametrize("floor", [0, -0.1, 1.5, True, "0.9", float("nan")])
