@@ -379,11 +379,8 @@ class Session:
             self._runs_dense(reason)
             return None
         # ranks whose clocks differ would not come to the same
-        if (
-            self.guard
-            and run.spread is None
-            and self._is_off(site, run, choices, self._kind(site, q, k))
-        ):
+        guarded = self.guard and run.spread is None
+        if guarded and self._is_off(site, run, choices, self._kind(site, q, k)):
             return None
         return choices
 
@@ -454,7 +451,8 @@ class Session:
         """The mask of a part of a call; None where every head is dense.
 
         dense: heads that are dense in this call, whatever their choice; q, k, v: of the part.
-        mine: of a site that ranks share these are the heads; None where this rank has none.
+        mine: of a site that ranks share these are the heads; there is a mask even where all of them
+        are dense, and None where there are none.
         """
         branch, layout = run.branch + part.name, part.layout
         if mine is not None and mine.more:

@@ -101,7 +101,7 @@ def selected_keeps(run: Run) -> Iterator[tuple[Choice, float]]:
     As they were selected: heads that are dense for their recall are in masks of their own.
     """
     for key, found in run.masks.items():
-        if key.owner is None or key.dense:
+        if key.owner is None or key.dense or key.more:
             continue
         for choice, keep in zip(key.choices, found.mask.keep_per_head().tolist(), strict=True):
             if choice.online:

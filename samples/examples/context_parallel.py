@@ -1,6 +1,6 @@
 """One video by several devices, which share every attention call, accelerated by a plan.
 
-Here, on two CPU processes and the sample model (about four minutes on two cores):
+Here, on two CPU processes and the sample model (about two minutes on two cores):
 
 torchrun --nproc-per-node 2 samples/examples/context_parallel.py
 
