@@ -37,7 +37,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests (GPU tests are skipped where there is none)"
-	@$(BIN)/pytest -q -m "not slow" -ra --durations=5
+	@$(BIN)/pytest -q -m "not slow" -ra --durations=5 -n auto --maxprocesses 4 --dist loadfile
 
 test-all: $(STAMP)
 	@$(BIN)/pytest -q -ra --durations=20

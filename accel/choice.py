@@ -141,6 +141,11 @@ class Alternatives(Estimator):
         return f"{'+'.join([*patterns, *sorted(online)])}/{self.rows}"
 
     @property
+    def by_head(self) -> bool:
+        selects = (option.select for option in self.options)
+        return all(select.by_head for select in selects if isinstance(select, Estimator))
+
+    @property
     def name(self) -> str:
         return f"{self.kind}({' | '.join(option.name for option in self.options)})"
 

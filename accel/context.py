@@ -1,8 +1,9 @@
 """Where in a run a denoiser call stands: step, number of steps, guidance branch.
 
 Sources, in this order: what the caller says (`with accel.step(i, n): ...`), the cache context that
-a diffusers pipeline attaches to the call, and the pipeline's scheduler. All are public; none costs
-a device synchronisation.
+a diffusers pipeline attaches to the call, the index of the pipeline's scheduler, and for schedulers
+without one the call's own timestep (`accel.timesteps`). All are public; none costs a device
+synchronisation.
 """
 
 import threading
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from accel.timesteps import StepCounter, position
 
 BRANCHES = {
     "cond": "cond",
@@ -26,7 +29,8 @@ class Where:
 
     run: an object that every run has a new one of (the timesteps of its scheduler), None where
         nothing tells runs apart.
-    assumed: the step is where the scheduler stands, which is the truth only if somebody steps it.
+    assumed: the step is where the scheduler stands, which is the truth only if somebody steps it,
+        or was counted.
     """
 
     step: int
@@ -61,10 +65,13 @@ def step(index: int, total: int, branch: str = "") -> Iterator[None]:
         _said.where = before
 
 
-def locate(cache_context: Any, scheduler: Any) -> Where | None:
+def locate(
+    cache_context: Any, scheduler: Any, timestep: Any = None, counter: StepCounter | None = None
+) -> Where | None:
     """The place of the current call, or None when no source knows it.
 
     cache_context: diffusers' `CacheContext` or None; scheduler: the pipeline's scheduler or None.
+    timestep: of the call; counter: of the calls so far, for a timestep that is not found.
     A scheduler that has not stepped yet stands at its begin index. One whose steps were never set
     knows nothing: its timesteps are those of training.
     """
@@ -78,11 +85,16 @@ def locate(cache_context: Any, scheduler: Any) -> Where | None:
     timesteps = getattr(scheduler, "timesteps", None)
     if getattr(scheduler, "num_inference_steps", None) is None:
         timesteps = None
-    assumed = index is None
-    if index is None and hasattr(scheduler, "step_index"):
-        index = scheduler.step_index
-        if index is None:
-            index = scheduler.begin_index or 0
+    assumed = False
+    if index is None and timesteps is not None:
+        if hasattr(scheduler, "step_index"):
+            index, assumed = scheduler.step_index, True
+            if index is None:
+                index = scheduler.begin_index or 0
+        else:
+            index = position(timestep, timesteps)
+            if index is None and counter is not None:
+                index, assumed = counter.index(timestep, timesteps, branch), True
         total = None
     if total is None:
         total = None if timesteps is None else len(timesteps)

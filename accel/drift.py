@@ -12,7 +12,7 @@ bound serves all models. The bound is looked at on the host: each look waits for
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 MOST_HEADS = 0.5  # masks are made anew when more heads than this part have moved
@@ -48,7 +48,20 @@ class BlockMeans:
 
     def has_left(self, made_for: "BlockMeans", bound: float, heads: list[int]) -> bool:
         """Whether more than half of `heads` (over the batch) have a drift above `bound`."""
-        return bool((self.drift(made_for)[:, heads] > bound).float().mean() > MOST_HEADS)
+        return most(self.moved(made_for, bound, heads))
+
+    def moved(self, made_for: "BlockMeans", bound: float, heads: list[int]) -> Int[Tensor, " 2"]:
+        """How many of `heads` (over the batch) have a drift above `bound`, and how many there are;
+        counts of several ranks may be added.
+        """
+        over = self.drift(made_for)[:, heads] > bound
+        return torch.stack([over.sum(), torch.full_like(over.sum(), over.numel())])
+
+
+def most(moved: Int[Tensor, " 2"]) -> bool:
+    """Whether that is more than half of them. Waits for the device."""
+    some, of = moved.tolist()
+    return some > MOST_HEADS * of
 
 
 def _means(x: Tensor, size: int) -> Tensor:

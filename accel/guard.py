@@ -4,7 +4,8 @@ Two questions: which heads of a new mask miss too much of the softmax mass, and 
 calls of a site take longer than its dense ones. The second is asked of times that are there
 already: on a GPU only events that have passed count, and nothing waits. Where a run has no dense
 steps, or too few to judge by, FEW dense calls are made beside the first sparse ones for the sake of
-their times, once for all sites of a kind.
+their times, once for all sites of a kind. A short run (SHORT, of a distilled model) would be over
+before any site has calls enough, so there sites that are alike are judged together.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from accel.schedule import Schedule
 
 MARGIN = 1.1  # a site is slower when its sparse call takes longer than a dense one by this factor
 FEW = 3  # measured calls of either kind, below which nothing is said
+SHORT = 8  # steps of a run, up to which sites that are alike are judged together
 LEAST_S = 2e-4  # dense calls shorter than this are not worth the question
 
 
@@ -107,28 +109,44 @@ def slower_than_dense(
     """What was measured, where the sparse calls of a site are slower than its dense ones.
 
     Each band is judged by its own calls, as they stand; by the dense calls of the site where it has
-    FEW of them, else by those that were timed for all sites of its kind (`time_dense`).
+    FEW of them, else by those that were timed for all sites of its kind (`time_dense`). In a short
+    run the sparse calls of all sites of the kind with the same choices count.
     """
+    assert run.where is not None
+    label = phase_label(run.phase.band)
+    names = [site.name]
+    if run.where.total <= SHORT:
+        alike = run.sparse_alike.setdefault((kind, tuple(choices), label), {})
+        alike.setdefault(site.name, None)
+        # calls of one that was turned off are dense ones by now
+        if any(alike.values()):
+            return next(filter(None, alike.values()))
+        names = list(alike)
     dense = records.get((site.name, DENSE_LABEL))
     if dense is None or dense.calls < FEW:
         dense = run.dense_alike.get(kind)
-    sparse = records.get((site.name, phase_label(run.phase.band)))
-    if dense is None or sparse is None:
+    judged = [records[name, label] for name in names if (name, label) in records]
+    if dense is None or not judged:
         return None
-    for record in (dense, sparse):
+    for record in (dense, *judged):
         record.settle(wait=False)
-    masks = _masks_per_call(schedule, run, sparse)
-    more = _look_seconds(sparse, records.values(), masks)
+    sparse = [s for record in judged for s in record.seconds]
+    own = records.get((site.name, label), judged[0])
+    masks = _masks_per_call(schedule, run, own)
+    more = _look_seconds(own, records.values(), masks)
     # masks of patterns alone are made once for all sites: no site pays for them
     if any(c.online for c in choices):
-        more += _making_seconds(sparse, records.values(), masks)
-    if not is_slower(dense.seconds, sparse.seconds, more):
+        more += _making_seconds(own, records.values(), masks)
+    if not is_slower(dense.seconds, sparse, more):
         return None
-    took, would = ((1000 * s) for s in (median(sparse.seconds) + more, median(dense.seconds)))
-    return (
-        f"{took:.2f} ms with masks against {would:.2f} ms, medians of {len(sparse.seconds)} and"
+    took, would = ((1000 * s) for s in (median(sparse) + more, median(dense.seconds)))
+    found = (
+        f"{took:.2f} ms with masks against {would:.2f} ms, medians of {len(sparse)} and"
         f" {len(dense.seconds)} calls"
     )
+    if run.where.total <= SHORT:
+        alike[site.name] = found
+    return found
 
 
 def _making_seconds(own: Record, records: Iterable[Record], masks_per_call: float) -> float:

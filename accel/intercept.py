@@ -28,11 +28,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from accel.call_values import Packed, pack, unpack
 from accel.errors import UnsupportedModelError
 from accel.geometry import Site
 from accel.key_padding import KeyPadding, valid_of
+from accel.ranks import Ranks
 from accel.router import Session
 
 DISPATCH = "dispatch_attention_fn"
@@ -69,6 +72,11 @@ class _Kit:
         self.slot = _Slot()
         self.generated: dict[type, tuple[type, dict[str, Any]]] = {}
         self.namespaces: dict[str, types.ModuleType] = {}
+
+    def own(self, cls: type) -> type:
+        """The host's class, for a host also makes processors of the class of one that was taken."""
+        generated = any(cls is one for one, _ in self.generated.values())
+        return cls.__mro__[1] if generated else cls
 
 
 # by a denoiser's first attention module, which dies with it
@@ -114,6 +122,19 @@ def _(first: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(first)
 
 
+def _note_lengths(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # torch takes a list without elements for one of tensors
+    ctx.tensors, ctx.numbers = len(inputs[2]), None if inputs[3] else []
+
+
+def _pass_back(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, None, [None] * ctx.tensors, ctx.numbers, None
+
+
+# latents may be what is differentiated by
+_enter.register_autograd(_pass_back, setup_context=_note_lengths)
+
+
 @torch.library.custom_op("accel::attend", mutates_args=(), tags=UNSAFE)
 def _attend(
     q: Tensor,
@@ -129,7 +150,8 @@ def _attend(
 ) -> Tensor:
     taken = _taken[int(site)]
     how = How(mask, dropout, causal, scale, gqa)
-    out = taken.attend(q, k, v, how, tokens_first, lambda: taken.own(q, k, v, how, tokens_first))
+    own = lambda: taken.own(q, k, v, how, tokens_first)  # noqa: E731
+    out = taken.attend(q, k, v, how, tokens_first, own, taken.parallel_config)
     return out.clone(memory_format=torch.contiguous_format)
 
 
@@ -161,6 +183,8 @@ class How(NamedTuple):
             return "the call is causal or drops out, which the sparse kernels do not"
         if self.scale is not None and not isclose(self.scale, dim**-0.5):
             return f"the call scales its logits by {self.scale}, not by {dim}**-0.5"
+        if any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
+            return "a function mode of torch may replace attention here (perturbed guidance does)"
         return None
 
 
@@ -182,15 +206,25 @@ class Taken:
         how: How,
         tokens_first: bool,
         own: Callable[[], Tensor],
+        parallel_config: Any = None,
     ) -> Tensor:
-        """tokens_first: [batch, tokens, heads, dim], as diffusers' dispatcher has it."""
+        """tokens_first: [batch, tokens, heads, dim], as diffusers' dispatcher has it;
+        parallel_config: diffusers', where ranks make the call together.
+        """
         valid = how.valid(k, tokens_first)
         obstacle = how.obstacle(q.shape[-1], valid)
         if not tokens_first:
             return self.session.attend(self.site, q, k, v, own, obstacle, valid)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         dense = lambda: own().transpose(1, 2)  # noqa: E731
-        return self.session.attend(self.site, q, k, v, dense, obstacle, valid).transpose(1, 2)
+        ranks = Ranks.of(parallel_config)
+        out = self.session.attend(self.site, q, k, v, dense, obstacle, valid, ranks)
+        return out.transpose(1, 2)
+
+    @property
+    def parallel_config(self) -> Any:
+        """diffusers' settings for this module's processor, None where it is not parallel."""
+        return getattr(self.module().processor, "_parallel_config", None)  # type: ignore[union-attr]
 
     def own(self, q: Tensor, k: Tensor, v: Tensor, how: How, tokens_first: bool) -> Tensor:
         """The dense attention the user chose for this module, for calls from a compiled graph."""
@@ -204,7 +238,7 @@ class Taken:
             v,
             *how,
             backend=getattr(processor, "_attention_backend", None),
-            parallel_config=getattr(processor, "_parallel_config", None),
+            parallel_config=self.parallel_config,
         )
 
 
@@ -251,6 +285,9 @@ class Interception:
             if isinstance(processor, original):
                 processor.__class__ = original
         for module in self._modules:
+            own = self._kit.own(type(module.processor))
+            if own is not type(module.processor):
+                module.processor.__class__ = own
             module.__dict__.pop(SITE, None)
             module.__dict__.pop(REDUCE, None)
         self._forget()
@@ -263,7 +300,7 @@ class Interception:
         return all(type(m.processor) in classes for m in self._modules)
 
     def _rebind(self, site: Site, processor: Any) -> None:
-        original = type(processor)
+        original = self._kit.own(type(processor))
         if any(processor is p for p, _ in self._rebound):
             return
         if not isinstance(getattr(original, "__call__", None), types.FunctionType):  # noqa: B004
@@ -305,7 +342,13 @@ class Interception:
             # a copy or a pickle of an enabled model is the plain model
             return _plain, (original, self.__dict__)
 
-        members = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": __name__}
+        members = {
+            "__call__": __call__,
+            "__reduce_ex__": __reduce_ex__,
+            "__module__": __name__,
+            # hosts look classes up in tables, and make processors of the class of another one
+            "__class__": property(lambda self: original, _set_class),
+        }
         return type(original.__name__, (original,), members)
 
     def _namespace(self, own: dict[str, Any]) -> types.ModuleType:
@@ -355,6 +398,10 @@ def copy_plainly(module: nn.Module, *names: str, hooks: tuple[int, ...] = ()) ->
     module.__dict__[REDUCE] = reduce
 
 
+def _set_class(processor: Any, cls: type) -> None:
+    object.__dict__["__class__"].__set__(processor, cls)
+
+
 def _plain(original: type, state: dict[str, Any]) -> Any:
     processor: Any = object.__new__(original)
     processor.__dict__.update(state)
@@ -387,6 +434,8 @@ def _shim(own: Callable[..., Tensor], slot: _Slot, tokens_first: bool) -> Callab
             attn_mask = attn_mask.mask
         how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+                return own(query, key, value, *how, *args, **kwargs)  # a graph of its own
             mask, *rest = how
             return torch.ops.accel.attend(query, key, value, mask, slot.site, tokens_first, *rest)
         return slot.taken.attend(
@@ -396,6 +445,7 @@ def _shim(own: Callable[..., Tensor], slot: _Slot, tokens_first: bool) -> Callab
             How(*how),
             tokens_first,
             lambda: own(query, key, value, *how, *args, **kwargs),
+            kwargs.get("parallel_config"),
         )
 
     return attention

@@ -42,9 +42,9 @@ class Layouts:
         return (self.by_site[site],) if site in self.by_site else self.samples
 
     @property
-    def first(self) -> Layout:
-        """The layout of the first sample, or of the first site."""
-        return next(iter((*self.samples, *self.by_site.values())))
+    def longest(self) -> Layout:
+        """The layout with the most tokens: what attention costs is spent there."""
+        return max((*self.samples, *self.by_site.values()), key=lambda layout: layout.length)
 
     @property
     def grids(self) -> set[tuple[Grid, ...]]:

@@ -12,17 +12,23 @@ from accel.layout import Layout
 from accel.layouts import valid_keys
 from accel.run_state import Run
 
-__all__ = ["misfit", "missed", "refusal", "unexplained"]
+__all__ = ["GRADIENTS", "misfit", "missed", "refusal", "unexplained"]
+
+GRADIENTS = "the call needs gradients, which the sparse kernels do not give"
 
 
 def missed(geometry: Geometry, seen: Counter[str]) -> str | None:
-    """Which of the sites that were guessed of an unknown model were not met exactly once."""
-    wrong = [f"{s.name} ({seen[s.name]} times)" for s in geometry.sites if seen[s.name] != 1]
-    if not wrong:
+    """Which of the sites a call that is the check of a model did not meet once.
+
+    Or as often as every other: a model may call its sites for each sample.
+    """
+    counts = {s.name: seen[s.name] for s in geometry.sites}
+    if len(set(counts.values())) == 1 and min(counts.values()):
         return None
+    wrong = [f"{name} ({count} times)" for name, count in counts.items() if count != 1]
     return (
-        f"accel does not know a {geometry.model}, and its first call did not use every site that"
-        f" was guessed once, as self-attention: {', '.join(wrong)}"
+        f"the first call of this {geometry.model} did not use every site once, as self-attention:"
+        f" {', '.join(wrong)}"
     )
 
 
@@ -44,7 +50,7 @@ def misfit(site: Site, layouts: tuple[Layout, ...], q: Tensor) -> str | None:
 def refusal(*tensors: Tensor) -> str | None:
     """What about the tensors of a call no sparse kernel can do."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "the call needs gradients, which the sparse kernels do not give"
+        return GRADIENTS
     if tensors[0].dtype not in DTYPES:
         return f"the model computes in {tensors[0].dtype}, which the sparse kernels do not"
     if tensors[0].shape[-1] > MAX_DIM:

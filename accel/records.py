@@ -33,6 +33,7 @@ class Record:
     mask_seconds: list[float] = field(default_factory=list)
     check_seconds: list[float] = field(default_factory=list)
     recall_seconds: list[float] = field(default_factory=list)
+    exchange_seconds: list[float] = field(default_factory=list)
     ratio: float | None = None
     _events: list[tuple[list[float], torch.cuda.Event, torch.cuda.Event]] = field(
         default_factory=list

@@ -17,21 +17,22 @@ from torch import Tensor
 
 from accel.choice import Choice
 from accel.context import Where
-from accel.dense_heads import with_dense_heads
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
-from accel.guard import Kind, slower_than_dense, time_dense, weak_heads
+from accel.guard import Kind, slower_than_dense, time_dense
+from accel.head_shares import Mine
+from accel.judged_masks import judged_mask
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.layouts import Layouts, LayoutsLike, Part, parts_of
-from accel.masks import SiteMask, sampled_recall
+from accel.masks import SiteMask
 from accel.obstacles import misfit, missed, refusal, unexplained
 from accel.plan import Plan
+from accel.ranks import Ranks
 from accel.records import Record, Stopwatch, phase_label
-from accel.run_masks import found_mask
 from accel.run_state import Run
 from accel.schedule import Phase
-from accel.stand_in import computed, stands_in
+from accel.shared_calls import SharedCalls
 
 logger = logging.getLogger("accel")
 
@@ -53,6 +54,7 @@ class Session:
 
     check_first_call: the first denoiser call runs dense, and everything runs dense after it unless
     it met every site once, with as many keys as queries (`unfit` says which not).
+    shared: how calls are made that several ranks share.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Session:
         self.check_first_call = False
         self.unfit: str | None = None
         self.observer: Observer | None = None
+        self.shared = SharedCalls(plan)
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
@@ -92,11 +95,12 @@ class Session:
         if self.probe is not None:
             return  # a self-check belongs to no run
         layouts = None if layout is None else Layouts.of(layout)
-        if self._is_new_run(layouts, where):
+        if self.run.ends_before(layouts, where):
             self.run = Run()
             self.records.clear()
+            self.shared.dealt.clear()
             self.notices.clear()
-        elif where is not None and _leaps(self.run.said, where):
+        elif where is not None and self.run.leaves_out_steps(where):
             self.run.forget()
         run = self.run
         run.begin(layouts)
@@ -109,8 +113,8 @@ class Session:
         if where is None or not run.placed:
             run.phase = Phase(None, 0)
             self._runs_dense(
-                "the step is unknown: call the model through its pipeline, or wrap the call in"
-                " `with accel.step(i, n):`"
+                "the step is unknown: call the model through its pipeline (one that shares it with"
+                " another needs accel.enable too), or wrap the call in `with accel.step(i, n):`"
             )
             return
         run.phase = self.plan.schedule.phase(where.step, where.total)
@@ -127,24 +131,6 @@ class Session:
                 " more steps"
             )
 
-    def _is_new_run(self, layouts: Layouts | None, where: Where | None) -> bool:
-        """Whether this call belongs to another generation than the one before it.
-
-        The scheduler has other timesteps, the step went back, the number of steps or the grids
-        changed, or, where no scheduler tells, the first step of a branch is said a second time (a
-        run that was interrupted in its first step).
-        """
-        run, last = self.run, self.run.said
-        if layouts is not None and run.layouts.grids not in (set(), layouts.grids):
-            return True
-        if where is None or last is None:
-            return False
-        if where.run is not last.run or where.total != last.total or where.step < last.step:
-            return True
-        again = where.step == run.first_step and where.branch in run.first_branches
-        # calls in one block of `accel.step` have one place between them: they are guidance
-        return again and where.run is None and where is not last
-
     def attend(
         self,
         site: Site,
@@ -154,31 +140,49 @@ class Session:
         dense: Callable[[], Heads],
         obstacle: str | None,
         valid: Valid | None = None,
+        ranks: Ranks | None = None,
     ) -> Heads:
         """The output of one site.
 
         dense: the user's own attention, for dense phases; obstacle: what about this call no sparse
-        kernel can do; valid: the keys that its attention mask leaves, where that is such a mask.
+        kernel can do; valid: the keys that its attention mask leaves, where that is such a mask;
+        ranks: that make the call together, each with a part of its tokens.
         """
         if self.probe is not None:
             self.probe[site.name] += q.shape[2] == k.shape[2]
             return dense()
         run = self.run
-        run.enter(site.name, q.shape[0])
+        square = q.shape[2] == k.shape[2]
+        if run.calls[site.name] and not square:
+            return dense()  # after its self-attention a processor attends to an image (IP-Adapter)
+        run.enter(site.name, q.shape[0], counts=square)
         obstacle = refusal(q, k, v) or obstacle
         choices = None
+        whole = (q, k)
+        run.spread = None
+        if ranks is not None:
+            if self.observer is not None:
+                raise AccelError("a profile needs whole calls; make it where no ranks share them")
+            run.spread = self.shared.spread(site, run, ranks, q, k)
+        if run.spread is not None:
+            whole = (run.spread.whole(q), run.spread.whole(k))
+            obstacle = obstacle or run.spread.obstacle(run.here)
+            if valid is not None and (site.name, run.branch) not in run.explained:
+                valid = run.spread.gathered(valid)
         if not run.phase.dense and run.phase.band is not None:
-            choices = self._sparse_choices(site, run, q, k, obstacle, valid)
+            choices = self._sparse_choices(site, run, *whole, obstacle, valid)
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
         kernel = "dense"
-        if self._is_own(site, run, q, obstacle, valid):
-            own = partial(self._own_dense, site, run, valid is not None, q, k, v)
-            kernel, dense = self._kernel(site, q), own
+        if self._is_own(site, run, whole[0], obstacle, valid):
+            own = partial(self._own_dense, site, run, valid is not None)
+            if run.spread is not None:
+                own = partial(self.shared.dense, run, own)
+            kernel, dense = self._kernel(site, q), partial(own, q, k, v)
         out = None
         if choices is not None:
             out = self._sparse(site, run, choices, record, q, k, v)
-            if out is not None and self.guard:
+            if out is not None and self.guard and ranks is None:
                 time_dense(run, site, self._kind(site, q, k), self.records, dense)
         if out is None:
             out = self._dense(site, run, record, q, k, v, dense, kernel)
@@ -213,6 +217,8 @@ class Session:
     ) -> bool:
         """Whether dense calls are made by accel's own kernel."""
         if self.plan.dense != "kernel" or run.where is None or obstacle is not None:
+            return False
+        if run.spread is not None and run.spread.pieces is None:
             return False
         if valid is None:
             return True
@@ -249,14 +255,55 @@ class Session:
         stand_ins = run.outputs.stand_ins(choices, site.name, run.branch, q, v)
         if all(c.dense or h in stand_ins.dense for h, c in enumerate(choices)):
             return None
+        found: tuple[Heads, Stopwatch] | None
+        if len(stand_ins.given) == len(choices):
+            found = torch.empty_like(q), Stopwatch(record, q.device)
+        elif run.spread is not None:
+            blocks = partial(self._blocks, site, run)
+            found = self.shared.blocks(site, run, choices, stand_ins, record, q, k, v, blocks)
+        else:
+            found = self._blocks(site, run, choices, stand_ins.dense, record, q, k, v)
+        if found is None:
+            return None
+        out, watch = found
+        stand_ins.put(out)
+        watch.stop()
+        record.calls += 1
+        whole = q if run.spread is None else run.spread.whole(q)
+        record.ratio = self._ratio(site, run, whole)
+        return out
+
+    def _blocks(
+        self,
+        site: Site,
+        run: Run,
+        choices: tuple[Choice, ...],
+        dense: tuple[int, ...],
+        record: Record,
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        mine: Mine | None = None,
+    ) -> tuple[Heads, Stopwatch] | None:
+        """What a kernel computes of a sparse call, and the watch that has begun with it; None where
+        every head is dense.
+
+        mine: the heads are those, of a site that ranks share; then there is always an output.
+        """
         parts: list[tuple[Part, SiteMask]] = []
-        if len(stand_ins.given) < len(choices):
-            for part in parts_of(run.here, q.device):
-                of_part = (part.cut(q), part.cut(k), part.cut(v))
-                chosen = self._mask(site, run, part, choices, stand_ins.dense, record, *of_part)
-                if chosen is None:
-                    return None
+        for part in parts_of(run.here, q.device):
+            of_part = (part.cut(q), part.cut(k), part.cut(v))
+            chosen, weak = judged_mask(
+                self.plan, run, site, part, choices, dense, record, *of_part, mine
+            )
+            if weak:
+                self._notice(weak)
+            if chosen is not None:
                 parts.append((part, chosen))
+            elif mine is None:
+                return None
+        if mine is not None and not mine.certain:
+            self.shared.weigh(site, run, mine, [chosen for _, chosen in parts], q.device)
         watch = Stopwatch(record, q.device)
         out = None
         for part, chosen in parts:
@@ -277,12 +324,7 @@ class Session:
             else:
                 out = torch.empty_like(q) if out is None else out
                 part.put(out, result)
-        out = torch.empty_like(q) if out is None else out
-        stand_ins.put(out)
-        watch.stop()
-        record.calls += 1
-        record.ratio = self._ratio(site, run, q)
-        return out
+        return torch.empty_like(q) if out is None else out, watch
 
     def _keep(self, site: Site, run: Run, out: Heads) -> None:
         """Keep of an output what later calls will take over."""
@@ -319,7 +361,9 @@ class Session:
         if reason is not None:
             self._runs_dense(reason)
             return None
-        if self.guard and self._is_off(site, run, choices, self._kind(site, q, k)):
+        # ranks whose clocks differ would not come to the same
+        guarded = self.guard and run.spread is None
+        if guarded and self._is_off(site, run, choices, self._kind(site, q, k)):
             return None
         return choices
 
@@ -373,50 +417,3 @@ class Session:
     def _notice(self, reason: str) -> None:
         """Count what the plan or its user asked to be made dense: no error in strict mode."""
         self.notices[reason] += 1
-
-    def _mask(
-        self,
-        site: Site,
-        run: Run,
-        part: Part,
-        choices: tuple[Choice, ...],
-        dense: tuple[int, ...],
-        record: Record,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
-    ) -> SiteMask | None:
-        """The mask of a part of a call; None where every head is dense.
-
-        dense: heads that are dense in this call, whatever their choice; q, k, v: of the part.
-        """
-        branch, layout = run.branch + part.name, part.layout
-        key, found = found_mask(
-            self.plan, run, site, branch, layout, computed(choices), record, q, k, v
-        )
-        looked = (site.name, branch, phase_label(run.phase.band), run.phase.generation)
-        if looked not in run.recalls:
-            floor = self.plan.recall_floor
-            watch = Stopwatch(record, q.device, "recall_seconds")
-            recall = run.recalls[looked] = sampled_recall(q, k, found)
-            run.weak[looked] = () if floor is None else weak_heads(recall, floor, choices)
-            watch.stop()
-            seen = [h for h, c in enumerate(choices) if not stands_in(c)]
-            record.recall.append(recall if len(seen) == len(choices) else recall[seen])
-            if run.weak[looked]:
-                heads = ", ".join(map(str, run.weak[looked]))
-                self._notice(f"recall is under the floor of {floor} at {site.name}, heads {heads}")
-        dense = tuple(sorted({*dense, *run.weak[looked]}))
-        if all(c.dense or h in dense for h, c in enumerate(choices)):
-            return None
-        if not dense:
-            return found
-        key = key._replace(dense=dense)
-        if key not in run.masks:
-            run.masks[key] = with_dense_heads(found, dense, layout)
-        return run.masks[key]
-
-
-def _leaps(last: Where | None, where: Where) -> bool:
-    """Whether steps were left out that no scheduler vouches for: it may be another run."""
-    return last is not None and where.run is None and where.step > last.step + 1

@@ -10,6 +10,7 @@ from torch import Tensor
 from accel.choice import Choice
 from accel.context import Where
 from accel.drift import BlockMeans
+from accel.head_shares import HeadShares, Spread
 from accel.kernels.block_mask import BlockMask
 from accel.layout import Layout
 from accel.layouts import Layouts
@@ -25,7 +26,8 @@ class MaskKey(NamedTuple):
     """What a mask was made for.
 
     owner: site and branch whose queries and keys it looked at, None for patterns alone; dense:
-    heads that are dense in it for their low recall, whatever their choice.
+    heads that are dense in it for their low recall, whatever their choice. heads: which of a site
+    these are where it looked at some of them only; more: dense heads that follow on them.
     """
 
     owner: tuple[str, str] | None
@@ -35,6 +37,8 @@ class MaskKey(NamedTuple):
     batch: int | None
     device: torch.device
     dense: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    more: int = 0
 
 
 @dataclass(slots=True)
@@ -45,13 +49,17 @@ class Run:
     own; first_step, first_branches: where the run began.
     here, layout, branch: of the site that is running: the layouts of its samples, the one of all of
     them (None where they differ), and the guidance branch; a model that calls a site sample by
-    sample (Mochi) has a branch for each. calls: of the sites in this denoiser call.
+    sample (Mochi) has a branch for each. calls: of the sites in this denoiser call, as
+    self-attention.
     said: the last place as it was given; turns: calls of its step so far, by branch.
     anchors: means of the blocks that the masks of a site and branch were made for; weak: heads
     under the plan's floor of recall, while their mask lives; explained: sites and branches whose
     attention mask was seen to be the padding of their layout; off: sites that were measured to be
     slower than dense, with the reason; dense_alike: dense calls that were made for their times
-    alone, by kind of site; outputs: what later calls take over.
+    alone, by kind of site; sparse_alike: sites of one kind with the same choices, and what was
+    measured of them where they are slower than dense; outputs: what later calls take over; shares:
+    how the heads of sites are dealt to the ranks of a call, where there are several; spread: of the
+    site that is running, who has which of its tokens, None where this rank has them all.
     """
 
     where: Where | None = None
@@ -73,7 +81,10 @@ class Run:
     anchors: dict[Any, BlockMeans] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
     dense_alike: dict[Any, Record] = field(default_factory=dict)
+    sparse_alike: dict[Any, dict[str, str | None]] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=Outputs)
+    shares: HeadShares = field(default_factory=HeadShares)
+    spread: Spread | None = None
     first_step: int | None = None
     first_branches: set[str] = field(default_factory=set)
     said: Where | None = None
@@ -94,16 +105,38 @@ class Run:
         if where.step == self.first_step:
             self.first_branches.add(self.where.branch)
 
+    def ends_before(self, layouts: Layouts | None, where: Where | None) -> bool:
+        """Whether a call belongs to another generation than the one before it.
+
+        The scheduler has other timesteps, the step went back, the number of steps or the grids
+        changed, or, where no scheduler tells, the first step of a branch is said a second time (a
+        run that was interrupted in its first step).
+        """
+        last = self.said
+        if layouts is not None and self.layouts.grids not in (set(), layouts.grids):
+            return True
+        if where is None or last is None:
+            return False
+        if where.run is not last.run or where.total != last.total or where.step < last.step:
+            return True
+        again = where.step == self.first_step and where.branch in self.first_branches
+        # calls in one block of `accel.step` have one place between them: they are guidance
+        return again and where.run is None and where is not last
+
+    def leaves_out_steps(self, where: Where) -> bool:
+        """Whether steps were left out that no scheduler vouches for: it may be another run."""
+        return self.said is not None and where.run is None and where.step > self.said.step + 1
+
     def begin(self, layouts: Layouts | None) -> None:
         """A call of the denoiser begins; None leaves the layouts as they were."""
         self.layouts = layouts or self.layouts
-        self.layout = self.layouts.first if self.layouts != Layouts() else None
+        self.layout = self.layouts.longest if self.layouts != Layouts() else None
         self.calls.clear()
 
-    def enter(self, site: str, batch: int) -> None:
-        """A site is called, with `batch` samples."""
+    def enter(self, site: str, batch: int, *, counts: bool = True) -> None:
+        """A site is called, with `batch` samples; counts: as self-attention."""
         turn, here = self.calls[site], self.layouts.at(site)
-        self.calls[site] += 1
+        self.calls[site] += counts
         self.here = here[turn : turn + 1] if batch == 1 < len(here) else here
         self.layout = self.here[0] if len(self.here) == 1 else None
         self.branch = "" if self.where is None else self.where.branch
@@ -116,6 +149,7 @@ class Run:
         for found in (self.lse, self.recalls, self.weak, self.anchors):
             found.clear()
         self.outputs = Outputs()
+        self.shares.rows.clear()
         self.first_step = None
         self.first_branches.clear()
 

@@ -1,10 +1,11 @@
 """What a run did against what was asked and predicted, as a table and as a value."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from accel.head_shares import Dealt
 from accel.records import DENSE_LABEL, Record
 from accel.router import Session
 
@@ -21,10 +22,10 @@ class Row:
     keep: mean fraction of blocks computed; recall: softmax mass inside them (mean, and the worst
     head), on sampled rows, as the masks were found, of heads that a kernel computes; kernels: none
     where something stands in for every head; call_ms: median time of one attention call, without
-    its mask; mask_s: seconds spent on making masks and looking at their drift and their recall;
-    total_s: seconds of masks and calls together; predicted_ms: of one call with its part in the
-    making of masks, the plan's predicted ratio times this run's dense call; None without either,
-    and for calls of another length, device or precision than predicted.
+    its mask, with what ranks exchange for it; mask_s: seconds spent on making masks and looking at
+    their drift and their recall; total_s: seconds of masks and calls together; predicted_ms: of one
+    call with its part in the making of masks, the plan's predicted ratio times this run's dense
+    call; None without either, and for calls of another length, device or precision than predicted.
     """
 
     site: str
@@ -47,12 +48,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The last run of an enabled pipeline. `str` gives a table."""
+    """The last run of an enabled pipeline. `str` gives a table.
+
+    dealt: where ranks shared the heads of sparse calls, how, by site and phase; keeps and recall
+    are then those of this rank's heads.
+    """
 
     plan: str
     rows: tuple[Row, ...]
     notices: dict[str, int]
     left: tuple[str, ...]
+    dealt: Mapping[tuple[str, str], Dealt] = field(default_factory=dict)
 
     @property
     def predicted_over_measured(self) -> float | None:
@@ -75,6 +81,10 @@ class Summary:
             "notices": self.notices,
             "left": list(self.left),
             "predicted_over_measured": self.predicted_over_measured,
+            "dealt": [
+                {"site": site, "phase": phase, **asdict(dealt)}
+                for (site, phase), dealt in self.dealt.items()
+            ],
         }
 
     def __str__(self) -> str:
@@ -99,6 +109,8 @@ class Summary:
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
         if self.left:
             lines.append(f"left dense by the plan: {', '.join(self.left)}")
+        if self.dealt:
+            lines.append(_told(list(self.dealt.values())))
         lines += [f"ran dense {count} times: {why}" for why, count in self.notices.items()]
         ratio = self.predicted_over_measured
         if ratio is not None:
@@ -112,6 +124,16 @@ def _band(phase: str) -> int:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _told(dealt: Sequence[Dealt]) -> str:
+    """How much the slowest rank has to do, in the worst of the deals and in the middle one."""
+    own, neighbours = ([getattr(d, name) for d in dealt] for name in ("imbalance", "neighbours"))
+    return (
+        f"heads dealt to {dealt[0].ranks} ranks, these are those of rank {dealt[0].rank}: the"
+        f" slowest has {max(own):.2f} times the mean at most ({median(own):.2f} in the median;"
+        f" shards of neighbouring heads: {max(neighbours):.2f} and {median(neighbours):.2f})"
+    )
 
 
 def _row(session: Session, site: str, phase: str, record: Record) -> Row:
@@ -129,9 +151,9 @@ def _row(session: Session, site: str, phase: str, record: Record) -> Row:
         recall=sum(float(r.mean()) for r in recalls) / len(recalls) if recalls else None,
         worst_recall=min(float(r.min()) for r in recalls) if recalls else None,
         kernels=tuple(sorted(record.kernels)),
-        call_ms=median(record.seconds) * 1000,
+        call_ms=(median(record.seconds) + median(record.exchange_seconds or [0.0])) * 1000,
         mask_s=record.all_mask_seconds,
-        total_s=sum(record.seconds) + record.all_mask_seconds,
+        total_s=sum(record.seconds + record.exchange_seconds) + record.all_mask_seconds,
         predicted_ms=predicted,
     )
 
@@ -141,6 +163,7 @@ def summarise(sessions: Sequence[Session]) -> Summary:
     rows: list[Row] = []
     notices: dict[str, int] = {}
     left: list[str] = []
+    dealt: dict[tuple[str, str], Dealt] = {}
     for number, session in enumerate(sessions):
         mark = f"#{number + 1}." if len(sessions) > 1 else ""
         order = {s.name: i for i, s in enumerate(session.geometry.sites)}
@@ -155,7 +178,8 @@ def summarise(sessions: Sequence[Session]) -> Summary:
         for why, count in session.notices.items():
             notices[why] = notices.get(why, 0) + count
         left += [mark + s for s in order if s not in session.plan.sites]
-    return Summary(sessions[0].plan.name, tuple(rows), notices, tuple(left))
+        dealt |= {(mark + site, phase): d for (site, phase), d in session.shared.dealt.items()}
+    return Summary(sessions[0].plan.name, tuple(rows), notices, tuple(left), dealt)
 
 
 def _marked(row: Row, mark: str) -> Row:

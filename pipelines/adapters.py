@@ -12,6 +12,7 @@ from accel.errors import UnsupportedModelError, nearest
 from accel.geometry import Geometry, Site
 from accel.layout import Layout
 from accel.layouts import Layouts, LayoutsLike
+from accel.pipelines.devices import execution_device
 
 T = TypeVar("T")
 Call = Mapping[str, Any]
@@ -171,8 +172,8 @@ def geometry_of(target: Any, layout: Layout | None = None) -> Geometry:
 
 
 def self_check_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Small inputs of the model's own dtype and device, for one forward; None where there are
-    none.
+    """Small inputs of the model's own dtype, where it computes, for one forward; None where there
+    are none.
     """
     probe = adapter_of(model).probe
     if probe is None:
@@ -180,12 +181,15 @@ def self_check_inputs(model: nn.Module) -> dict[str, Any] | None:
     weight = next(model.parameters())
     # diffusers keeps some parameters in float32; the model says what it takes
     dtype = getattr(model, "dtype", weight.dtype)
+    device = execution_device(model)
 
     def placed(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(placed(item) for item in value)
+        if isinstance(value, dict):
+            return {name: placed(item) for name, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(weight.device, dtype if value.is_floating_point() else value.dtype)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     return {name: placed(value) for name, value in probe(model).items()}

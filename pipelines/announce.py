@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from accel.pipelines.adapters import sites_of
+from accel.pipelines.devices import execution_device
 from accel.pipelines.provenance import device_name
 from accel.plan import Plan
 
@@ -72,7 +73,7 @@ def _moved(plan: Plan, target: Any, model: nn.Module) -> list[tuple[str, str, st
     made, found = plan.made_at, []
     weights = [p for m in sites_of(model).values() for p in m.parameters() if p.is_floating_point()]
     # a pipeline that keeps its models elsewhere until they are called knows where it will run
-    device = getattr(target, "_execution_device", None) or next(model.parameters()).device
+    device = getattr(target, "_execution_device", None) or execution_device(model)
     if made.device is not None and made.device != device.type:
         found.append(("on", made.device_name or made.device, device.type))
     elif made.device_name not in (None, device_name(device)):

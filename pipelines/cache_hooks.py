@@ -92,7 +92,7 @@ def left(pipe: Any) -> float:
     It stands for the timestep, in whose terms caches are told where to begin and to end: that is
     unknown outside of a run, and depends on how a scheduler spaces its steps.
     """
-    where = locate(None, pipe.scheduler)
+    where = locate(None, pipe.scheduler, getattr(pipe, "current_timestep", None))
     return TIMESTEPS * (1 - where.step / where.total) if where is not None else TIMESTEPS
 
 

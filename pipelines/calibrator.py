@@ -21,6 +21,7 @@ from accel.choice import DENSE, Choice
 from accel.geometry import Site
 from accel.heads import of_heads
 from accel.kernels.attention import sparse_attention
+from accel.layout import Layout
 from accel.masks import SiteMask, site_mask
 from accel.pattern import Identity, Share
 from accel.pipelines.candidate_measures import Measures
@@ -118,7 +119,9 @@ class Calibrator:
             self._step = where.step
             self.progress()
         self._first = where.branch if self._first is None else self._first
-        self.profile.layout = layout
+        # where sites see different tokens, the plan is made for those with the most
+        known = self.profile.layout
+        self.profile.layout = layout if known is None else max(known, layout, key=_tokens)
         key = (site.name, run.branch)
         result = out
         if band is not None:
@@ -213,3 +216,7 @@ class Calibrator:
             self.demand.candidates[i] if errors[i, h] <= tolerance / site.heads else DENSE
             for h, i in enumerate(best)
         )
+
+
+def _tokens(layout: Layout) -> int:
+    return layout.length

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,8 @@ class Arm:
 
     def _place(self) -> dict[str, Any]:
         """The grid and the number of steps of this arm's generations."""
-        layout = session_of(denoisers_of(self.host.pipe)[0]).run.layout
-        grid = list(layout.grid) if layout is not None and layout.grids else None
+        grids = session_of(denoisers_of(self.host.pipe)[0]).run.layouts.grids
+        grid = max((list(g[0]) for g in grids if g), key=prod, default=None)
         return {"grid": grid, "steps": self.host.steps}
 
 

@@ -233,4 +233,4 @@ def _classifier_of(model: ModelConfig) -> Classifier | None:
     path = find_path(model.classifier)
     if not model.classifier or not Path(path).exists():
         return None
-    return Classifier.load(path, {name: tuple(place) for name, place in model.places.items()})
+    return Classifier.load(path, {n: (t, l, b, r) for n, (t, l, b, r) in model.places.items()})

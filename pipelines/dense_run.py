@@ -12,7 +12,9 @@ from accel.baseline import Baseline
 from accel.choice import DENSE
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
+from accel.layouts import Layouts
 from accel.pipelines.adapters import denoisers_of, geometry_of
+from accel.pipelines.devices import execution_device
 from accel.pipelines.enable import enabled, session_of
 from accel.pipelines.host import Host
 from accel.plan import Plan
@@ -52,14 +54,14 @@ def measure_baseline(host: Host, prompt: str, seed: int) -> Baseline:
             attention[site] += median(record.seconds) * len(record.seconds)
         run = session.run
     whole.settle()
-    if run.layout is None or not run.layout.grids:
+    if run.layouts == Layouts() or not run.layouts.longest.grids:
         raise AccelError("the layout of the model's call could not be read; see accel.enable")
     denoiser = median(whole.seconds) * len(whole.seconds)
     seconds = max(wall - sum(whole.seconds), 0.0) + denoiser
     return Baseline(
         seconds,
         {site: taken / seconds for site, taken in attention.items()},
-        run.layout,
+        run.layouts.longest,
         len(run.first_branches),
         host.steps,
         batch=max(batches),
@@ -74,7 +76,7 @@ def _timed(model: nn.Module) -> Iterator[Record]:
     watches: list[Stopwatch] = []
 
     def before(module: nn.Module, args: Any) -> None:
-        watches.append(Stopwatch(record, next(module.parameters()).device))
+        watches.append(Stopwatch(record, execution_device(module)))
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         watches.pop().stop()

@@ -150,7 +150,17 @@ def _flux_probe(model: Any) -> dict[str, Any]:
         "img_ids": _ids(2, 3, width=axes),
         "txt_ids": torch.zeros(2, axes),
         "guidance": torch.zeros(1) if config.guidance_embeds else None,
+        "joint_attention_kwargs": _image_prompts(model),
     }
+
+
+def _image_prompts(model: Any) -> dict[str, Any] | None:
+    """What the processors of a loaded IP-Adapter ask for, one image for each adapter."""
+    for processor in model.attn_processors.values():
+        adapters = getattr(processor, "to_k_ip", None)
+        if adapters is not None:
+            return {"ip_hidden_states": [torch.zeros(1, 1, a.in_features) for a in adapters]}
+    return None
 
 
 def _pooled_flux_probe(model: Any) -> dict[str, Any]:

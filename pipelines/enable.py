@@ -2,7 +2,6 @@
 
 import logging
 import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from accel.errors import AccelError, MissedSiteError, PlanError, nearest
 from accel.geometry import Geometry
 from accel.intercept import REDUCE, Entry, Interception, copy_plainly
 from accel.layouts import Layouts, LayoutsLike
+from accel.obstacles import GRADIENTS
 from accel.pipelines.adapters import (
     adapter_of,
     denoisers_of,
@@ -29,11 +29,14 @@ from accel.pipelines.adapters import (
 )
 from accel.pipelines.announce import announce
 from accel.pipelines.call_reader import CallReader
+from accel.pipelines.clocks import Clocks
+from accel.pipelines.context_parallel import alone, check_parallel, streams_reader
 from accel.plan import Plan
 from accel.plan_hub import HUB_FILE, looks_like_repository
 from accel.recipes import RECIPES, recipe
 from accel.router import Session
 from accel.run_summary import Summary, summarise
+from accel.timesteps import StepCounter
 
 logger = logging.getLogger("accel")
 
@@ -45,6 +48,7 @@ LayoutLike = LayoutsLike | Callable[[nn.Module, Mapping[str, Any]], LayoutsLike]
 
 HANDLE = "_accel"
 CONTEXT = "cache_context"
+TIMESTEPS = ("timestep", "timesteps", "t")  # what models call the argument
 
 
 def enable(
@@ -71,13 +75,15 @@ def enable(
     guard: a site whose sparse calls are measured to be slower than its dense ones runs dense for
         the rest of the run, with a notice (`accel.guard`). In a run without dense steps three dense
         calls are timed beside the first sparse ones to judge by. What is turned off depends on the
-        machine of the moment; False gives the same output always.
+        machine of the moment; False gives the same output always. Where ranks share the calls no
+        site is turned off.
 
     The speed-up that the plan promises is logged, with a warning where it is below 1, or was found
     on another device or in another precision.
 
     Only this instance changes; `disable` puts it back bit for bit. Enabling again replaces the
-    plan.
+    plan. Two pipelines that share a model share its plan; enable both, so that the steps of either
+    are known.
     Raises PlanError (plan does not fit), UnsupportedModelError, MissedSiteError.
     """
     named = named_denoisers(target)
@@ -96,8 +102,11 @@ def enable(
             announce(one, target, model)
             geometry = Geometry(type(model).__name__, tuple(sites_of(model)))
             session = Session(one, geometry, strict=strict, guard=guard)
-            settings = Settings(session, _scheduler_of(target), layout)
+            check_parallel(model)
+            session.shared.by_streams = streams_reader(model)
             handle: Handle | None = getattr(model, HANDLE, None)
+            clocks = Clocks() if handle is None else handle.settings.clocks
+            settings = Settings(session, clocks.with_pipeline(target), layout)
             if handle is None:
                 handle = Handle(model, settings)
                 undo.append(handle.remove)
@@ -164,24 +173,12 @@ def session_of(model: nn.Module) -> Session:
 class Settings:
     """What one call of `enable` asked for.
 
-    scheduler: gives the pipeline's scheduler of the moment, for a user may put another in.
+    clocks: the schedulers of the pipelines that `enable` was called with.
     """
 
     session: Session
-    scheduler: Callable[[], Any]
+    clocks: Clocks
     layout: LayoutLike
-
-
-def _scheduler_of(target: Any) -> Callable[[], Any]:
-    try:
-        # the denoiser must not keep its pipeline alive
-        pipeline: Callable[[], Any] = weakref.ref(target)
-    except TypeError:
-
-        def pipeline() -> Any:
-            return target
-
-    return lambda: getattr(pipeline(), "scheduler", None)
 
 
 class Handle:
@@ -196,8 +193,10 @@ class Handle:
         self._sites = sites_of(model)
         self._adapter = adapter_of(model)
         self._context: Any = None
+        self._counter = StepCounter()
         self.first = self._adapter.first
         self.names = tuple(n for n in signature(type(model).forward).parameters if n != "self")
+        self._timestep = next((n for n in TIMESTEPS if n in self.names), "")
         self._settings(settings)
         self._reader = CallReader(self._adapter)
         self.entry = Entry(self._begin)
@@ -218,7 +217,8 @@ class Handle:
     def _settings(self, settings: Settings) -> None:
         self.settings = settings
         # the arguments of a call that its layout is read from; a function may want any of them
-        self.reads = self.names if callable(settings.layout) else self._adapter.arguments
+        own = (*self._adapter.arguments, *([self._timestep] if self._timestep else []))
+        self.reads = self.names if callable(settings.layout) else own
 
     def use(self, settings: Settings) -> None:
         """Go on with another plan; compiled graphs stay valid."""
@@ -259,7 +259,11 @@ class Handle:
             layouts = self._reader.layouts(self._model, call)
         else:
             layouts = _layouts(given(self._model, call) if callable(given) else given)
-        where = locate(self._context, self.settings.scheduler())
+        timestep = call.get(self._timestep)
+        where = locate(self._context, self.settings.clocks.running(), timestep, self._counter)
+        if torch.is_grad_enabled() and getattr(self._model, "is_gradient_checkpointing", False):
+            # a checkpoint may run its part without gradients first, and again with them
+            layouts = GRADIENTS
         if isinstance(layouts, str):
             self.session.begin(None, where, layouts)
         else:
@@ -311,16 +315,27 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
     # a cache that is enabled on the model asks for a context
     cached = getattr(model, "is_cache_enabled", False)
     context = getattr(model, CONTEXT)("accel") if cached else nullcontext()
-    with (
-        handle.session.probing() as seen,
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        context,
-    ):
-        model(**inputs)
-    if cached:
-        # it would answer the next check, or begin the next run
-        model._reset_stateful_cache()  # type: ignore[operator]
+    try:
+        with (
+            handle.session.probing() as seen,
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            alone(model) as more,
+            context,
+        ):
+            # offloading may not know how to rebuild a model's own kind of output
+            plainly = {"return_dict": False} if "return_dict" in handle.names else {}
+            model(**{**inputs, **more, **plainly})
+    except Exception:
+        if not cached:
+            raise
+        # a cache may ask its pipeline for the timestep, which there is none of outside of a run
+        handle.session.check_first_call = True
+        return
+    finally:
+        if cached:
+            # it would answer the next check, or begin the next run
+            model._reset_stateful_cache()  # type: ignore[operator]
     wrong = {s.name: seen[s.name] for s in handle.session.geometry.sites if seen[s.name] != 1}
     if wrong:
         calls = ", ".join(f"{name} ({count} calls)" for name, count in wrong.items())

@@ -145,6 +145,11 @@ class Estimator(Kind):
     __slots__ = ()
     in_one_order: ClassVar[bool] = True
 
+    @property
+    def by_head(self) -> bool:
+        """Whether the blocks of a head are the same whichever heads are selected with it."""
+        return True
+
     def select(
         self,
         q: Float[Tensor, "batch heads tokens dim"],

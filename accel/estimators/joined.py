@@ -48,6 +48,10 @@ class Joined(Estimator):
         return self.estimator.work  # the pattern's blocks are made once
 
     @property
+    def by_head(self) -> bool:
+        return self.estimator.by_head
+
+    @property
     def name(self) -> str:
         return f"{self.kind}({self.estimator.name},{self.pattern.name})"
 

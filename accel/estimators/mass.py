@@ -112,6 +112,10 @@ class AdaptiveBlockMass(Estimator):
         check_fraction(self, "keep")
         check_fraction(self, "recall_target")
 
+    @property
+    def by_head(self) -> bool:
+        return False
+
     def select_in(self, call: Call) -> Selection:
         mass, scores, lse = _mass(call)
         heads = mass.shape[1]

@@ -17,6 +17,7 @@ from accel.layout import Layout
 from accel.masks import sampled_recall
 from accel.pattern import Identity, Share, Skip, Window
 from accel.plan import Plan
+from accel.records import Record
 from accel.router import Session
 from accel.run_summary import summarise
 
@@ -69,6 +70,21 @@ class TestTurningOff:
         assert (out is dense) == ("a" in one.run.off)
         assert attend(one, B)[0] is not attend(one, B)[1], "the other site goes on"
         return out is dense
+
+    @pytest.mark.parametrize("total", [4, 8, 9])
+    def test_sites_of_a_short_run_are_judged_together(self, total):
+        one = self.guarded(dense_start=0.25)
+        first = total - one.plan.schedule.sparse_steps(total)
+        run(one, range(first + 1), total)
+        one.run.dense_alike[one._kind(A, *qkv()[:2])] = Record(seconds=[10 * MS] * 3)
+        for site in "ab":
+            one.records[site, "dense"].calls = 0
+            one.records[site, "band 0"].seconds[:] = [20 * MS, 22 * MS]
+        one.begin(LAYOUT, Where(first + 1, total))
+        for site in (A, B):
+            out, dense = attend(one, site)
+            assert (out is dense) == (total <= 8)
+        assert set(one.run.off) == ({"a", "b"} if total <= 8 else set())
 
     @pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
     def test_a_slow_site_is_off_and_says_so_once(self, caplog, strict):
@@ -281,7 +297,7 @@ class TestRecallFloor:
         torch.testing.assert_close(outs[0], dense, atol=1e-5, rtol=1e-5)
 
     def test_without_a_floor_nothing_is_read(self, monkeypatch):
-        monkeypatch.setattr("accel.router.weak_heads", None)
+        monkeypatch.setattr("accel.judged_masks.weak_heads", None)
         run(session(self.FEW), range(2))
 
     @pytest.mark.parametrize("floor", [0, -0.1, 1.5, True, "0.9", float("nan")])

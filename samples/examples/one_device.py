@@ -1,6 +1,6 @@
 """Accelerate an unmodified diffusers pipeline by a plan, and see what the plan did.
 
-python samples/examples/accelerate.py [plan file or recipe name] [prompt]
+python samples/examples/one_device.py [plan file or recipe name] [prompt]
 """
 
 import sys
