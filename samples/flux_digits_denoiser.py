@@ -10,9 +10,12 @@ their colour, and at the end whole canvases of 4096 tokens. Places are shared by
 step, because `FluxTransformer2DModel` takes one list of them for a batch.
 
 As for wan-digits, a head that is thrown away afterwards reads which digit's square covers each
-token and where in the square it lies (`MeaningHead`).
+token and where in the square it lies (`MeaningHead`). A second one reads from the T5 encoder's
+embeddings of the words for digits in which places the prompt puts them (`PlaceHead`): what image
+tokens have to find there, and too far from the squared error to be learned from that in an hour.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,11 +23,13 @@ import torch.nn.functional as F
 from denoising import BACKGROUND, MeaningHead, noise_levels, optimisers, rate_at
 from diffusers import FluxTransformer2DModel
 from flux_digits_model import LATENT_SCALE, LATENT_SHIFT
+from moving_digits import DIGIT_WORDS
 from placed_digits import (
     CANVAS,
     PLACES,
     PlacedScene,
     draw_placed_scene,
+    parse_placed_prompt,
     prompt_of_placed,
     render_placed,
 )
@@ -36,6 +41,7 @@ __all__ = [
     "Canvases",
     "FluxDenoiserSettings",
     "FluxPhase",
+    "PlaceHead",
     "Windows",
     "draw_canvases",
     "flux_denoiser_step",
@@ -50,8 +56,8 @@ SIDE = CANVAS // 4  # tokens of the canvas, high and wide
 class Windows:
     """A batch of images, of each `count` windows, `side` tokens high and wide; 64 is all of it.
 
-    shift: of the noise levels, which follow the root of the number of tokens (Esser et al. 2024,
-    arXiv 2403.03206, section 5.3.2).
+    shift: of the noise levels. Which digit it is shows through at nine tenths of noise, because
+    its square has a hundred tokens to tell it by: most is learned above.
     digit_weight: extra loss weight of the squares of digits.
     lone: only images with one digit.
     """
@@ -59,7 +65,7 @@ class Windows:
     side: int
     batch: int
     count: int = 1
-    shift: float = 3.0
+    shift: float = 6.0
     digit_weight: float = 3.0
     lone: bool = False
 
@@ -75,12 +81,13 @@ class FluxPhase:
 LONE = Windows(side=12, batch=24, lone=True)
 ONE = Windows(side=12, batch=24)
 # without windows of other sides the borders of a window tell where its digit is
-MID = Windows(side=20, batch=9, shift=4.0)
-FOUR = Windows(side=12, batch=6, count=4, shift=4.0)
-WIDE = Windows(side=32, batch=4, shift=5.0)
-WHOLE = Windows(side=SIDE, batch=1, shift=6.0)
+MID = Windows(side=20, batch=9)
+# the middles of all places at once: which digit goes where, and nothing else
+NINE = Windows(side=4, batch=24, count=9, shift=16.0)
+FOUR = Windows(side=12, batch=6, count=4)
+WHOLE = Windows(side=SIDE, batch=1, shift=8.0)
 # extra weight would bias the result, so there is none at the end
-FINAL = tuple(replace(w, digit_weight=0.0) for w in (WHOLE, WHOLE, FOUR))
+FINAL = tuple(replace(w, digit_weight=0.0) for w in (WHOLE, FOUR))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +97,8 @@ class FluxDenoiserSettings:
     phases: tuple[FluxPhase, ...] = (
         FluxPhase(0.15, (LONE,)),
         FluxPhase(0.45, (ONE, MID)),
-        FluxPhase(0.65, (ONE, MID, FOUR, WIDE)),
-        FluxPhase(0.85, (MID, FOUR, WHOLE, WHOLE)),
+        FluxPhase(0.7, (NINE, NINE, NINE, ONE)),
+        FluxPhase(0.85, (NINE, ONE, MID, FOUR, NINE, WHOLE)),
         FluxPhase(1.0, FINAL),
     )
     muon_rate: float = 4e-3
@@ -99,7 +106,9 @@ class FluxDenoiserSettings:
     prompt_dropout: float = 0.1
     average_decay: float = 0.995
     head_block: int = 2
-    head_weight: float = 0.4
+    head_weight: float = 1.0
+    place_weight: float = 0.5
+    place_prompts: int = 64  # of a step
     bfloat16: bool = False
 
 
@@ -147,7 +156,7 @@ def draw_canvases(seed: int, first: int, count: int) -> dict:
 @dataclass(frozen=True)
 class Canvases:
     """What `draw_canvases` gives, with the token ids of both text encoders for its prompts, last
-    row the empty prompt.
+    row the empty prompt; and `t5_places`, of `places_of_tokens`.
     """
 
     latents: Tensor
@@ -156,6 +165,7 @@ class Canvases:
     taken: Tensor
     t5_ids: Tensor
     clip_ids: Tensor
+    t5_places: Tensor
 
     def _tokens(self, windows: Windows, places: list[int], random: torch.Generator) -> Tensor:
         """Numbers of the tokens of one window around each of `places`, up to two off centre."""
@@ -241,6 +251,31 @@ def install_fast_attention(transformer: FluxTransformer2DModel) -> None:
         block.attn.set_processor(_FastAttention())
 
 
+def places_of_tokens(prompts: Sequence[str], length: int) -> Tensor:
+    """Of every T5 token `[n, length]` of a prompt that is the word for a digit, the number of the
+    place where the digit goes; -100 of the others. Words are one token each.
+    """
+    numbers = {name: number for number, name in enumerate(PLACES)}
+    found = torch.full((len(prompts), length), -100)
+    for row, prompt in zip(found, prompts, strict=True):
+        words = [i for i, word in enumerate(prompt.split()) if word in DIGIT_WORDS]
+        places = [numbers[place] for _, place in parse_placed_prompt(prompt)] if prompt else []
+        row[words] = torch.tensor(places, dtype=row.dtype)
+    return found
+
+
+class PlaceHead(nn.Module):
+    """Reads from the embedding of the word for a digit where the prompt puts it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(width, len(PLACES))
+
+    def forward(self, states: Tensor, places: Tensor) -> Tensor:
+        """Cross-entropy of `places` `[b, tokens]` over the tokens that have one."""
+        return F.cross_entropy(self.read(states).transpose(1, 2), places)
+
+
 def embed_prompts(t5: nn.Module, clip: nn.Module, t5_ids: Tensor, clip_ids: Tensor):
     """Token embeddings and pooled vectors, as `FluxPipeline.encode_prompt` makes them: without
     masks.
@@ -262,15 +297,16 @@ def flux_denoiser_step(
     head = MeaningHead(
         blocks[settings.head_block], transformer.inner_dim, read=lambda output: output[1]
     )
+    place_head = PlaceHead(t5.config.d_model)
     muon, adam = optimisers(
-        blocks, [transformer, t5, clip, head], settings.muon_rate, settings.adam_rate
+        blocks, [transformer, t5, clip, head, place_head], settings.muon_rate, settings.adam_rate
     )
     average = Average({"transformer": transformer, "t5": t5, "clip": clip}, settings.average_decay)
 
     def losses(
         windows: Windows, batch: dict[str, Tensor], random: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the squared error within it, and what the head misses."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss; and within it the squared error, and what the heads miss."""
         clean, images = batch["clean"], batch["images"].clone()
         images[torch.rand(len(images), generator=random) < settings.prompt_dropout] = -1
         sigma = noise_levels(len(images), windows.shift, random)
@@ -290,7 +326,10 @@ def flux_denoiser_step(
         weight = 1 + windows.digit_weight * (batch["digits"] != BACKGROUND)[..., None]
         meant = head(batch["digits"], batch["inside"])
         loss = (squared * weight).mean() / weight.mean() + settings.head_weight * meant
-        return loss, squared.detach().mean(), meant.detach()
+        texts = torch.randint(len(cache.t5_ids) - 1, (settings.place_prompts,), generator=random)
+        placed = place_head(t5(cache.t5_ids[texts])[0], cache.t5_places[texts])
+        parts = {"loss": squared.mean(), "meaning": meant, "places": placed}
+        return loss + settings.place_weight * placed, {k: v.detach() for k, v in parts.items()}
 
     def step(index: int, progress: float) -> dict[str, float]:
         phase = next(p for p in settings.phases if progress < p.until or p is settings.phases[-1])
@@ -300,7 +339,7 @@ def flux_denoiser_step(
         adam.param_groups[0]["lr"] = settings.adam_rate * rate
         batch, random = cache.batch(windows, seed, index)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
-            loss, squared, meant = losses(windows, batch, random)
+            loss, shown = losses(windows, batch, random)
             for optimiser in (muon, adam):
                 optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -310,9 +349,10 @@ def flux_denoiser_step(
         average.update(index)
         kind = f"{windows.count}x{windows.side}"
         return {
-            "loss": squared.item(),
-            f"loss_{kind}": squared.item(),
-            f"meaning_{kind}": meant.item(),
+            "loss": shown["loss"].item(),
+            "places": shown["places"].item(),
+            f"loss_{kind}": shown["loss"].item(),
+            f"meaning_{kind}": shown["meaning"].item(),
         }
 
     parts = {
@@ -320,6 +360,7 @@ def flux_denoiser_step(
         "t5": t5,
         "clip": clip,
         "head": head,
+        "place_head": place_head,
         "muon": muon,
         "adam": adam,
         "average": average,

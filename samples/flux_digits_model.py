@@ -38,7 +38,7 @@ __all__ = [
     "export",
 ]
 
-FLOW_SHIFT = 4.0
+FLOW_SHIFT = 6.0
 TEXT_DIM = 64
 # `max_sequence_length` of the pipeline: 4 digits take 24 tokens at most. FluxPipeline gives the T5
 # encoder no mask, so padding is part of what the model was trained on: take no other length.

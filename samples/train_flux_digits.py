@@ -14,7 +14,13 @@ import copy
 from pathlib import Path
 
 import torch
-from flux_digits_denoiser import Canvases, FluxDenoiserSettings, draw_canvases, flux_denoiser_step
+from flux_digits_denoiser import (
+    Canvases,
+    FluxDenoiserSettings,
+    draw_canvases,
+    flux_denoiser_step,
+    places_of_tokens,
+)
 from flux_digits_model import (
     TEXT_TOKENS,
     build_clip,
@@ -51,7 +57,8 @@ def training_canvases(run: Run, images: int) -> Canvases:
         ).input_ids
         for tokenizer in (build_t5_tokenizer(), build_clip_tokenizer())
     )
-    return Canvases(**drawn, t5_ids=t5_ids, clip_ids=clip_ids)
+    t5_places = places_of_tokens(prompts, TEXT_TOKENS)
+    return Canvases(**drawn, t5_ids=t5_ids, clip_ids=clip_ids, t5_places=t5_places)
 
 
 def main(

@@ -17,6 +17,7 @@ from flux_digits_denoiser import (
     flux_denoiser_step,
     install_fast_attention,
     latents_of,
+    places_of_tokens,
 )
 from flux_digits_model import (
     LATENT_SCALE,
@@ -61,6 +62,7 @@ def small_cache() -> Canvases:
         taken=taken,
         t5_ids=torch.randint(3, 20, (5, TEXT_TOKENS)),
         clip_ids=torch.ones(5, TEXT_TOKENS, dtype=torch.long),
+        t5_places=places_of_tokens(["a two top"] * 4 + [""], TEXT_TOKENS),
     )
 
 
@@ -123,6 +125,18 @@ def test_every_word_is_one_token_of_both_tokenizers() -> None:
     longest = " and ".join(["an eight bottom right"] * 4)
     assert len(t5(longest).input_ids) <= TEXT_TOKENS
     assert len(clip(longest).input_ids) <= TEXT_TOKENS
+
+
+def test_the_word_for_a_digit_knows_where_the_prompt_puts_it() -> None:
+    prompts = ["a seven top left and an eight right", "a two bottom", ""]
+    found = places_of_tokens(prompts, TEXT_TOKENS)
+    ids = build_t5_tokenizer()(prompts, padding="max_length", max_length=TEXT_TOKENS).input_ids
+    tokens = build_t5_tokenizer().convert_ids_to_tokens
+    for row, of_prompt, expected in zip(
+        found, ids, ({"▁seven": 0, "▁eight": 5}, {"▁two": 7}, {}), strict=True
+    ):
+        named = (row >= 0).nonzero()[:, 0].tolist()
+        assert {tokens(of_prompt[i]): int(row[i]) for i in named} == expected
 
 
 def tiny_pipe():
