@@ -21,17 +21,16 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import isclose
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
-from accel.call_values import Packed, pack, unpack
+from accel import function_modes
+from accel.entry import UNSAFE
 from accel.errors import UnsupportedModelError
 from accel.geometry import Site
 from accel.key_padding import KeyPadding, valid_of
@@ -47,7 +46,6 @@ _numbers = itertools.count()
 # The operations below get numbers, because an operation cannot take an object. Entries live as long
 # as what they name.
 _taken: "weakref.WeakValueDictionary[int, Taken]" = weakref.WeakValueDictionary()
-_entries: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionary()
 
 
 class _Slot:
@@ -81,58 +79,6 @@ class _Kit:
 
 # by a denoiser's first attention module, which dies with it
 _kits: "weakref.WeakKeyDictionary[nn.Module, _Kit]" = weakref.WeakKeyDictionary()
-
-
-class Entry:
-    """The start of a denoiser call: `begin(values)` tells the session where it stands, by the
-    values of some of the call's arguments.
-    """
-
-    def __init__(self, begin: Callable[[Sequence[Any]], None]) -> None:
-        self._begin = begin
-        number = next(_numbers)
-        self.number = torch.tensor(number, device="cpu")  # a tensor, as sites are named
-        _entries[number] = self
-
-    def __call__(self, first: Tensor, values: Sequence[Any]) -> Tensor:
-        """Pass a tensor of the call through; it comes back unchanged."""
-        if torch.compiler.is_compiling():
-            packed = pack(values)
-            return torch.ops.accel.enter(
-                first, packed.shape, packed.tensors, packed.numbers, self.number
-            )
-        self._begin(values)
-        return first
-
-
-# A captured CUDA graph would replay the decisions of the step it was captured in.
-UNSAFE = (torch.Tag.cudagraph_unsafe,)
-
-
-@torch.library.custom_op("accel::enter", mutates_args=(), tags=UNSAFE)
-def _enter(
-    first: Tensor, shape: str, tensors: list[Tensor], numbers: list[int], entry: Tensor
-) -> Tensor:
-    _entries[int(entry)]._begin(unpack(Packed(shape, tensors, numbers)))
-    return first.clone()
-
-
-@_enter.register_fake
-def _(first: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(first)
-
-
-def _note_lengths(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # torch takes a list without elements for one of tensors
-    ctx.tensors, ctx.numbers = len(inputs[2]), None if inputs[3] else []
-
-
-def _pass_back(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return grad, None, [None] * ctx.tensors, ctx.numbers, None
-
-
-# latents may be what is differentiated by
-_enter.register_autograd(_pass_back, setup_context=_note_lengths)
 
 
 @torch.library.custom_op("accel::attend", mutates_args=(), tags=UNSAFE)
@@ -183,7 +129,7 @@ class How(NamedTuple):
             return "the call is causal or drops out, which the sparse kernels do not"
         if self.scale is not None and not isclose(self.scale, dim**-0.5):
             return f"the call scales its logits by {self.scale}, not by {dim}**-0.5"
-        if any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
+        if function_modes.in_force():
             return "a function mode of torch may replace attention here (perturbed guidance does)"
         return None
 

@@ -1,7 +1,6 @@
 """Attention masks that only say which keys are padding."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ def valid_of(mask: Tensor, batch: int, tokens: int) -> Bool[Tensor, "batch token
     return mask[:, 0, 0].expand(batch, tokens)
 
 
-@dataclass(frozen=True, slots=True)
 class KeyPadding:
     """Goes through the code of an attention processor in the place of a mask of keys and stays a
     vector for each sample, where that code would make a matrix of it.
@@ -31,31 +29,21 @@ class KeyPadding:
     rows and columns over each other, which all give it back.
     """
 
-    valid: Bool[Tensor, "batch tokens"]
+    __slots__ = ("mask", "shape", "valid")
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.valid.shape
+    # a compiler sees these made and used, and cannot follow what would check their types
 
-    def bool(self) -> "KeyPadding":
+    @no_type_check
+    def __init__(self, valid: Bool[Tensor, "batch tokens"]) -> None:
+        self.valid = valid
+        self.shape = valid.shape
+        self.mask = valid[:, None, None]  # for attention
+
+    @no_type_check
+    def _itself(self, *_):
         return self
 
-    def view(self, *_: int) -> "KeyPadding":
-        return self
-
-    def repeat(self, *_: int) -> "KeyPadding":
-        return self
-
-    def transpose(self, *_: int) -> "KeyPadding":
-        return self
-
-    def __and__(self, other: "KeyPadding") -> "KeyPadding":
-        return self
-
-    @property
-    def mask(self) -> Bool[Tensor, "batch 1 1 tokens"]:
-        """The mask of keys, for attention."""
-        return self.valid[:, None, None]
+    bool = view = repeat = transpose = __and__ = _itself
 
     @staticmethod
     def pad(x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from accel.context import locate
+from accel.entry import Entry
 from accel.errors import AccelError, MissedSiteError, PlanError, nearest
 from accel.geometry import Geometry
-from accel.intercept import REDUCE, Entry, Interception, copy_plainly
+from accel.intercept import REDUCE, Interception, copy_plainly
 from accel.layouts import Layouts, LayoutsLike
 from accel.obstacles import GRADIENTS
 from accel.pipelines.adapters import (

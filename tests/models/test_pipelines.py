@@ -218,7 +218,7 @@ class TestFewSteps:
         pipe, call = TINY[name].build()
         try:
             plain = generate(pipe, call, 1)
-        except ZeroDivisionError:
+        except (ZeroDivisionError, IndexError):
             pytest.skip("the pipeline itself cannot take one step")
         enable(pipe, strict=False)
         assert torch.equal(generate(pipe, call, 1), plain)

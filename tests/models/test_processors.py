@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from cases import COGVIDEOX, FLUX, FLUX2, HUNYUAN, SD3, SD35, WAN
+from cases import COGVIDEOX, FLUX, FLUX2, HUNYUAN, SD3, WAN
 from diffusers import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -128,8 +128,6 @@ def test_an_image_prompt_is_attended_beside_the_sites(case):
         pytest.skip("there are no IP-Adapter processors for its class")
     load = ADAPTERS[case.name]
     without = call(plain, case)
-    if case is SD35:
-        pytest.skip("its second attention has no text, which the processors ask for")
     prompted = call(plain, case, **load(plain))
     assert not torch.allclose(prompted, without, atol=1e-3)
     model = enabled_with(case.model(), DENSE)
