@@ -1,10 +1,12 @@
 """Measure samples/models/flux-digits: is every prompted digit in its place, and nothing elsewhere?
 
     python samples/evaluate_flux_digits.py --images 64
+    python samples/evaluate_flux_digits.py --images 64 --plan samples/plans/flux-digits.json
 
-Writes `evaluation.json` and `samples.png` into the model folder. All images are dense runs. Given
-several guidance scales, the best on eight other prompts is taken. Finished images are kept in a
-work folder, so that the same command goes on where a killed one stopped.
+Writes `evaluation.json` and `samples.png` into the model folder; with a plan, what images lose by
+it goes into the work folder. Given several guidance scales, the best on eight other prompts is
+taken. Finished images are kept in the work folder, so that the same command goes on where a killed
+one stopped.
 """
 
 import argparse
@@ -31,8 +33,10 @@ from placed_digits import (
 )
 from tqdm import tqdm
 
-from accel.metrics import Classifier
+from accel.metrics import Classifier, capped, psnr
+from accel.pipelines.enable import enabled
 from accel.pipelines.provenance import device_name
+from accel.plan import Plan
 
 HERE = Path(__file__).parent
 FIRST_EVALUATION_IMAGE = 1_000_000
@@ -130,6 +134,36 @@ def judge_real(judge: Classifier, seed: int, images: int) -> dict[str, float]:
     return rates(rows)
 
 
+def compare_with_dense(
+    pipe: FluxPipeline,
+    judge: Classifier,
+    plan: Path,
+    images: int,
+    guidance: float,
+    steps: int,
+    seed: int,
+    kept: Path,
+) -> None:
+    """The rates of dense images and of those with a plan, and the PSNR between them in dB."""
+    prompts = placed_evaluation_prompts(images, seed)
+    arms: dict[str, tuple[list[dict], list[np.ndarray]]] = {}
+    arms["dense"] = judge_generated(pipe, judge, prompts, guidance, steps, seed, kept)
+    loaded = Plan.load(plan)
+    folder = kept / loaded.digest[:16]
+    with enabled(pipe, loaded):
+        arms["plan"] = judge_generated(pipe, judge, prompts, guidance, steps, seed, folder)
+    errors = [capped(psnr(a, b)) for a, b in zip(arms["dense"][1], arms["plan"][1], strict=True)]
+    result = {
+        "plan": loaded.name,
+        "digest": loaded.digest,
+        "device": device_name(torch.device("cpu")),
+        "psnr_db": {"mean": round(statistics.fmean(errors), 2), "worst": round(min(errors), 2)},
+        **{name: rates(rows) for name, (rows, _) in arms.items()},
+    }
+    print(json.dumps(result, indent=1))
+    (kept / f"{loaded.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 @torch.no_grad()
 def vae_psnr(pipe: FluxPipeline, seed: int, images: int = 8) -> float:
     """Reconstruction PSNR in dB over images that no stage was trained on (held-out scans, new
@@ -204,6 +238,7 @@ def main(
     seed: int,
     out: Path,
     work: Path,
+    plan: Path | None,
 ) -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
     pipe = FluxPipeline.from_pretrained(model)
@@ -211,6 +246,9 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     kept = work / weights_digest(pipe, ("text_encoder", "text_encoder_2", "transformer", "vae"))
     judge = Classifier.load(classifier)
+    if plan is not None:
+        compare_with_dense(pipe, judge, plan, images, guidance[0], steps, seed, kept)
+        return
     trials: dict[str, float] = {}
     for scale in guidance if len(guidance) > 1 else ():
         prompts = placed_evaluation_prompts(8, seed + 1)
@@ -255,4 +293,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "models" / "flux-digits")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "flux-evaluation")
+    parser.add_argument("--plan", type=Path, help="compare images with this plan with dense ones")
     main(**vars(parser.parse_args()))

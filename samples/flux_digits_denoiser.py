@@ -4,10 +4,12 @@
 
 Flux rotates by the absolute places of image tokens and text sits at the origin, so windows of the
 canvas that keep their places teach what the whole canvas does, at a fraction of the cost. Windows
-grow during the run: one around a single digit first (144 tokens), then one of images with several
-digits, whose prompts name all of them, then several windows at once, which teach that digits share
-their colour, and at the end whole canvases of 4096 tokens. Places are shared by all images of a
-step, because `FluxTransformer2DModel` takes one list of them for a batch.
+around a single digit (144 tokens) come first, of images with one digit and then of any, whose
+prompts name all digits. They teach what digits look like. Which digit goes where is learned from
+small windows in the middles of all nine places at once: one place at a time, which is what a step
+of single windows shows, teaches it next to nothing. Whole canvases of 4096 tokens come at the end.
+Places are shared by all images of a step, because `FluxTransformer2DModel` takes one list of them
+for a batch.
 
 As for wan-digits, a head that is thrown away afterwards reads which digit's square covers each
 token and where in the square it lies (`MeaningHead`). A second one reads from the T5 encoder's
