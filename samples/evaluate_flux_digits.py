@@ -10,6 +10,7 @@ one stopped.
 """
 
 import argparse
+import io
 import json
 import statistics
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusers import FluxPipeline
 from evaluating import kept_frames, median_seconds, weights_digest
 from flux_digits_model import TEXT_TOKENS
 from moving_digits import DIGIT_WORDS
+from PIL import Image
 from placed_digits import (
     CANVAS,
     PLACES,
@@ -210,7 +212,7 @@ def timings(pipe: FluxPipeline, steps: int) -> dict[str, float]:
 
 
 def draw(images: list[np.ndarray], prompts: list[str], path: Path) -> None:
-    """Three rows of four images under their prompts."""
+    """Three rows of four images under their prompts, in 128 colours: noise makes large files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,8 +227,10 @@ def draw(images: list[np.ndarray], prompts: list[str], path: Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=75)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=75)
     plt.close(figure)
+    Image.open(picture).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def main(
