@@ -57,8 +57,15 @@ def step(index: int, total: int, branch: str = "") -> Iterator[None]:
     """
     if not 0 <= index < total:
         raise ValueError(f"accel.step({index}, {total}): the step must be within 0 .. {total - 1}")
+    with standing(Where(index, total, branch)):
+        yield
+
+
+@contextmanager
+def standing(where: Where) -> Iterator[None]:
+    """`step` for a loop that also tells its runs apart."""
     before = getattr(_said, "where", None)
-    _said.where = Where(index, total, branch)
+    _said.where = where
     try:
         yield
     finally:

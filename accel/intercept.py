@@ -188,6 +188,11 @@ class Taken:
         )
 
 
+def taken_of(site: Tensor) -> Taken:
+    """The module that an attribute SITE names."""
+    return _taken[int(site)]
+
+
 class Interception:
     """The processors of one denoiser, rebound. `undo` puts every one back as it was.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.choice import Choice, guard
+from accel.decoding import Decoding
 from accel.errors import PlanError, nearest
 from accel.estimators import Estimator
 from accel.expected import check_expected
@@ -21,6 +22,7 @@ from accel.layout import Grid, as_grid
 from accel.made_at import MadeAt
 from accel.plan_file import read_plan, write_plan
 from accel.schedule import Schedule
+from accel.token_cache import TokenCache
 from accel.untrusted import finite, table, typed
 
 SCHEMA = 1
@@ -44,6 +46,8 @@ class Plan:
         attention is not touched.
     recall_floor: heads that keep less of the softmax mass than this, when their mask is made, are
         dense for as long as it lives; None: whatever they keep. Heads without blocks do not count.
+    cache, decoding: of a text model, which tokens its calls compute and remember, and how it commits
+        them; None: all of them, and as the pipeline is called.
     grid: the visual grid (t, h, w) the plan was made at, or None when it was made for any.
     expected: what was predicted or measured when the plan was made, by name (see `accel.cost`).
     provenance: how it was made: recipe or search settings, versions, device, scheduler, steps.
@@ -59,6 +63,8 @@ class Plan:
     dense: str = "host"
     precision: str | Mapping[str, str] = "full"
     recall_floor: float | None = None
+    cache: TokenCache | None = None
+    decoding: Decoding | None = None
     grid: Grid | None = None
     expected: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -216,7 +222,9 @@ class Plan:
             site: [[numbers.setdefault(c, len(numbers)) for c in heads] for heads in bands]
             for site, bands in self.sites.items()
         }
-        floor = {} if self.recall_floor is None else {"recall_floor": self.recall_floor}
+        parts = {"recall_floor": self.recall_floor}
+        parts |= {"cache": None if self.cache is None else self.cache.to_dict()}
+        parts |= {"decoding": None if self.decoding is None else self.decoding.to_dict()}
         return {
             "schema": SCHEMA,
             "name": self.name,
@@ -227,7 +235,7 @@ class Plan:
             "block": list(self.block),
             "dense": self.dense,
             "precision": self.precision,
-            **floor,
+            **{name: part for name, part in parts.items() if part is not None},
             "schedule": self.schedule.to_dict(),
             "choices": [c.to_dict() for c in numbers],
             "sites": sites,
@@ -245,7 +253,8 @@ class Plan:
                 f"the plan has schema {data['schema']!r}, this accel reads {SCHEMA};"
                 " update accel, or make the plan again with accel-search"
             )
-        optional = {"dense", "precision", "recall_floor", "grid", "expected", "provenance"}
+        optional = {"dense", "precision", "recall_floor", "cache", "decoding", "grid", "expected"}
+        optional |= {"provenance"}
         data = table("the plan", data, required | optional, required)
         choices = [Choice.from_dict(c) for c in typed("choices", data["choices"], list)]
         sites = {}
@@ -266,6 +275,8 @@ class Plan:
             dense=typed("dense", data.get("dense", "host"), str),
             precision=_precision(data.get("precision", "full")),
             recall_floor=None if data.get("recall_floor") is None else _floor(data["recall_floor"]),
+            cache=None if data.get("cache") is None else TokenCache.from_dict(data["cache"]),
+            decoding=None if data.get("decoding") is None else Decoding.from_dict(data["decoding"]),
             grid=None if grid is None else guard(as_grid, typed("grid", grid, list)),
             expected=typed("expected", data.get("expected", {}), dict),
             provenance=typed("provenance", data.get("provenance", {}), dict),

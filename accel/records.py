@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 DENSE_LABEL = "dense"
+CACHED_LABEL = "cached"  # calls of a text model that feed some tokens and see a cache
 
 
 def phase_label(band: int | None) -> str:

@@ -23,7 +23,6 @@ from accel.guard import Kind, slower_than_dense, time_dense
 from accel.head_shares import Mine
 from accel.judged_masks import judged_mask
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
-from accel.kernels.block_mask import BlockMask
 from accel.layouts import Layouts, LayoutsLike, Part, parts_of
 from accel.masks import SiteMask
 from accel.obstacles import misfit, missed, refusal, unexplained
@@ -33,6 +32,8 @@ from accel.records import Record, Stopwatch, phase_label
 from accel.run_state import Run
 from accel.schedule import Phase
 from accel.shared_calls import SharedCalls
+from accel.text_calls import TextCalls, full_mask
+from accel.text_step import current
 
 logger = logging.getLogger("accel")
 
@@ -72,6 +73,7 @@ class Session:
         self.unfit: str | None = None
         self.observer: Observer | None = None
         self.shared = SharedCalls(plan)
+        self.text = TextCalls(plan)
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
@@ -104,6 +106,7 @@ class Session:
             self.run.forget()
         run = self.run
         run.begin(layouts)
+        run.text = current()
         run.reason = None
         if where is not None:
             if run.said is None:
@@ -152,6 +155,8 @@ class Session:
             self.probe[site.name] += q.shape[2] == k.shape[2]
             return dense()
         run = self.run
+        if run.text is not None and run.text.fed is not None:
+            return self.text.fed(site, run, self.records, q, k, v, self._kernel(site, q))
         square = q.shape[2] == k.shape[2]
         if run.calls[site.name] and not square:
             return dense()  # after its self-attention a processor attends to an image (IP-Adapter)
@@ -188,6 +193,8 @@ class Session:
             out = self._dense(site, run, record, q, k, v, dense, kernel)
         if run.placed:
             self._keep(site, run, out)
+        if run.text is not None and run.text.fills:
+            self.text.fill(site, run, q, k, v)
         return out
 
     def _dense(
@@ -229,7 +236,7 @@ class Session:
     def _own_dense(
         self, site: Site, run: Run, masked: bool, q: Heads, k: KeyHeads, v: KeyHeads
     ) -> Heads:
-        mask, length = self._full_mask(run, q, k), None
+        mask, length = full_mask(run, self.plan.block, q, k), None
         if masked:
             assert run.layout is not None
             length = run.layout.valid_length
@@ -392,19 +399,6 @@ class Session:
         backend, allowed = resolve_backend("auto", q.device), self.plan.precision_of(site.name)
         precision = resolve_precision(allowed, backend, q.dtype, q.device)
         return backend if precision == "full" else f"{backend} {precision}"
-
-    def _full_mask(self, run: Run, q: Heads, k: KeyHeads) -> BlockMask:
-        lengths = (q.shape[1], q.shape[2], k.shape[2])
-        key = (lengths, q.device)
-        if key not in run.full:
-            run.full[key] = BlockMask.full(
-                lengths[0],
-                block=self.plan.block,
-                q_length=lengths[1],
-                kv_length=lengths[2],
-                device=q.device,
-            )
-        return run.full[key]
 
     def _runs_dense(self, reason: str) -> None:
         """Say once, count always; in strict mode refuse."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from accel.cached_tokens import SiteTokens
 from accel.choice import Choice
 from accel.context import Where
 from accel.drift import BlockMeans
@@ -18,6 +19,7 @@ from accel.masks import SiteMask
 from accel.records import Record
 from accel.schedule import Phase
 from accel.stand_in import Outputs
+from accel.text_step import TextStep
 
 UNNAMED_CALLS = 3  # of one step at most: guidance in three directions
 
@@ -60,6 +62,8 @@ class Run:
     measured of them where they are slower than dense; outputs: what later calls take over; shares:
     how the heads of sites are dealt to the ranks of a call, where there are several; spread: of the
     site that is running, who has which of its tokens, None where this rank has them all.
+    text: what the pipeline of a text model said of the call; tokens: by site, what whole calls left
+    for those that feed some tokens; token_bytes: the most that these took.
     """
 
     where: Where | None = None
@@ -89,6 +93,9 @@ class Run:
     first_branches: set[str] = field(default_factory=set)
     said: Where | None = None
     turns: Counter[str] = field(default_factory=Counter)
+    text: TextStep | None = None
+    tokens: dict[str, SiteTokens] = field(default_factory=dict)
+    token_bytes: int = 0
 
     def take(self, where: Where) -> None:
         """Note `where`; the second call of a step under one name is the branch "name#2"."""
@@ -113,7 +120,9 @@ class Run:
         run that was interrupted in its first step).
         """
         last = self.said
-        if layouts is not None and self.layouts.grids not in (set(), layouts.grids):
+        # what a text model computes in a call may change with every block
+        grids = None if layouts is None or self.text is not None else layouts.grids
+        if grids is not None and self.layouts.grids not in (set(), grids):
             return True
         if where is None or last is None:
             return False

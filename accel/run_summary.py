@@ -1,12 +1,13 @@
 """What a run did against what was asked and predicted, as a table and as a value."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 from accel.head_shares import Dealt
-from accel.records import DENSE_LABEL, Record
+from accel.records import CACHED_LABEL, DENSE_LABEL, Record
 from accel.router import Session
 
 HEAD = (
@@ -52,6 +53,7 @@ class Summary:
 
     dealt: where ranks shared the heads of sparse calls, how, by site and phase; keeps and recall
     are then those of this rank's heads.
+    cache_bytes: the most that the keys and values of a text model's cache took.
     """
 
     plan: str
@@ -59,6 +61,7 @@ class Summary:
     notices: dict[str, int]
     left: tuple[str, ...]
     dealt: Mapping[tuple[str, str], Dealt] = field(default_factory=dict)
+    cache_bytes: int = 0
 
     @property
     def predicted_over_measured(self) -> float | None:
@@ -81,6 +84,7 @@ class Summary:
             "notices": self.notices,
             "left": list(self.left),
             "predicted_over_measured": self.predicted_over_measured,
+            "cache_bytes": self.cache_bytes,
             "dealt": [
                 {"site": site, "phase": phase, **asdict(dealt)}
                 for (site, phase), dealt in self.dealt.items()
@@ -109,6 +113,10 @@ class Summary:
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
         if self.left:
             lines.append(f"left dense by the plan: {', '.join(self.left)}")
+        if self.cache_bytes:
+            lines.append(
+                f"keys and values in the cache: {self.cache_bytes / 2**20:.1f} MiB at most"
+            )
         if self.dealt:
             lines.append(_told(list(self.dealt.values())))
         lines += [f"ran dense {count} times: {why}" for why, count in self.notices.items()]
@@ -119,7 +127,9 @@ class Summary:
 
 
 def _band(phase: str) -> int:
-    return -1 if phase == DENSE_LABEL else int(phase.split()[1])
+    if phase in (DENSE_LABEL, CACHED_LABEL):
+        return -1 if phase == DENSE_LABEL else sys.maxsize
+    return int(phase.split()[1])
 
 
 def _number(value: float | None, form: str) -> str:
@@ -179,7 +189,8 @@ def summarise(sessions: Sequence[Session]) -> Summary:
             notices[why] = notices.get(why, 0) + count
         left += [mark + s for s in order if s not in session.plan.sites]
         dealt |= {(mark + site, phase): d for (site, phase), d in session.shared.dealt.items()}
-    return Summary(sessions[0].plan.name, tuple(rows), notices, tuple(left), dealt)
+    held = sum(session.run.token_bytes for session in sessions)
+    return Summary(sessions[0].plan.name, tuple(rows), notices, tuple(left), dealt, held)
 
 
 def _marked(row: Row, mark: str) -> Row:

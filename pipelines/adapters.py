@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from accel.errors import UnsupportedModelError, nearest
 from accel.geometry import Geometry, Site
+from accel.intercept import Interception
 from accel.layout import Layout
 from accel.layouts import Layouts, LayoutsLike
 from accel.pipelines.devices import execution_device
 
+DENOISERS = ("transformer", "transformer_2", "model")  # what pipelines call them
 T = TypeVar("T")
 Call = Mapping[str, Any]
 
@@ -58,6 +60,7 @@ class Adapter:
     probe: small inputs for one forward, for the self-check; None: the first call is the check.
     heads, projection: (heads, head dim) of a site's module, and the weight that follows it.
     vector_masks: its processors make matrices of masks of keys (`accel.key_padding`).
+    intercept: how its sites are taken, from a session and the sites' modules.
     """
 
     classes: tuple[str, ...]
@@ -70,6 +73,7 @@ class Adapter:
     heads: Callable[[Any], tuple[int, int]] = heads_of
     projection: Callable[[nn.Module, str], Tensor] = output_projection
     vector_masks: bool = False
+    intercept: Callable[..., Any] = Interception
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -106,6 +110,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     Raises UnsupportedModelError for what accel has nothing for.
     """
     from accel.pipelines.generic import guess
+    from accel.pipelines.text_models import guess_text
 
     known = known_classes()
     names = [cls.__name__ for cls in type(model).__mro__]
@@ -115,7 +120,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         for adapter in _ADAPTERS:
             if name in adapter.classes:
                 return adapter
-    guessed = guess(model)
+    guessed = guess_text(model) or guess(model)
     if guessed is None:
         raise UnsupportedModelError(
             f"accel has no attention sites in a {names[0]}; {nearest(names[0], known)}"
@@ -129,20 +134,20 @@ def _register_all() -> None:
 
 
 def denoisers_of(target: Any) -> list[nn.Module]:
-    """The denoisers of a pipeline (`transformer`, `transformer_2`), or the model itself."""
+    """The denoisers of a pipeline (`transformer`, `transformer_2`, `model`), or a model itself."""
     return list(named_denoisers(target).values())
 
 
 def named_denoisers(target: Any) -> dict[str, nn.Module]:
     """`denoisers_of` by the pipeline's names for them; a model itself is the `transformer`."""
-    found = {name: getattr(target, name, None) for name in ("transformer", "transformer_2")}
+    found = {name: getattr(target, name, None) for name in DENOISERS}
     if isinstance(target, nn.Module):
         found = {"transformer": target}
     models = {n: getattr(m, "_orig_mod", m) for n, m in found.items() if isinstance(m, nn.Module)}
     if not models:
         raise UnsupportedModelError(
             f"a {type(target).__name__} has no denoiser that accel knows; give a diffusers"
-            " pipeline with a `transformer`, or the model itself"
+            " pipeline with a `transformer` or a `model`, or the model itself"
         )
     return models
 

@@ -18,7 +18,7 @@ from accel.context import locate
 from accel.entry import Entry
 from accel.errors import AccelError, MissedSiteError, PlanError, nearest
 from accel.geometry import Geometry
-from accel.intercept import REDUCE, Interception, copy_plainly
+from accel.intercept import REDUCE, copy_plainly
 from accel.layouts import Layouts, LayoutsLike
 from accel.obstacles import GRADIENTS
 from accel.pipelines.adapters import (
@@ -37,6 +37,7 @@ from accel.plan_hub import HUB_FILE, looks_like_repository
 from accel.recipes import RECIPES, recipe
 from accel.router import Session
 from accel.run_summary import Summary, summarise
+from accel.text_step import current
 from accel.timesteps import StepCounter
 
 logger = logging.getLogger("accel")
@@ -162,6 +163,12 @@ def summary(target: Any) -> Summary:
     return summarise(sessions)
 
 
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan of an enabled model; None where accel is not enabled."""
+    handle = getattr(getattr(model, "_orig_mod", model), HANDLE, None)
+    return None if handle is None else handle.session.plan
+
+
 def session_of(model: nn.Module) -> Session:
     """The session of an enabled model."""
     handle = getattr(model, HANDLE, None)
@@ -212,8 +219,9 @@ class Handle:
     def session(self) -> Session:
         return self.settings.session
 
-    def _intercept(self) -> Interception:
-        return Interception(self.session, self._sites, vector_masks=self._adapter.vector_masks)
+    def _intercept(self) -> Any:
+        more = {"vector_masks": True} if self._adapter.vector_masks else {}
+        return self._adapter.intercept(self.session, self._sites, **more)
 
     def _settings(self, settings: Settings) -> None:
         self.settings = settings
@@ -249,14 +257,15 @@ class Handle:
 
     def _begin(self, values: Sequence[Any]) -> None:
         if not self._interception.intact:
-            logger.warning(
-                "attention processors were replaced after accel.enable; taking them again"
-            )
+            logger.warning("attention was replaced after accel.enable; taking it again")
             self._interception.undo()
             self._interception = self._intercept()
         given, call = self.settings.layout, dict(zip(self.reads, values, strict=True))
         layouts: Layouts | str
-        if given is None:
+        said = current()
+        if said is not None:
+            layouts = Layouts.of(said.layouts)
+        elif given is None:
             layouts = self._reader.layouts(self._model, call)
         else:
             layouts = _layouts(given(self._model, call) if callable(given) else given)

@@ -16,7 +16,7 @@ import accel
 from accel.choice import DENSE
 from accel.pipelines.enable import session_of
 
-TAKEN_AGAIN = "attention processors were replaced after accel.enable; taking them again"
+TAKEN_AGAIN = "attention was replaced after accel.enable; taking it again"
 
 
 def call(model, case, step=0, **more):

@@ -577,7 +577,7 @@ class TestProcessors:
         model.set_attn_processor(WanAttnProcessor())
         with caplog.at_level(logging.WARNING, logger="accel"):
             assert torch.equal(call(model, 0), expected)
-        assert "attention processors were replaced after accel.enable" in caplog.text
+        assert "attention was replaced after accel.enable" in caplog.text
         accel.disable(model)
         assert {type(m.processor) for m in _attentions(model)} == {WanAttnProcessor}
 

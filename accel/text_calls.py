@@ -1,0 +1,99 @@
+"""The calls of a text model between whole ones, and what whole ones leave for them."""
+
+from functools import partial
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from accel.cached_tokens import SiteTokens, host_attention
+from accel.errors import AccelError
+from accel.geometry import Site
+from accel.kernels.attention import sparse_attention
+from accel.kernels.block_mask import BlockMask
+from accel.plan import Plan
+from accel.records import CACHED_LABEL, Record, Stopwatch
+from accel.run_state import Run
+
+__all__ = ["TextCalls"]
+
+Heads = Float[Tensor, "batch heads tokens dim"]
+KeyHeads = Float[Tensor, "batch kv_heads kv_tokens dim"]
+
+
+class TextCalls:
+    """The token cache of one plan at work; what it holds is in the run."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def fed(
+        self,
+        site: Site,
+        run: Run,
+        records: dict[tuple[str, str], Record],
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        kernel: str,
+    ) -> Heads:
+        """The output of a call that feeds some of the tokens; kernel: the name of accel's own."""
+        assert run.text is not None
+        if site.name not in run.tokens:
+            raise AccelError(
+                f"{site.name} is called with some of the tokens before a call with all of them"
+                " filled its cache"
+            )
+        held = run.tokens[site.name]
+        record = records.setdefault((site.name, CACHED_LABEL), Record())
+        watch = Stopwatch(record, q.device)
+        out = held.attend(run.text, q, k, v, partial(self._attention, site, run))
+        watch.stop()
+        record.calls += 1
+        record.keep += held.keep
+        own = self._plan.dense == "kernel" or held.outside is not None
+        record.kernels.add(kernel if own else "dense")
+        return out
+
+    def fill(self, site: Site, run: Run, q: Heads, k: KeyHeads, v: KeyHeads) -> None:
+        """Keep of a whole call what the calls after it will see."""
+        cache, text = self._plan.cache, run.text
+        if cache is None or text is None:
+            raise AccelError("a pipeline fills a cache that the plan does not have")
+        attend = partial(self._attention, site, run)
+        run.tokens[site.name] = SiteTokens.filled(cache, text, q, k, v, attend)
+        held = sum(tokens.n_bytes for tokens in run.tokens.values())
+        run.token_bytes = max(run.token_bytes, held)
+
+    def _attention(
+        self,
+        site: Site,
+        run: Run,
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        lengths: Int[Tensor, " batch"] | None,
+        *,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self._plan.dense == "host" and not return_lse:
+            return host_attention(q, k, v, lengths)
+        return sparse_attention(
+            q,
+            k,
+            v,
+            full_mask(run, self._plan.block, q, k),
+            kv_length=lengths,
+            precision=self._plan.precision_of(site.name),
+            return_lse=return_lse,
+        )
+
+
+def full_mask(run: Run, block: tuple[int, int], q: Heads, k: KeyHeads) -> BlockMask:
+    """The mask of a call that keeps everything; made once for each size of a run."""
+    lengths = (q.shape[1], q.shape[2], k.shape[2])
+    key = (lengths, q.device)
+    if key not in run.full:
+        run.full[key] = BlockMask.full(
+            lengths[0], block=block, q_length=lengths[1], kv_length=lengths[2], device=q.device
+        )
+    return run.full[key]

@@ -1,0 +1,55 @@
+"""What a text pipeline says of each call of its model: which tokens it feeds, and what is kept."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from accel.layout import Layout
+
+__all__ = ["TextStep", "current", "text_step"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextStep:
+    """One call of a model in a generation.
+
+    A whole call feeds every token that is computed at all; a place is a token's number in it.
+
+    layouts: of a whole call, for every sample.
+    block: places [start, stop) of the tokens that are being decided.
+    live: places [start, stop) that calls up to the next whole one may feed.
+    fed: places of the tokens that this call feeds, one row for all samples or one for each; a place
+        may be there twice. None in a whole call.
+    valid: which tokens of a whole call are no padding; None where all are.
+    fills: keys and values of this whole call are kept for the calls after it.
+    """
+
+    layouts: tuple[Layout, ...]
+    block: tuple[int, int]
+    live: tuple[int, int]
+    fed: Int[Tensor, "batch fed"] | None = None
+    valid: Bool[Tensor, "batch tokens"] | None = None
+    fills: bool = False
+
+
+_said = threading.local()
+
+
+def current() -> TextStep | None:
+    """What the pipeline of this thread said of the call that is running."""
+    return getattr(_said, "step", None)
+
+
+@contextmanager
+def text_step(step: TextStep) -> Iterator[None]:
+    """Say it for the calls inside the block."""
+    before = current()
+    _said.step = step
+    try:
+        yield
+    finally:
+        _said.step = before
