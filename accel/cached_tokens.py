@@ -22,7 +22,7 @@ __all__ = ["SiteTokens", "choose_tokens", "host_attention"]
 
 Heads = Float[Tensor, "batch heads tokens dim"]
 KeyHeads = Float[Tensor, "batch kv_heads kv_tokens dim"]
-# (q, k, v, lengths of the keys by sample or None) -> output, or with return_lse also the log-sum-exp
+# (q, k, v, lengths of the keys by sample or None) -> output; with return_lse also log-sum-exp
 Attention = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
@@ -95,9 +95,9 @@ class SiteTokens:
         places, counts = choose_tokens(cache, step, q, k)
         chosen = [_taken(x, places) for x in (k, v)]
         if cache.external == "frozen":
-            found = attend(q[:, :, slice(*step.block)], *chosen, counts, return_lse=True)
+            out, lse = attend(q[:, :, slice(*step.block)], *chosen, counts, return_lse=True)
             empty = k[:, :, :0].clone()
-            return cls(empty, empty, None, step.live[0], k.shape[2], found)
+            return cls(empty, empty, None, step.live[0], k.shape[2], (out, lse))
         live = slice(*step.live)
         k, v = (torch.cat([x[:, :, live], kept], 2) for x, kept in zip((k, v), chosen, strict=True))
         lengths = None if counts is None else counts + step.live[1] - step.live[0]

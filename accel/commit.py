@@ -54,13 +54,12 @@ def uniform(shape: Sequence[int], generator: Generators, device: torch.device) -
 
     Drawn where the generator is, so that the device does not change them.
     """
-    each = generator if isinstance(generator, Sequence) else None
-    if each is None:
+    if not isinstance(generator, Sequence):
         place = device if generator is None else generator.device
         made = torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device=place)
         return made.to(device)
     made = torch.full(tuple(shape), 0.5, dtype=torch.float64, device=device)
-    for row, g in zip(made, each, strict=True):
+    for row, g in zip(made, generator, strict=True):
         if g is not None:
             row.copy_(torch.rand(row.shape, generator=g, dtype=torch.float64, device=g.device))
     return made

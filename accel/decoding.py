@@ -80,15 +80,15 @@ class Decoding:
                 raise PlanError(f"decoding.rule 'quota' has no bound, got {self.bound!r}")
             return
         least, greatest = limits
-        if not finite(self.bound) or not least <= self.bound <= greatest:
+        if self.bound is None or not finite(self.bound) or not least <= self.bound <= greatest:
             span = f"from {least:g} to {greatest:g}" if greatest < inf else f"of at least {least:g}"
             raise PlanError(
                 f"decoding.bound is a number {span} for rule {self.rule!r}, got {self.bound!r}"
             )
         if self.confidence not in SPEAKS_OF[self.rule]:
-            known = " or ".join(SPEAKS_OF[self.rule])
+            meant = " or ".join(SPEAKS_OF[self.rule])
             raise PlanError(
-                f"decoding.rule {self.rule!r} needs confidence {known}, got {self.confidence!r}"
+                f"decoding.rule {self.rule!r} needs confidence {meant}, got {self.confidence!r}"
             )
         object.__setattr__(self, "bound", float(self.bound))
 

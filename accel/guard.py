@@ -176,7 +176,7 @@ def _masks_per_call(schedule: Schedule, run: Run, sparse: Record) -> float:
     """
     assert run.where is not None
     assert run.phase.band is not None
-    steps = schedule.steps_of(run.phase.band, run.where.total)
+    steps = schedule.steps_of(run.phase.band, schedule.span(run.where)[1])
     looks: float = len(set(steps))
     if schedule.drift is not None:
         looks = max(looks, len(sparse.mask_seconds) / (run.outputs.calls_before or 1))

@@ -57,8 +57,8 @@ class InterfaceInterception:
 
     def __init__(self, session: Session, modules: dict[Site, nn.Module]) -> None:
         self._modules = list(modules.values())
-        self._configs = {id(m.config): m.config for m in self._modules}
-        self._before = {key: _base(c) for key, c in self._configs.items()}
+        self._configs: dict[int, Any] = {id(m.config): m.config for m in self._modules}
+        self._before: dict[int, str] = {key: _base(c) for key, c in self._configs.items()}
         self._taken: list[InterfaceTaken] = []
         for site, module in modules.items():
             taken = InterfaceTaken(session, site, module, self._before[id(module.config)])

@@ -49,7 +49,7 @@ def judged_mask(
     if found is None:
         return _with_more(plan, run, key, None, mine, layout), ""
     said = ""
-    looked = (site.name, branch, phase_label(run.phase.band), run.phase.generation)
+    looked = (site.name, branch, phase_label(run.phase.band), run.phase.block, run.phase.generation)
     if looked not in run.recalls:
         floor = plan.recall_floor
         watch = Stopwatch(record, q.device, "recall_seconds")

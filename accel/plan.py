@@ -46,8 +46,8 @@ class Plan:
         attention is not touched.
     recall_floor: heads that keep less of the softmax mass than this, when their mask is made, are
         dense for as long as it lives; None: whatever they keep. Heads without blocks do not count.
-    cache, decoding: of a text model, which tokens its calls compute and remember, and how it commits
-        them; None: all of them, and as the pipeline is called.
+    cache, decoding: of a text model, which tokens its calls compute and remember, and how tokens
+        are committed; None: all of them, and as the pipeline is called.
     grid: the visual grid (t, h, w) the plan was made at, or None when it was made for any.
     expected: what was predicted or measured when the plan was made, by name (see `accel.cost`).
     provenance: how it was made: recipe or search settings, versions, device, scheduler, steps.
@@ -222,7 +222,7 @@ class Plan:
             site: [[numbers.setdefault(c, len(numbers)) for c in heads] for heads in bands]
             for site, bands in self.sites.items()
         }
-        parts = {"recall_floor": self.recall_floor}
+        parts: dict[str, Any] = {"recall_floor": self.recall_floor}
         parts |= {"cache": None if self.cache is None else self.cache.to_dict()}
         parts |= {"decoding": None if self.decoding is None else self.decoding.to_dict()}
         return {

@@ -110,7 +110,7 @@ class Session:
         run.reason = None
         if where is not None:
             if run.said is None:
-                self._look_for_sparse_steps(where.total)
+                self._look_for_sparse_steps(where)
             run.take(where)
         run.placed = where is not None and not (where.assumed and run.stands_still(where.branch))
         if where is None or not run.placed:
@@ -120,13 +120,14 @@ class Session:
                 " another needs accel.enable too), or wrap the call in `with accel.step(i, n):`"
             )
             return
-        run.phase = self.plan.schedule.phase(where.step, where.total)
+        run.phase = self.plan.schedule.at(where)
         if layout is None or self.unfit:
             run.reason = self.unfit or why
 
-    def _look_for_sparse_steps(self, total: int) -> None:
+    def _look_for_sparse_steps(self, where: Where) -> None:
         """A run too short for its schedule says so at its start."""
         schedule = self.plan.schedule
+        _, total = schedule.span(where)
         if self.plan.wants_sparse and not schedule.sparse_steps(total):
             self._runs_dense(
                 f"none of the run's {total} steps is sparse with schedule.dense_start"
@@ -336,8 +337,7 @@ class Session:
     def _keep(self, site: Site, run: Run, out: Heads) -> None:
         """Keep of an output what later calls will take over."""
         assert run.where is not None
-        step, total = run.where.step + 1, run.where.total
-        then = self.plan.schedule.phase(step, total) if step < total else Phase(None, 0)
+        then = self.plan.schedule.after(run.where)
         choices = [
             () if phase.band is None else self.plan.choices(site.name, phase.band) or ()
             for phase in (run.phase, then)

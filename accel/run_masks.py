@@ -41,7 +41,7 @@ def found_mask(
     """
     online = [h for h, c in enumerate(choices) if c.online]
     owner = (site.name, branch) if online else None
-    generation = run.phase.generation if online else None
+    generation = (run.phase.block, run.phase.generation) if online else None
     batch = q.shape[0] if online else None
     key = MaskKey(owner, choices, layout, generation, batch, q.device)
     if mine is not None and online:

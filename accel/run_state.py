@@ -35,7 +35,7 @@ class MaskKey(NamedTuple):
     owner: tuple[str, str] | None
     choices: tuple[Choice, ...]
     layout: Layout
-    generation: int | None
+    generation: tuple[int, int] | None
     batch: int | None
     device: torch.device
     dense: tuple[int, ...] = ()

@@ -6,19 +6,25 @@ there); a dense tail is optional (the hybrid schedules of xDiT and ComfyUI).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
+from accel.context import Where
 from accel.errors import PlanError, nearest
+
+AXES = ("run", "block")
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What one step is: `band` is None when dense; `generation` counts the refreshes so far."""
+    """What one step is: `band` is None when dense; `generation` counts the refreshes so far, in
+    block `block` of a schedule of blocks.
+    """
 
     band: int | None
     generation: int
+    block: int = 0
 
     @property
     def dense(self) -> bool:
@@ -27,7 +33,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Step bands of a run.
+    """Step bands of a run, or of every block of a text that is made block by block.
 
     dense_start, dense_end: fractions of the run, at its start and at its end, that stay dense.
     bands: inner borders in progress, ascending in (0, 1); n borders make n + 1 bands, and every
@@ -35,6 +41,8 @@ class Schedule:
     refresh: points in progress at which estimators look again; the first sparse step always does.
     drift: estimators look again as well once the block means of queries and keys have moved by
         more than this part of their size since the last look (see `accel.drift`); None never.
+
+    axis: what progress is of: the `run`, or each `block` (a run without blocks is one).
 
     A fraction is rounded to whole steps, half up; a dense start above zero keeps at least one dense
     step, so a run of one step is dense.
@@ -45,6 +53,7 @@ class Schedule:
     bands: tuple[float, ...] = ()
     refresh: tuple[float, ...] = ()
     drift: float | None = None
+    axis: str = "run"
 
     def __post_init__(self) -> None:
         for name in ("bands", "refresh"):
@@ -63,6 +72,10 @@ class Schedule:
             raise PlanError(
                 f"schedule.dense_start + schedule.dense_end is {self.dense_start + self.dense_end},"
                 " more than the whole run; lower one of them"
+            )
+        if self.axis not in AXES:
+            raise PlanError(
+                f"schedule.axis {self.axis!r} is unknown; {nearest(str(self.axis), AXES)}"
             )
         if self.drift is not None:
             drift = _number("schedule.drift", self.drift)
@@ -86,6 +99,24 @@ class Schedule:
             return Phase(None, generation)
         return Phase(sum(p <= progress for p in self.bands), generation)
 
+    def span(self, where: Where) -> tuple[int, int]:
+        """Step and steps of what progress is of."""
+        if self.axis == "block" and where.block is not None:
+            return where.block[1:]
+        return where.step, where.total
+
+    def at(self, where: Where) -> Phase:
+        """The phase of a call."""
+        found = self.phase(*self.span(where))
+        if self.axis == "block" and where.block is not None:
+            return replace(found, block=where.block[0])
+        return found
+
+    def after(self, where: Where) -> Phase:
+        """The phase of the step that follows, dense where nothing does or another block begins."""
+        step, total = self.span(where)
+        return self.phase(step + 1, total) if step + 1 < total else Phase(None, 0)
+
     def looks_again(self, phase: Phase) -> bool:
         """Whether a later sparse step may select blocks anew: at a refresh point, or in a band."""
         points = self.refresh[phase.generation :] + self.bands[phase.band or 0 :]
@@ -101,10 +132,12 @@ class Schedule:
         return [p for p in phases if p.band == band]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; `drift` where there is one."""
+        """The fields; `drift` where there is one, and an `axis` that is not the run."""
         data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         if self.drift is None:
             del data["drift"]
+        if self.axis == "run":
+            del data["axis"]
         return data
 
     @classmethod
@@ -117,6 +150,7 @@ class Schedule:
             "bands": _numbers,
             "refresh": _numbers,
             "drift": _number_or_none,
+            "axis": lambda name, value: value,
         }
         for key in data:
             if key not in readers:

@@ -102,7 +102,7 @@ def recipe_names(recipes: Sequence[str]) -> tuple[str, ...]:
     names: list[str] = []
     for name in recipes:
         if name == "all":
-            names += [n for n in RECIPES if n not in OWN_DENSE]
+            names += [n for n, r in RECIPES.items() if r.vision and n not in OWN_DENSE]
         elif name not in RECIPES:
             raise PlanError(f"there is no recipe {name!r}; {nearest(name, [*RECIPES, 'all'])}")
         else:

@@ -25,6 +25,7 @@ from accel.text_step import text_step
 
 __all__ = ["MaskedDiffusionOutput", "MaskedDiffusionPipeline"]
 
+_Pipeline: Any = DiffusionPipeline  # which has no types
 EOS_WORDS = ("allow", "last", "never")
 Tokens = Int[Tensor, "batch tokens"]
 
@@ -40,7 +41,7 @@ class MaskedDiffusionOutput(BaseOutput):
     calls: int
 
 
-class MaskedDiffusionPipeline(DiffusionPipeline):
+class MaskedDiffusionPipeline(_Pipeline):
     """Text by masked diffusion: [prompt, MASK x gen_length], filled block by block.
 
     LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487; `shift_logits=True`) and their kin: a model
@@ -55,6 +56,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
     """
 
     _callback_tensor_inputs = ("tokens", "committed")
+    _optional_components = ("tokenizer",)
 
     def __init__(
         self,
@@ -268,7 +270,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
                 return found
         if configured is None:
             raise AccelError(
-                "neither the tokenizer nor the model's configuration names a mask token; say it with"
+                "neither the tokenizer nor the model's configuration names a mask token; say it by"
                 " MaskedDiffusionPipeline(model, tokenizer, mask_token_id=...)"
             )
         return configured
@@ -349,8 +351,10 @@ class _Generation:
                 undecided = torch.cat([before, before]) if twice else before
                 fed = feed.next(index, turn == 0, undecided)
                 before = self.tokens[:, self._prompt :] == self._mask_id
-                at = sum(self._steps[:index]) + min(turn, steps - 1)
-                with standing(Where(at, total, run=run)), text_step(fed.step):
+                done_steps, step_of_block = sum(self._steps[:index]), min(turn, steps - 1)
+                place = (index, step_of_block, steps)
+                where = Where(done_steps + step_of_block, total, run=run, block=place)
+                with standing(where), text_step(fed.step):
                     logits = self._logits(fed, start, stop, guidance)
                 self.calls += 1
                 done = self._commit(
@@ -455,7 +459,7 @@ class _Generation:
 
 
 def _with(base: Decoding, **given: Any) -> Decoding:
-    """`base` with what a call says; a rule that it names does not take over the bound of another."""
+    """`base` with what a call says; another rule does not take over the bound."""
     said = {name: value for name, value in given.items() if value is not None}
     if said.get("rule", base.rule) != base.rule and "bound" not in said:
         said["bound"] = None

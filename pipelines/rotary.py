@@ -41,7 +41,7 @@ def placed(model: nn.Module, positions: Int[Tensor, "batch fed"] | None) -> Iter
     modules = _counting(model)
     try:
         for module in modules:
-            module.forward = partial(_at, module.forward, positions)  # type: ignore[method-assign]
+            module.forward = partial(_at, module.forward, positions)
         yield
     finally:
         for module in modules:

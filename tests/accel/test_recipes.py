@@ -27,7 +27,8 @@ ASKED = {"sparsed": 0.3, "adaspa": 0.2, "pisa": 0.15, "subblock": 0.25, "svg_ear
 # dense steps of 50 where they are not 10
 DENSE_STEPS = {"radial": 12, "xattention": 5, "jenga": 0, "sparge": 0}
 # those that need no calibration; of the others test_calibrated_recipes.py says more
-SPARSE = [n for n, found in RECIPES.items() if found.demand is None and n not in ("full", "half")]
+VISION = [name for name, found in RECIPES.items() if found.vision]
+SPARSE = [n for n in VISION if RECIPES[n].demand is None and n not in ("full", "half")]
 
 
 def made(name, geometry, **parameters):
@@ -40,8 +41,8 @@ def made(name, geometry, **parameters):
 @pytest.fixture(scope="module")
 def plans():
     """In small blocks, but where the method ties them to its tiles."""
-    blocks = {name: {} if name == "sta" else {"block": BLOCK} for name in RECIPES}
-    return {name: made(name, tiny_geometry(), **blocks[name]) for name in RECIPES}
+    blocks = {name: {} if name == "sta" else {"block": BLOCK} for name in VISION}
+    return {name: made(name, tiny_geometry(), **blocks[name]) for name in VISION}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def ran(plans):
     return done
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", VISION)
 class TestContract:
     def test_it_makes_a_plan_that_checks_and_round_trips(self, name, plans, tmp_path):
         plan = plans[name]
