@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llada_tiny_model import CHAT_TOKENS, count_with, encode_chat
+from llada_tiny_model import CHAT_TOKENS, SPECIAL, count_with, encode_chat
 from retrieval_tasks import KINDS, Shape, Source, make_task
 from torch import Tensor
 from training import Average, Muon
@@ -17,7 +17,7 @@ from transformers import EuroBertForMaskedLM, PreTrainedTokenizerFast
 __all__ = ["PHASES", "Batch", "Lengths", "LladaSettings", "Phase", "Rows", "llada_step"]
 
 BLOCK = 32  # of semi-autoregressive decoding
-LABELS = (*KINDS, "text")
+LABELS = (*KINDS, "text", "echo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,15 @@ class Lengths:
     """Rows of one step: `batch` of `prompt + answer` tokens each, whose positions reach to `reach`
     by gaps in the prompts of half the rows.
 
-    shares: of needle, copy, recall and plain text among the rows.
+    shares: among the rows, of needle, copy, recall, plain text, and echo: random tokens that come
+    again and again, from which matching is learned soonest.
     """
 
     prompt: int
     answer: int
     batch: int
     reach: int = 4352
-    shares: tuple[float, float, float, float] = (0.1, 0.35, 0.4, 0.15)
+    shares: tuple[float, float, float, float, float] = (0.1, 0.35, 0.4, 0.15, 0.0)
     pairs: tuple[int, int] = (16, 128)
 
     @property
@@ -50,7 +51,7 @@ class Phase:
 
 # retrieval appears among few tokens, many of which are answers, and is then carried to longer
 # prompts
-TINY = Lengths(prompt=96, answer=64, batch=24, reach=0, shares=(0.0, 0.3, 0.6, 0.1))
+TINY = Lengths(prompt=96, answer=64, batch=24, reach=0, shares=(0.0, 0.15, 0.3, 0.05, 0.5))
 SHORT = Lengths(prompt=160, answer=96, batch=16)
 K_HALF = Lengths(prompt=320, answer=192, batch=8)
 K_ONE = Lengths(prompt=768, answer=256, batch=4)
@@ -140,6 +141,11 @@ class Rows:
                 rows.append(self.ids[start : start + tokens].tolist())
                 prompts.append(0)
                 continue
+            if LABELS[label] == "echo":
+                period = rng.integers(len(SPECIAL) + 2, len(self.tokenizer), rng.integers(12, 64))
+                rows.append(np.resize(period, tokens).tolist())
+                prompts.append(0)
+                continue
             index = step * 1024 + i
             task = make_task(LABELS[label], seed, index, self.source, lengths.shape)
             prompt = encode_chat(self.tokenizer, [task.prompt])[0]
@@ -157,6 +163,8 @@ class Rows:
             place = torch.arange(tokens) - prompt
             if LABELS[label] == "text":
                 weight[row] = self.settings.text_weight
+            elif LABELS[label] == "echo":
+                weight[row], chosen = 1.0, drawn < 0.1 + 0.4 * share
             else:
                 weight[row] = 1.0
                 ends = clean[row] == self.tokenizer.eos_token_id
@@ -223,10 +231,10 @@ def _shown(lengths: Lengths, batch: Batch, losses: Tensor, right: Tensor) -> dic
     labels = batch.labels[:, None].expand_as(batch.masked)[batch.masked]
     counted = batch.weight[batch.masked] == 1.0
     result = {}
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(LABELS):
         chosen = counted & (labels == number)
         if chosen.any():
             result[f"{kind}_{lengths.prompt}"] = right[chosen].float().mean().item()
-    if (text := labels == len(KINDS)).any():
+    if (text := labels == LABELS.index("text")).any():
         result["text"] = losses[text].mean().item()
     return result
