@@ -49,19 +49,20 @@ class Phase:
     lengths: tuple[Lengths, ...]
 
 
-# retrieval appears among few tokens, many of which are answers, and is then carried to longer
-# prompts
-TINY = Lengths(prompt=96, answer=64, batch=24, reach=0, shares=(0.0, 0.15, 0.3, 0.05, 0.5))
+# retrieval is learned among few tokens, many of which are answers, and carried to longer prompts
+ECHO = Lengths(prompt=96, answer=64, batch=24, reach=0, shares=(0.0, 0.15, 0.3, 0.05, 0.5))
+TINY = Lengths(prompt=96, answer=64, batch=24, reach=0, shares=(0.05, 0.25, 0.5, 0.1, 0.1))
 SHORT = Lengths(prompt=160, answer=96, batch=16)
 K_HALF = Lengths(prompt=320, answer=192, batch=8)
 K_ONE = Lengths(prompt=768, answer=256, batch=4)
 K_TWO = Lengths(prompt=1792, answer=256, batch=3)
 WHOLE = Lengths(prompt=4096, answer=256, batch=2)
 PHASES = (
-    Phase(0.08, (TINY,)),
-    Phase(0.18, (SHORT, K_HALF)),
-    Phase(0.40, (K_HALF, K_ONE)),
-    Phase(0.65, (K_ONE, K_TWO)),
+    Phase(0.06, (ECHO,)),
+    Phase(0.16, (TINY,)),
+    Phase(0.35, (SHORT, K_HALF)),
+    Phase(0.55, (K_HALF, K_ONE)),
+    Phase(0.75, (K_ONE, K_TWO)),
     Phase(1.0, (K_TWO, WHOLE)),
 )
 
@@ -172,6 +173,8 @@ class Rows:
                 if rng.random() < 0.6:  # one block is being decoded, what comes later is masked
                     answered = max(1, int((~ends[prompt:]).sum()))
                     block = int(rng.integers(answered // BLOCK + 1))
+                    if rng.random() < 0.5:  # known as far as a place
+                        chosen = place >= block * BLOCK + int(rng.integers(BLOCK))
                     chosen &= place >= block * BLOCK
                     later = place >= (block + 1) * BLOCK
                     chosen |= later

@@ -127,7 +127,7 @@ def build_model(
         num_key_value_heads=2,
         head_dim=head_dim,
         max_position_embeddings=LONGEST,
-        rope_parameters={"rope_type": "default", "rope_theta": 2e5},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         rms_norm_eps=1e-5,
         bos_token_id=tokenizer.bos_token_id,
@@ -136,8 +136,74 @@ def build_model(
         mask_token_id=tokenizer.mask_token_id,
     )
     model = EuroBertForMaskedLM(config)
+    _initialise(model)
     model.set_attn_implementation("sdpa")
     return model
+
+
+@torch.no_grad()
+def _initialise(model: EuroBertForMaskedLM) -> None:
+    """Begin as a weak induction circuit, which small models are slow to find.
+
+    One half of the embeddings' dimensions tells tokens apart, the last is the same for all. By it
+    the heads of the first layer look at one neighbour each and copy what token it is into a part of
+    the other half; later heads look where these parts are alike and copy the token there.
+    """
+    config = model.config
+    width, dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    half, part = width // 2, (width // 2 - 2) // heads
+    groups = heads // config.num_key_value_heads
+    base = config.rope_parameters["rope_theta"]
+    turns = base ** (-torch.arange(dim // 2) / (dim // 2))
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            zero = name.endswith(("o_proj.weight", "down_proj.weight"))
+            weight.normal_(std=0.0 if zero else (0.3 if "attn" in name else 1) * width**-0.5)
+    embeddings = model.model.embed_tokens.weight
+    embeddings.zero_()
+    embeddings[:, :half].normal_(std=0.7)
+    embeddings[config.mask_token_id] = 0.0  # it is no token, and none to be copied
+    embeddings[config.mask_token_id, -2] = 0.7 * half**0.5
+    embeddings[:, -1] = 4.0
+    model.model.norm.weight.fill_(0.1)
+
+    def rows(tensor: torch.Tensor, head: int) -> torch.Tensor:
+        return tensor[head * dim : (head + 1) * dim]
+
+    def orthogonal(size: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(size, size))[0]
+
+    offsets = (-1, -2, -3, 1)
+    fast, slow = 3 * dim // 16, 7 * dim // 32  # of the dim // 2 turns
+    places = [slice(half + part * i, half + part * (i + 1)) for i in range(heads)]
+    for number, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        query, key, value, out = (
+            getattr(attention, f"{x}_proj").weight for x in ("q", "k", "v", "o")
+        )
+        for head in range(heads):
+            kv = head // groups
+            if number == 0:
+                angle = turns[:fast] * offsets[head % 4]
+                rows(query, head)[:fast, -1] = angle.cos() * 1.5
+                rows(query, head)[dim // 2 : dim // 2 + fast, -1] = angle.sin() * 1.5
+                rows(key, kv)[:fast, -1] = 1.5
+                if head % groups == 0:
+                    rows(value, kv)[:part, :half] = orthogonal(half)[:part]
+                out[places[head], head * dim : head * dim + part] = torch.eye(part)
+                continue
+            if head % groups == 0:  # keys and values are those of the group
+                seen = (0, 1) if kv == 0 or number != 2 else (0, 3)
+                for i, place in enumerate(seen):
+                    reading = orthogonal(part)[:slow] * 1.5
+                    stop = dim // 2 * (i + 1)
+                    rows(key, kv)[stop - slow : stop, places[place % heads]] = reading
+                rows(value, kv)[:, :half] = orthogonal(half)[:dim]
+                rows(key, kv)[dim // 2 - slow - 1, -2] = -1.0  # away from masked places
+            rows(query, head)[:] += rows(key, kv)
+            rows(query, head)[dim // 2 - slow - 1] = 0.0
+            rows(query, head)[dim // 2 - slow - 1, -1] = 1.0
+            out[:half, head * dim : (head + 1) * dim] = rows(value, kv)[:, :half].T * 0.5
 
 
 def export(out: Path, model: EuroBertForMaskedLM, tokenizer: PreTrainedTokenizerFast) -> None:
