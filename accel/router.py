@@ -156,6 +156,11 @@ class Session:
             self.probe[site.name] += q.shape[2] == k.shape[2]
             return dense()
         run = self.run
+        if run.text is not None and obstacle is not None and not run.text.plain:
+            raise AccelError(
+                f"the cache of plan {self.plan.name!r} cannot honour the attention of {site.name}:"
+                f" {obstacle}; take a plan without a cache"
+            )
         if run.text is not None and run.text.fed is not None:
             return self.text.fed(site, run, self.records, q, k, v, self._kernel(site, q))
         square = q.shape[2] == k.shape[2]

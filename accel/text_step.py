@@ -35,6 +35,11 @@ class TextStep:
     valid: Bool[Tensor, "batch tokens"] | None = None
     fills: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether the call has nothing to do with a cache."""
+        return self.fed is None and not self.fills
+
 
 _said = threading.local()
 

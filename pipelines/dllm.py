@@ -137,9 +137,10 @@ class MaskedDiffusionPipeline(_Pipeline):
         if isinstance(generator, Sequence) and len(generator) != batch:
             raise AccelError(f"{len(generator)} generators for {batch} prompts; give one for each")
         mask_id, ends = self._mask_id(), self._ends()
-        if (eos != "allow" or decoding.stop_at_eos) and not ends:
+        if (eos != "allow" or stop_at_eos) and not ends:
             raise AccelError(
-                "the tokenizer has no end-of-text token, which eos and stop_at_eos need"
+                "neither the tokenizer nor the model's configuration names an end-of-text token,"
+                " which eos and stop_at_eos need"
             )
         sampling = Sampling(
             temperature=temperature,
@@ -276,8 +277,14 @@ class MaskedDiffusionPipeline(_Pipeline):
         return configured
 
     def _ends(self) -> tuple[int, ...]:
-        found = getattr(self.tokenizer, "eos_token_id", None)
-        return () if found is None else (found,)
+        """Ids of end-of-text tokens: the tokenizer's, else the configuration's; none where no one
+        says.
+        """
+        for known in (self.tokenizer, self.host.config):
+            found = getattr(known, "eos_token_id", None)
+            if found is not None:
+                return tuple(found) if isinstance(found, list | tuple) else (found,)
+        return ()
 
     def _texts(self, sequences: Tokens, ends: tuple[int, ...]) -> list[str] | None:
         if self.tokenizer is None:
@@ -327,7 +334,7 @@ class _Generation:
 
     def go(self, guidance: float, generator: Generators) -> Iterator[tuple[int, int, int]]:
         """Every step: its number, its block's, and how many tokens it committed in the mean."""
-        self._host.check_sees_ahead(self._real is not None)
+        self._host.check(self._real is not None)
         cache = None if self._plan is None else self._plan.cache
         twice = guidance > 0
         real = self._real
@@ -364,7 +371,7 @@ class _Generation:
                 yield number, index, done
                 number += 1
             self._told = index + 1
-            if self._decoding.stop_at_eos:
+            if self._decoding.stop_at_eos and self._ends:
                 self._stop(start, stop)
                 if bool(self._over.all()):
                     break

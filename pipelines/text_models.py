@@ -1,31 +1,43 @@
 """Text models: where their attention sites are, and how the tokens of a call are laid out.
 
-Any model of transformers, and any whose blocks call SDPA themselves (remote code). A pipeline that
+Any model of transformers, and any whose modules call SDPA themselves (remote code). A pipeline that
 generates says where its tokens stand (`accel.text_step`); a call without one is one span of text
 that competes with itself, less its padding.
 """
 
 import re
+import weakref
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from accel.intercept_calls import CallInterception, callers
 from accel.intercept_interface import InterfaceInterception, uses_interface
-from accel.layout import Layout
+from accel.layout import Grid, Layout, SegmentKind
 from accel.layouts import LayoutsLike
 from accel.pipelines.adapters import Adapter, Call
+from accel.pipelines.devices import execution_device
 
 _BLOCK = re.compile(
     r"(?:\w+\.)*(?:layers|layer|blocks|h)\.\d+\.(?:\w+\.)*(?:self_attn|attn|attention|self)"
 )
 _PROBED = 9
+# what looking at a model found; it goes with the model
+_found: "weakref.WeakKeyDictionary[nn.Module, Adapter | None]" = weakref.WeakKeyDictionary()
 
 
 def guess_text(model: nn.Module) -> Adapter | None:
     """An adapter for a text model; None where a model is none."""
     if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
         return None
+    if model not in _found:
+        _found[model] = _by_interface(model) or _by_calls(model)
+    return _found[model]
+
+
+def _by_interface(model: nn.Module) -> Adapter | None:
     names = [
         name
         for name, module in model.named_modules()
@@ -34,16 +46,41 @@ def guess_text(model: nn.Module) -> Adapter | None:
     if not names:
         return None
     return Adapter(
-        classes=(type(model).__name__,),
-        sites="|".join(map(re.escape, names)),
-        first="input_ids",
-        contents=("attention_mask",),
-        layout=_layout,
-        probe=_probe,
+        **_text(model, names),
         heads=lambda module: _heads(module) or (0, 0),
-        projection=lambda model, name: model.get_submodule(name).o_proj.weight,  # type: ignore
         intercept=InterfaceInterception,
     )
+
+
+def _by_calls(model: nn.Module) -> Adapter | None:
+    tokens = _probe(model)["input_ids"].to(execution_device(model))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            shapes = callers(model, lambda: model(tokens))
+    finally:
+        model.train(training)
+    if not shapes:
+        return None
+    by_module = weakref.WeakKeyDictionary(
+        {model.get_submodule(name): shape for name, shape in shapes.items()}
+    )
+    return Adapter(
+        **_text(model, list(shapes)), heads=by_module.__getitem__, intercept=CallInterception
+    )
+
+
+def _text(model: nn.Module, names: list[str]) -> dict[str, Any]:
+    return {
+        "classes": (type(model).__name__,),
+        "sites": "|".join(map(re.escape, names)),
+        "first": "input_ids",
+        "contents": ("attention_mask",),
+        "layout": _layout,
+        "probe": _probe,
+        "projection": _projection,
+    }
 
 
 def _heads(module: nn.Module) -> tuple[int, int] | None:
@@ -56,22 +93,25 @@ def _heads(module: nn.Module) -> tuple[int, int] | None:
     return heads, dim
 
 
+def _projection(model: nn.Module, name: str) -> Tensor:
+    module: Any = model.get_submodule(name)
+    for known in ("o_proj", "attn_out", "dense", "out_proj"):
+        if hasattr(module, known):
+            return getattr(module, known).weight
+    raise AttributeError(f"the output projection of {name} was not found")
+
+
 def _layout(model: Any, call: Call) -> LayoutsLike:
     tokens, mask = call["input_ids"], call.get("attention_mask")
-    length = tokens.shape[1]
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return Layout.of((1, 1, length))
+        return Layout.of((1, 1, tokens.shape[1]))
     layouts = []
     for row in (mask != 0).tolist():
-        runs: list[Any] = []
-        for real in row:
-            if runs and (runs[-1][0] == "pad") != real:
-                runs[-1][1] += 1
-            else:
-                runs.append(["grid" if real else "pad", 1])
-        layouts.append(
-            Layout.join([(1, 1, n) if kind == "grid" else ("pad", n) for kind, n in runs])
-        )
+        runs: list[tuple[SegmentKind, int] | Grid] = []
+        for real, group in groupby(row):
+            length = len(list(group))
+            runs.append((1, 1, length) if real else ("pad", length))
+        layouts.append(Layout.join(runs))
     return layouts
 
 
