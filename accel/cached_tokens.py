@@ -11,7 +11,7 @@ from math import inf
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from accel.kernels.merge import merge
@@ -122,10 +122,16 @@ class SiteTokens:
         if self.outside is not None:
             out, lse = attend(q, k, v, None, return_lse=True)
             return merge([(out, lse), self.outside])[0]
-        self._write(step.fed - self.first, k, v)
-        return attend(q, self.k, self.v, self.lengths)  # type: ignore[return-value]
+        self._write(step.fed - self.first, step.live[1] - self.first, k, v)
+        out = attend(q, self.k, self.v, self.lengths, valid=step.keys)
+        assert isinstance(out, Tensor)
+        return out
 
-    def _write(self, at: Int[Tensor, "batch fed"], k: KeyHeads, v: KeyHeads) -> None:
+    def _write(self, at: Int[Tensor, "batch fed"], live: int, k: KeyHeads, v: KeyHeads) -> None:
+        more = live - self.k.shape[2]
+        if more > 0:  # a sequence that grows; nothing is held beside it
+            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
+            self.tokens = live + self.first
         if at.shape[0] == 1:
             self.k.index_copy_(2, at[0], k)
             self.v.index_copy_(2, at[0], v)
@@ -146,13 +152,13 @@ def host_attention(
     v: KeyHeads,
     lengths: Int[Tensor, " batch"] | None,
     *,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """torch's attention over the first `lengths` keys of every sample."""
-    if return_lse:
-        raise NotImplementedError("torch's attention gives no log-sum-exp")
-    mask = None
+    valid: Bool[Tensor, "batch kv_tokens"] | None = None,
+) -> Tensor:
+    """torch's attention over the first `lengths` keys of every sample, and the `valid` ones."""
+    mask = valid
     if lengths is not None:
-        mask = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
+        first = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
+        mask = first if mask is None else first & mask
+    if mask is not None:
         mask = mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])

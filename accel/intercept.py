@@ -41,6 +41,14 @@ DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
 SITE = "_accel_site"
 REDUCE = "__reduce_ex__"
+# where a module keeps them, by number
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 _numbers = itertools.count()
 # The operations below get numbers, because an operation cannot take an object. Entries live as long
@@ -336,12 +344,12 @@ def _forget(namespaces: dict[str, types.ModuleType]) -> None:
 
 
 def copy_plainly(module: nn.Module, *names: str, hooks: tuple[int, ...] = ()) -> None:
-    """Make copies and pickles of `module` without its attributes `names` and forward pre-hooks."""
+    """Make copies and pickles of `module` without its attributes `names` and some forward hooks."""
 
     def reduce(protocol):
         parts = list(type(module).__reduce_ex__(module, protocol))
         parts[2] = {k: v for k, v in parts[2].items() if k not in (*names, REDUCE)}
-        for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        for kind in HOOKS:
             kept = ((k, v) for k, v in parts[2][kind].items() if k not in hooks)
             parts[2][kind] = OrderedDict(kept)
         return tuple(parts)

@@ -156,7 +156,7 @@ class Session:
             self.probe[site.name] += q.shape[2] == k.shape[2]
             return dense()
         run = self.run
-        if run.text is not None and obstacle is not None and not run.text.plain:
+        if run.text is not None and obstacle is not None and run.text.cached:
             raise AccelError(
                 f"the cache of plan {self.plan.name!r} cannot honour the attention of {site.name}:"
                 f" {obstacle}; take a plan without a cache"

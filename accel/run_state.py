@@ -120,9 +120,10 @@ class Run:
         run that was interrupted in its first step).
         """
         last = self.said
-        # what a text model computes in a call may change with every block
-        grids = None if layouts is None or self.text is not None else layouts.grids
-        if grids is not None and self.layouts.grids not in (set(), grids):
+        if where is not None and where.block is not None:
+            # a text: its loop tells, and what a call computes may change with every block
+            return last is not None and where.run is not last.run
+        if layouts is not None and self.layouts.grids not in (set(), layouts.grids):
             return True
         if where is None or last is None:
             return False

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from accel.cached_tokens import SiteTokens, host_attention
@@ -73,10 +73,11 @@ class TextCalls:
         v: KeyHeads,
         lengths: Int[Tensor, " batch"] | None,
         *,
+        valid: Bool[Tensor, "batch kv_tokens"] | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if self._plan.dense == "host" and not return_lse:
-            return host_attention(q, k, v, lengths)
+        if valid is not None or (self._plan.dense == "host" and not return_lse):
+            return host_attention(q, k, v, lengths, valid=valid)
         return sparse_attention(
             q,
             k,

@@ -26,6 +26,9 @@ class TextStep:
         may be there twice. None in a whole call.
     valid: which tokens of a whole call are no padding; None where all are.
     fills: keys and values of this whole call are kept for the calls after it.
+    ordered: nothing comes after the block yet, so that a mask which hides what comes after blocks
+        is honoured by that.
+    keys: of a call that feeds tokens and whose cache holds padding, which live places are none.
     """
 
     layouts: tuple[Layout, ...]
@@ -34,11 +37,13 @@ class TextStep:
     fed: Int[Tensor, "batch fed"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
     fills: bool = False
+    keys: Bool[Tensor, "batch live"] | None = None
+    ordered: bool = False
 
     @property
-    def plain(self) -> bool:
-        """Whether the call has nothing to do with a cache."""
-        return self.fed is None and not self.fills
+    def cached(self) -> bool:
+        """Whether the call has to do with a cache that knows padding and no other masks."""
+        return (self.fed is not None or self.fills) and not self.ordered
 
 
 _said = threading.local()

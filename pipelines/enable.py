@@ -32,6 +32,7 @@ from accel.pipelines.announce import announce
 from accel.pipelines.call_reader import CallReader
 from accel.pipelines.clocks import Clocks
 from accel.pipelines.context_parallel import alone, check_parallel, streams_reader
+from accel.pipelines.window_feed import WindowFeed, feeds_windows
 from accel.plan import Plan
 from accel.plan_hub import HUB_FILE, looks_like_repository
 from accel.recipes import RECIPES, recipe
@@ -117,6 +118,7 @@ def enable(
                 logger.warning("accel was enabled with plan %r; now it is %r", before, one.name)
                 undo.append(partial(handle.use, handle.settings))
                 handle.use(settings)
+            handle.follow(target)
             if check:
                 _self_check(handle, model)
     except BaseException:
@@ -201,6 +203,7 @@ class Handle:
         self._sites = sites_of(model)
         self._adapter = adapter_of(model)
         self._context: Any = None
+        self._windows: WindowFeed | None = None
         self._counter = StepCounter()
         self.first = self._adapter.first
         self.names = tuple(n for n in signature(type(model).forward).parameters if n != "self")
@@ -234,7 +237,17 @@ class Handle:
         self._settings(settings)
         self._interception.serve(settings.session)
 
+    def follow(self, pipeline: Any) -> None:
+        """Feed the model of a pipeline that has a loop of its own by the plan's cache."""
+        if self._windows is None and feeds_windows(pipeline):
+            self._windows = WindowFeed(self._model, pipeline, lambda: self.session.plan.cache)
+            copy_plainly(
+                self._model, HANDLE, CONTEXT, hooks=(self._pre_hook.id, *self._windows.hook_ids)
+            )
+
     def remove(self) -> None:
+        if self._windows is not None:
+            self._windows.undo()
         for name in (HANDLE, CONTEXT, REDUCE):
             self._model.__dict__.pop(name, None)
         self._pre_hook.remove()

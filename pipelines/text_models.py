@@ -102,9 +102,13 @@ def _projection(model: nn.Module, name: str) -> Tensor:
 
 
 def _layout(model: Any, call: Call) -> LayoutsLike:
-    tokens, mask = call["input_ids"], call.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return Layout.of((1, 1, tokens.shape[1]))
+    return layouts_of(call["input_ids"], call.get("attention_mask"))
+
+
+def layouts_of(tokens: Tensor, mask: Any) -> tuple[Layout, ...]:
+    """Of a call that nobody describes: what its mask of padding leaves of each sample."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask != 0).all()):
+        return (Layout.of((1, 1, tokens.shape[1])),)
     layouts = []
     for row in (mask != 0).tolist():
         runs: list[tuple[SegmentKind, int] | Grid] = []
@@ -112,7 +116,7 @@ def _layout(model: Any, call: Call) -> LayoutsLike:
             length = len(list(group))
             runs.append((1, 1, length) if real else ("pad", length))
         layouts.append(Layout.join(runs))
-    return layouts
+    return tuple(layouts)
 
 
 def _probe(model: Any) -> dict[str, Any]:
