@@ -28,7 +28,7 @@ Attention = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 def choose_tokens(
     cache: TokenCache, step: TextStep, q: Heads, k: KeyHeads
-) -> tuple[Int[Tensor, "batch heads chosen"], Int[Tensor, " batch"] | None]:
+) -> tuple[Int[Tensor, "batch rankings chosen"], Int[Tensor, " batch"] | None]:
     """Places of the tokens outside `step.live` that a cache holds, ascending, and how many of each
     sample's are meant (the first so many; None: all).
 
@@ -95,7 +95,10 @@ class SiteTokens:
         places, counts = choose_tokens(cache, step, q, k)
         chosen = [_taken(x, places) for x in (k, v)]
         if cache.external == "frozen":
-            out, lse = attend(q[:, :, slice(*step.block)], *chosen, counts, return_lse=True)
+            block = q[:, :, slice(*step.block)]
+            out, lse = torch.zeros_like(block), torch.full(block.shape[:3], -inf, device=q.device)
+            if places.shape[2]:
+                out, lse = attend(block, *chosen, counts, return_lse=True)
             empty = k[:, :, :0].clone()
             return cls(empty, empty, None, step.live[0], k.shape[2], (out, lse))
         live = slice(*step.live)
@@ -127,7 +130,7 @@ class SiteTokens:
         assert isinstance(out, Tensor)
         return out
 
-    def _write(self, at: Int[Tensor, "batch fed"], live: int, k: KeyHeads, v: KeyHeads) -> None:
+    def _write(self, at: Int[Tensor, "#batch fed"], live: int, k: KeyHeads, v: KeyHeads) -> None:
         more = live - self.k.shape[2]
         if more > 0:  # a sequence that grows; nothing is held beside it
             self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
@@ -141,7 +144,9 @@ class SiteTokens:
         self.v.scatter_(2, at, v)
 
 
-def _taken(x: KeyHeads, places: Int[Tensor, "batch heads chosen"]) -> KeyHeads:
+def _taken(
+    x: KeyHeads, places: Int[Tensor, "batch rankings chosen"]
+) -> Float[Tensor, "batch kv_heads chosen dim"]:
     index = places[..., None].expand(x.shape[0], x.shape[1], places.shape[2], x.shape[3])
     return x.gather(2, index)
 

@@ -34,10 +34,10 @@ class TextStep:
     layouts: tuple[Layout, ...]
     block: tuple[int, int]
     live: tuple[int, int]
-    fed: Int[Tensor, "batch fed"] | None = None
+    fed: Int[Tensor, "#batch fed"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
     fills: bool = False
-    keys: Bool[Tensor, "batch live"] | None = None
+    keys: Bool[Tensor, "#batch live"] | None = None
     ordered: bool = False
 
     @property

@@ -30,7 +30,7 @@ class Fed:
     """
 
     step: TextStep
-    slots: Int[Tensor, "batch fed"]
+    slots: Int[Tensor, "#batch fed"]
     rows: tuple[int, int] | None
 
 
@@ -132,7 +132,7 @@ class TokenFeed:
             return (self._first - self._back, len(self._slots))
         return (self._prompt - self._back, len(self._slots))
 
-    def _undecided(self, undecided: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch fed"]:
+    def _undecided(self, undecided: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "#batch fed"]:
         """Places of every sample's tokens, filled up with its last one to the same number."""
         asked = undecided[:, self._slots[self._prompt :] - self._prompt]
         if self._back:
