@@ -30,7 +30,7 @@ class Fed:
     """
 
     step: TextStep
-    slots: Int[Tensor, "batch fed"]
+    slots: Int[Tensor, "rows fed"]
     rows: tuple[int, int] | None
 
 
