@@ -28,7 +28,7 @@ Attention = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 def choose_tokens(
     cache: TokenCache, step: TextStep, q: Heads, k: KeyHeads
-) -> tuple[Int[Tensor, "batch rankings chosen"], Int[Tensor, " batch"] | None]:
+) -> tuple[Int[Tensor, "batch ranked chosen"], Int[Tensor, " batch"] | None]:
     """Places of the tokens outside `step.live` that a cache holds, ascending, and how many of each
     sample's are meant (the first so many; None: all).
 
@@ -92,6 +92,7 @@ class SiteTokens:
         attend: Attention,
     ) -> "SiteTokens":
         """From a whole call."""
+        whole = k.shape[2]
         places, counts = choose_tokens(cache, step, q, k)
         chosen = [_taken(x, places) for x in (k, v)]
         if cache.external == "frozen":
@@ -100,11 +101,10 @@ class SiteTokens:
             if places.shape[2]:
                 out, lse = attend(block, *chosen, counts, return_lse=True)
             empty = k[:, :, :0].clone()
-            return cls(empty, empty, None, step.live[0], k.shape[2], (out, lse))
+            return cls(empty, empty, None, step.live[0], whole, (out, lse))
         live = slice(*step.live)
         k, v = (torch.cat([x[:, :, live], kept], 2) for x, kept in zip((k, v), chosen, strict=True))
         lengths = None if counts is None else counts + step.live[1] - step.live[0]
-        whole = step.layouts[0].length
         return cls(k, v, lengths, step.live[0], whole)
 
     @property
@@ -130,7 +130,7 @@ class SiteTokens:
         assert isinstance(out, Tensor)
         return out
 
-    def _write(self, at: Int[Tensor, "#batch fed"], live: int, k: KeyHeads, v: KeyHeads) -> None:
+    def _write(self, at: Int[Tensor, "rows fed"], live: int, k: KeyHeads, v: KeyHeads) -> None:
         more = live - self.k.shape[2]
         if more > 0:  # a sequence that grows; nothing is held beside it
             self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
@@ -145,7 +145,7 @@ class SiteTokens:
 
 
 def _taken(
-    x: KeyHeads, places: Int[Tensor, "batch rankings chosen"]
+    x: KeyHeads, places: Int[Tensor, "batch ranked chosen"]
 ) -> Float[Tensor, "batch kv_heads chosen dim"]:
     index = places[..., None].expand(x.shape[0], x.shape[1], places.shape[2], x.shape[3])
     return x.gather(2, index)

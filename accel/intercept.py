@@ -129,14 +129,19 @@ class How(NamedTuple):
             return None
         return valid_of(self.mask, k.shape[0], k.shape[1 if tokens_first else 2])
 
-    def obstacle(self, dim: int, valid: Tensor | None) -> str | None:
+    def scaled(self, q: Tensor) -> Tensor:
+        """Queries whose logits, scaled by dim ** -0.5 as kernels do, are those of the call."""
+        own = q.shape[-1] ** -0.5
+        if self.scale is None or isclose(self.scale, own):
+            return q
+        return q * (self.scale / own)
+
+    def obstacle(self, valid: Tensor | None) -> str | None:
         """What no sparse kernel can do of them."""
         if self.mask is not None and valid is None:
             return "the call has an attention mask that is no mask of padding keys"
         if self.causal or self.dropout > 0:
             return "the call is causal or drops out, which the sparse kernels do not"
-        if self.scale is not None and not isclose(self.scale, dim**-0.5):
-            return f"the call scales its logits by {self.scale}, not by {dim}**-0.5"
         if function_modes.in_force():
             return "a function mode of torch may replace attention here (perturbed guidance does)"
         return None
@@ -166,7 +171,8 @@ class Taken:
         parallel_config: diffusers', where ranks make the call together.
         """
         valid = how.valid(k, tokens_first)
-        obstacle = how.obstacle(q.shape[-1], valid)
+        obstacle = how.obstacle(valid)
+        q = how.scaled(q)
         if not tokens_first:
             return self.session.attend(self.site, q, k, v, own, obstacle, valid)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

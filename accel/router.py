@@ -153,7 +153,9 @@ class Session:
         ranks: that make the call together, each with a part of its tokens.
         """
         if self.probe is not None:
-            self.probe[site.name] += q.shape[2] == k.shape[2]
+            said = current()
+            beside = said is not None and said.beside != ""
+            self.probe[site.name] += beside or q.shape[2] == k.shape[2]
             return dense()
         run = self.run
         if run.text is not None and obstacle is not None and run.text.cached:
@@ -162,7 +164,10 @@ class Session:
                 f" {obstacle}; take a plan without a cache"
             )
         if run.text is not None and run.text.fed is not None:
-            return self.text.fed(site, run, self.records, q, k, v, self._kernel(site, q))
+            return self.text.fed(site, run, run.text, self.records, q, k, v, self._kernel(site, q))
+        if run.text is not None and run.text.beside:
+            kernel = self._kernel(site, q)
+            return self.text.beside(site, run, self.records, q, k, v, valid, dense, kernel)
         square = q.shape[2] == k.shape[2]
         if run.calls[site.name] and not square:
             return dense()  # after its self-attention a processor attends to an image (IP-Adapter)
@@ -200,7 +205,7 @@ class Session:
         if run.placed:
             self._keep(site, run, out)
         if run.text is not None and run.text.fills:
-            self.text.fill(site, run, q, k, v)
+            self.text.fill(site, run, run.text, q, k, v)
         return out
 
     def _dense(

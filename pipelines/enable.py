@@ -32,6 +32,7 @@ from accel.pipelines.announce import announce
 from accel.pipelines.call_reader import CallReader
 from accel.pipelines.clocks import Clocks
 from accel.pipelines.context_parallel import alone, check_parallel, streams_reader
+from accel.pipelines.prefix_feed import PrefixFeed, has_prefix
 from accel.pipelines.window_feed import WindowFeed, feeds_windows
 from accel.plan import Plan
 from accel.plan_hub import HUB_FILE, looks_like_repository
@@ -51,6 +52,11 @@ LayoutLike = LayoutsLike | Callable[[nn.Module, Mapping[str, Any]], LayoutsLike]
 
 HANDLE = "_accel"
 CONTEXT = "cache_context"
+# pipelines whose loop is theirs, and what feeds their model by a plan's cache
+FEEDS: tuple[tuple[Callable[[Any], bool], Callable[..., WindowFeed | PrefixFeed]], ...] = (
+    (feeds_windows, WindowFeed),
+    (has_prefix, PrefixFeed),
+)
 TIMESTEPS = ("timestep", "timesteps", "t")  # what models call the argument
 
 
@@ -203,7 +209,7 @@ class Handle:
         self._sites = sites_of(model)
         self._adapter = adapter_of(model)
         self._context: Any = None
-        self._windows: WindowFeed | None = None
+        self._feed: WindowFeed | PrefixFeed | None = None
         self._counter = StepCounter()
         self.first = self._adapter.first
         self.names = tuple(n for n in signature(type(model).forward).parameters if n != "self")
@@ -239,15 +245,15 @@ class Handle:
 
     def follow(self, pipeline: Any) -> None:
         """Feed the model of a pipeline that has a loop of its own by the plan's cache."""
-        if self._windows is None and feeds_windows(pipeline):
-            self._windows = WindowFeed(self._model, pipeline, lambda: self.session.plan.cache)
-            copy_plainly(
-                self._model, HANDLE, CONTEXT, hooks=(self._pre_hook.id, *self._windows.hook_ids)
-            )
+        feed = next((feed for known, feed in FEEDS if known(pipeline)), None)
+        if self._feed is None and feed is not None:
+            self._feed = feed(self._model, pipeline, lambda: self.session.plan.cache)
+            hooks = (self._pre_hook.id, *self._feed.hook_ids)
+            copy_plainly(self._model, HANDLE, CONTEXT, hooks=hooks)
 
     def remove(self) -> None:
-        if self._windows is not None:
-            self._windows.undo()
+        if self._feed is not None:
+            self._feed.undo()
         for name in (HANDLE, CONTEXT, REDUCE):
             self._model.__dict__.pop(name, None)
         self._pre_hook.remove()

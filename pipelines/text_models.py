@@ -17,13 +17,40 @@ from accel.intercept_calls import CallInterception, callers
 from accel.intercept_interface import InterfaceInterception, uses_interface
 from accel.layout import Grid, Layout, SegmentKind
 from accel.layouts import LayoutsLike
-from accel.pipelines.adapters import Adapter, Call
+from accel.pipelines.adapters import Adapter, Call, register
 from accel.pipelines.devices import execution_device
 
 _BLOCK = re.compile(
     r"(?:\w+\.)*(?:layers|layer|blocks|h)\.\d+\.(?:\w+\.)*(?:self_attn|attn|attention|self)"
 )
 _PROBED = 9
+
+
+def _canvas_probe(model: Any) -> dict[str, Any]:
+    """DiffusionGemma: a canvas after one token, whose keys its encoder makes."""
+    from transformers import DynamicCache
+
+    device = execution_device(model)
+    keys = DynamicCache(config=model.config.get_text_config(decoder=True))
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        model.model.encoder(input_ids=one + 3, past_key_values=keys)
+    canvas = one.expand(1, model.config.canvas_length) + 3
+    return {"decoder_input_ids": canvas, "past_key_values": keys}
+
+
+register(
+    Adapter(
+        classes=("DiffusionGemmaForBlockDiffusion",),
+        sites=r"model\.decoder\.layers\.\d+\.self_attn",
+        first="decoder_input_ids",
+        layout=lambda model, call: Layout.of((1, 1, call["decoder_input_ids"].shape[1])),
+        probe=_canvas_probe,
+        heads=lambda module: _heads(module) or (0, 0),
+        projection=lambda model, name: _projection(model, name),
+        intercept=InterfaceInterception,
+    )
+)
 # what looking at a model found; it goes with the model
 _found: "weakref.WeakKeyDictionary[nn.Module, Adapter | None]" = weakref.WeakKeyDictionary()
 

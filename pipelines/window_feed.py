@@ -88,6 +88,7 @@ class WindowFeed:
             (index + 1) * self._steps,
             run=self._run,
             block=(index, step, self._steps),
+            endless=True,
         )
         layouts = layouts_of(tokens, mask)
         start = window - self._block
