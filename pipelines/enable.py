@@ -177,6 +177,14 @@ def plan_of(model: nn.Module) -> Plan | None:
     return None if handle is None else handle.session.plan
 
 
+@contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """Calls of a model inside the block belong to no run: they are dense, whatever is enabled."""
+    handle = getattr(getattr(model, "_orig_mod", model), HANDLE, None)
+    with nullcontext() if handle is None else handle.session.probing():
+        yield
+
+
 def session_of(model: nn.Module) -> Session:
     """The session of an enabled model."""
     handle = getattr(model, HANDLE, None)
