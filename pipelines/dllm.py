@@ -219,11 +219,14 @@ class MaskedDiffusionPipeline(_Pipeline):
         self, prompt: str | Sequence[str] | None, messages: Any, use_chat_template: bool
     ) -> list[list[int]]:
         if messages is not None:
+            if not isinstance(messages, Sequence) or not messages:
+                raise AccelError(f"messages is a conversation, or a list of them, got {messages!r}")
             several = bool(messages) and not isinstance(messages[0], Mapping)
             talks = list(messages) if several else [messages]
         else:
-            texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-            if not texts or any(not isinstance(text, str) for text in texts):
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            listed = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
+            if not listed or not texts:
                 raise AccelError(f"prompt is a text, or a list of texts, got {prompt!r:.80}")
             if not (use_chat_template and getattr(self.tokenizer, "chat_template", None)):
                 return [self.tokenizer(text).input_ids for text in texts]

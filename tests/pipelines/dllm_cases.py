@@ -1,5 +1,7 @@
 """What tests of the pipeline of masked diffusion language models share."""
 
+from dataclasses import replace
+from itertools import pairwise
 from math import inf
 
 import torch
@@ -11,6 +13,7 @@ from accel.estimators import BlockMassTopK
 from accel.pipelines.adapters import geometry_of
 from accel.pipelines.dllm import MaskedDiffusionPipeline
 from accel.plan import Plan
+from accel.recipes import recipe
 from accel.schedule import Schedule
 
 EOS = 2
@@ -81,12 +84,11 @@ class Plainly:
         self.x = torch.cat([prompt, torch.full((length,), MASK)])
         self.start, self.calls = len(prompt), 0
         edges = [*range(0, length, block), length]
-        sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        sizes = [b - a for a, b in pairwise(edges)]
         if steps is not None:
             marks = [round(steps * edge / length) for edge in edges]
-            steps = [
-                max(1, min(n, b - a)) for n, a, b in zip(sizes, marks, marks[1:], strict=False)
-            ]
+            asked = [b - a for a, b in pairwise(marks)]
+            steps = [max(1, min(n, own)) for n, own in zip(sizes, asked, strict=True)]
         begin = len(prompt)
         for i, size in enumerate(sizes):
             count = steps[i] if steps else -(-size // per_step)

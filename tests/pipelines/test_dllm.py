@@ -27,7 +27,7 @@ from accel.token_cache import TokenCache
 
 @pytest.fixture(scope="module")
 def bert():
-    return pipe_of(euro_bert())
+    return pipe_of(euro_bert(num_hidden_layers=2))
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,6 @@ class TestAgainstAPlainLoop:
         out = run(pipe, [prompt], gen_length=12, block_length=6, eos=eos)
         assert torch.equal(out, want.generated)
         assert (out == EOS).any() == (eos != "never")
-        assert (
-            len({str(run(pipe, [prompt], gen_length=12, eos=e)) for e in ("allow", "never")}) == 2
-        )
 
     @pytest.mark.parametrize("guidance", [0.5, 2.0])
     @pytest.mark.parametrize("make", [euro_bert, dream])
@@ -149,46 +146,47 @@ class TestAgainstAPlainLoop:
         assert out.calls == 4 * max(stopped)
 
 
+ROWS = prompts(41, 7, 1, 23, 33, 2, 18, 29)
+HOW = {"gen_length": 13, "block_length": 6}
+
+
 class TestBatches:
     """A batch of prompts of many lengths is each of them alone, token for token."""
 
-    ROWS = prompts(41, 7, 1, 23, 33, 2, 18, 29)
-    HOW = {"gen_length": 13, "block_length": 6}
-
     @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
     def test_dense(self, exact, rule):
-        how = {**self.HOW, **rule}
+        how = {**HOW, **rule}
         # nothing but masks is the same everywhere, up to rounding: only here
-        rows = [*self.ROWS, torch.zeros(0, dtype=torch.long)]
+        rows = [*ROWS, torch.zeros(0, dtype=torch.long)]
         assert torch.equal(run(exact, rows, **how), alone(exact, rows, **how))
 
     @pytest.mark.parametrize("make", [qwen3, dream], ids=lambda m: m.__name__)
     def test_models(self, make):
         pipe = pipe_of(make(), shift_logits=make is dream)
-        out = run(pipe, self.ROWS, **self.HOW)
-        assert torch.equal(out, alone(pipe, self.ROWS, **self.HOW))
+        out = run(pipe, ROWS, **HOW)
+        assert torch.equal(out, alone(pipe, ROWS, **HOW))
 
     @pytest.mark.parametrize("keep", [1.0, 0.3])
     def test_masks(self, bert, keep):
-        before = run(bert, self.ROWS, **self.HOW)
+        before = run(bert, ROWS, **HOW)
         accel.enable(bert, plan_of(bert, keep), strict=True, guard=False)
-        out = run(bert, self.ROWS, **self.HOW)
+        out = run(bert, ROWS, **HOW)
         kept = accel.summary(bert).rows
         assert {row.phase for row in kept} == {"dense", "band 0"}
-        assert torch.equal(out, alone(bert, self.ROWS, **self.HOW))
+        assert torch.equal(out, alone(bert, ROWS, **HOW))
         assert torch.equal(out, before) == (keep == 1)
 
     @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.text])
     def test_recipes(self, bert, name):
         accel.enable(bert, recipe_of(bert, name), strict=True, guard=False)
-        assert torch.equal(run(bert, self.ROWS, **self.HOW), alone(bert, self.ROWS, **self.HOW))
+        assert torch.equal(run(bert, ROWS, **HOW), alone(bert, ROWS, **HOW))
 
     @pytest.mark.parametrize("name", ["dkv", "flashblock", "sparse_dllm", "sparsed"])
     def test_guidance(self, bert, name):
         """Every sample has states of its own with its prompt, and without."""
-        how = {**self.HOW, "guidance_scale": 1.0}
+        how = {**HOW, "guidance_scale": 1.0}
         accel.enable(bert, recipe_of(bert, name), strict=True, guard=False)
-        assert torch.equal(run(bert, self.ROWS[:3], **how), alone(bert, self.ROWS[:3], **how))
+        assert torch.equal(run(bert, ROWS[:3], **how), alone(bert, ROWS[:3], **how))
 
     @pytest.mark.parametrize(
         "cache",
@@ -201,51 +199,50 @@ class TestBatches:
         ],
         ids=lambda c: f"{c.feed} {c.external}",
     )
-    @pytest.mark.parametrize("shift", [False, True])
-    def test_caches(self, cache, shift):
-        pipe = pipe_of(dream(), shift_logits=shift)
+    def test_caches(self, cache):
+        pipe = pipe_of(dream(n_layers=2), shift_logits=True)
         accel.enable(pipe, plan_of(pipe, 0.5, cache=cache), strict=True, guard=False)
-        rows = self.ROWS[:4]
-        assert torch.equal(run(pipe, rows, **self.HOW), alone(pipe, rows, **self.HOW))
+        rows = ROWS[:4]
+        assert torch.equal(run(pipe, rows, **HOW), alone(pipe, rows, **HOW))
 
     def test_generators_by_sample(self, exact):
         def streams(rows):
             return [torch.Generator().manual_seed(9 + i) for i in rows]
 
-        how = {**self.HOW, "temperature": 0.7, "top_p": 0.9, "top_k": 30, "confidence": "random"}
-        rows = range(len(self.ROWS))
-        out = run(exact, self.ROWS, generator=streams(rows), **how)
-        single = [run(exact, [self.ROWS[i]], generator=streams([i]), **how) for i in rows]
+        how = {**HOW, "temperature": 0.7, "top_p": 0.9, "top_k": 30, "confidence": "random"}
+        rows = range(len(ROWS))
+        out = run(exact, ROWS, generator=streams(rows), **how)
+        single = [run(exact, [ROWS[i]], generator=streams([i]), **how) for i in rows]
         assert torch.equal(out, torch.cat(single))
-        again = run(exact, self.ROWS, generator=torch.Generator().manual_seed(3), **how)
+        again = run(exact, ROWS, generator=torch.Generator().manual_seed(3), **how)
         assert torch.equal(
-            again, run(exact, self.ROWS, generator=torch.Generator().manual_seed(3), **how)
+            again, run(exact, ROWS, generator=torch.Generator().manual_seed(3), **how)
         )
         assert not torch.equal(again, out)
 
     def test_samples_that_wait_draw_nothing(self, exact):
         """With a threshold samples take different numbers of steps."""
-        how = {**self.HOW, "temperature": 0.5, "rule": "threshold", "bound": 0.3}
+        how = {**HOW, "temperature": 0.5, "rule": "threshold", "bound": 0.3}
 
         def streams(rows):
             return [torch.Generator().manual_seed(9 + i) for i in rows]
 
-        out = run(exact, self.ROWS[:4], generator=streams(range(4)), **how)
-        single = [run(exact, [self.ROWS[i]], generator=streams([i]), **how) for i in range(4)]
+        out = run(exact, ROWS[:4], generator=streams(range(4)), **how)
+        single = [run(exact, [ROWS[i]], generator=streams([i]), **how) for i in range(4)]
         assert torch.equal(out, torch.cat(single))
 
     def test_padding_is_heeded_wherever_it_stands(self, exact):
         """The mask may have its padding on the right, or within: what is real keeps its order."""
         ids = torch.tensor([[5, 0, 6, 7, 0], [8, 9, 10, 0, 0]])
         mask = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 0, 0]])
-        out = exact(input_ids=ids, attention_mask=mask, output_type="ids", **self.HOW).sequences
+        out = exact(input_ids=ids, attention_mask=mask, output_type="ids", **HOW).sequences
         rows = [torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10])]
-        assert torch.equal(out, alone(exact, rows, **self.HOW))
+        assert torch.equal(out, alone(exact, rows, **HOW))
 
     def test_an_empty_prompt_beside_others_under_shifted_logits_and_a_cache(self):
         pipe = pipe_of(dream(), shift_logits=True)
         accel.enable(pipe, dense_plan(pipe, cache=TokenCache()))
         rows = [torch.zeros(0, dtype=torch.long), *prompts(5)]
         with pytest.raises(AccelError, match="an empty prompt"):
-            run(pipe, rows, **self.HOW)
-        assert run(pipe, rows[:1], **self.HOW).shape == (1, 13)
+            run(pipe, rows, **HOW)
+        assert run(pipe, rows[:1], **HOW).shape == (1, 13)

@@ -1,5 +1,7 @@
 """Which slots each call feeds, and what it says of them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -253,7 +255,7 @@ def runs(draw):
     edges[0] = prompt
     for _ in range(draw(st.integers(1, 4))):
         edges.append(edges[-1] + draw(st.integers(1, 5)))
-    blocks = list(zip(edges, edges[1:], strict=False))
+    blocks = list(pairwise(edges))
     return cache, blocks, draw(st.booleans()), draw(st.randoms())
 
 
