@@ -136,7 +136,7 @@ class MaskedDiffusionPipeline(_Pipeline):
         self._check(gen_length, prompt_length, temperature, top_k, top_p, guidance_scale, eos)
         if isinstance(generator, Sequence) and len(generator) != batch:
             raise AccelError(f"{len(generator)} generators for {batch} prompts; give one for each")
-        mask_id, ends = self._mask_id(), self._ends()
+        mask_id, ends = self.mask_id, self._ends()
         if (eos != "allow" or stop_at_eos) and not ends:
             raise AccelError(
                 "neither the tokenizer nor the model's configuration names an end-of-text token,"
@@ -206,7 +206,7 @@ class MaskedDiffusionPipeline(_Pipeline):
             raise AccelError("attention_mask belongs to input_ids; texts are padded here")
         if self.tokenizer is None:
             raise AccelError("this pipeline has no tokenizer; give input_ids")
-        rows = self._encoded(prompt, messages, use_chat_template)
+        rows = self.prompt_ids(prompt, messages, use_chat_template)
         longest = max(map(len, rows), default=0)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         real = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -215,9 +215,13 @@ class MaskedDiffusionPipeline(_Pipeline):
             on[longest - len(row) :] = True
         return _left_padded(ids.to(device), real)
 
-    def _encoded(
-        self, prompt: str | Sequence[str] | None, messages: Any, use_chat_template: bool
+    def prompt_ids(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        messages: Any = None,
+        use_chat_template: bool = True,
     ) -> list[list[int]]:
+        """Token ids of every prompt, as a call has them before what it generates."""
         if messages is not None:
             if not isinstance(messages, Sequence) or not messages:
                 raise AccelError(f"messages is a conversation, or a list of them, got {messages!r}")
@@ -267,7 +271,9 @@ class MaskedDiffusionPipeline(_Pipeline):
         if eos not in EOS_WORDS:
             raise AccelError(f"eos is one of {', '.join(EOS_WORDS)}, got {eos!r}")
 
-    def _mask_id(self) -> int:
+    @property
+    def mask_id(self) -> int:
+        """The token that stands where none was committed yet."""
         configured = getattr(self.host.config, "mask_token_id", None)
         for found in (self.config.mask_token_id, getattr(self.tokenizer, "mask_token_id", None)):
             if found is not None:

@@ -1,7 +1,6 @@
 """`accel-generate`: one video or image from one prompt, with a plan or a cache, both or neither."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -14,9 +13,9 @@ from accel.pipelines.announce import promise
 from accel.pipelines.cache_hooks import enable_cache, magnitude_ratios
 from accel.pipelines.caches import CacheSpec
 from accel.pipelines.enable import enable, session_of, summary
-from accel.pipelines.host import Host, find_path
+from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
-from accel.pipelines.video_files import checked_path, write_video
+from accel.pipelines.paths import find_path
 
 
 def generate(config: dict[str, Any]) -> None:
@@ -25,8 +24,14 @@ def generate(config: dict[str, Any]) -> None:
     if not prompt:
         raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
     model = model_config(config["model"])
+    kind = model.kind
     cache = None if config["cache"] is None else CacheSpec.of(config["cache"])
-    path = None if config["out"] is None else checked_path(config["out"])
+    if cache is not None and not kind.caches:
+        raise AccelError(
+            f"cache={cache.kind} is one of diffusers', which know nothing of {kind.name};"
+            " take a plan that keeps keys and values, as in plan=sparse_dllm"
+        )
+    path = kind.checked_path(config["out"])
     host = Host(model)
     if config["plan"]:
         enable(host.pipe, find_path(config["plan"]), strict=config["strict"])
@@ -39,15 +44,12 @@ def generate(config: dict[str, Any]) -> None:
         enable_cache(host.pipe, cache, steps=config["steps"] or host.steps, ratios=ratios)
     begun = time.perf_counter()
     host.pipe.set_progress_bar_config(disable=False)
-    video = host.generate(prompt, config["seed"], **overrides)
+    made = host.generate(prompt, config["seed"], **overrides)
     seconds = time.perf_counter() - begun
-    path = path or Path("image.png" if len(video) == 1 else "video.gif")
-    write_video(path, video, fps=model.fps, min_side=config["min_side"])
+    written = kind.write(path, made, fps=model.fps, min_side=config["min_side"])
     if config["plan"]:
         print(summary(host.pipe))
-    frames, height, width, _ = video.shape
-    number = "one frame" if frames == 1 else f"{frames} frames"
-    print(f"{path}: {number} of {width} x {height}, generated in {seconds:.1f} s")
+    print(f"{written}, generated in {seconds:.1f} s")
 
 
 def _promised(host: Host) -> str:

@@ -70,3 +70,11 @@ def pipe(tiny_wan_path):
     pipe = WanPipeline.from_pretrained(tiny_wan_path)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_llada_path(tmp_path_factory):
+    """The directory of a tiny random MaskedDiffusionPipeline, with tasks."""
+    from tiny_llada import build_tiny_llada
+
+    return build_tiny_llada(tmp_path_factory.mktemp("models") / "tiny-llada")
