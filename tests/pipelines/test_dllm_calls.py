@@ -62,7 +62,7 @@ class TestExact:
         accel.enable(pipe, dense_plan(pipe, cache=cache), strict=True)
         assert all(map(torch.equal, seen(pipe, rows), before))
         assert accel.summary(pipe).cache_bytes == 0
-        assert {row.phase for row in accel.summary(pipe).rows} == {"dense"}
+        assert "cached" not in {row.phase for row in accel.summary(pipe).rows}
 
     @pytest.mark.parametrize("how", [{}, {"guidance_scale": 1.5}], ids=["", "guidance"])
     def test_masks_that_keep_all(self, pipe, rows, how):
@@ -70,7 +70,7 @@ class TestExact:
         accel.enable(pipe, plan_of(pipe), strict=True, guard=False)
         assert torch.equal(run(pipe, rows, **HOW, **how), before)
         assert {row.phase for row in accel.summary(pipe).rows} == {"dense", "band 0"}
-        assert all(row.keep == 1 for row in accel.summary(pipe).rows)
+        assert all(row.keep == pytest.approx(1) for row in accel.summary(pipe).rows)
 
     def test_disabled(self, pipe, rows):
         before = seen(pipe, rows)
@@ -145,16 +145,12 @@ class TestRuns:
     def test_the_plan_commits(self, pipe, rows):
         """Where the call does not say otherwise; another rule does not take over the bound."""
         plan = recipe("fast_dllm", geometry_of(pipe.model), cache="none", block_length=5)
-        accel.enable(
-            pipe, recipe("fast_dllm", geometry_of(pipe.model), cache="none", block_length=5)
-        )
+        accel.enable(pipe, plan)
         own = run(pipe, rows, gen_length=13)
         accel.disable(pipe)
         said = {"block_length": 5, "rule": "threshold", "bound": 0.9}
         assert torch.equal(own, run(pipe, rows, gen_length=13, **said))
-        accel.enable(
-            pipe, recipe("fast_dllm", geometry_of(pipe.model), cache="none", block_length=5)
-        )
+        accel.enable(pipe, plan)
         quota = run(pipe, rows, gen_length=13, rule="quota")
         other = run(pipe, rows, gen_length=13, block_length=2)
         accel.disable(pipe)
