@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from accel.context import step
 from accel.pipelines.adapters import geometry_of
 from accel.pipelines.dense_run import dense_plan
 from accel.pipelines.dllm import MaskedDiffusionPipeline
@@ -37,7 +38,9 @@ def dense_loss(
                 continue
             masked = tokens.index_fill(0, places, mask)
             back = int(pipe.config.shift_logits)
-            logits = pipe.host.logits(masked[None], None, None, None)[0, places - back].float()
+            with step(parity, 2):
+                logits = pipe.host.logits(masked[None], None, None, None)
+            logits = logits[0, places - back].float()
             if mask < logits.shape[-1]:
                 logits[:, mask] = -torch.inf
             likely = logits.log_softmax(-1).gather(1, tokens[places, None])
