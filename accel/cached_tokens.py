@@ -96,7 +96,10 @@ class SiteTokens:
         places, counts = choose_tokens(cache, step, q, k)
         chosen = [_taken(x, places) for x in (k, v)]
         if cache.external == "frozen":
-            out, lse = attend(q[:, :, slice(*step.block)], *chosen, counts, return_lse=True)
+            block = q[:, :, slice(*step.block)]
+            out, lse = torch.zeros_like(block), torch.full(block.shape[:3], -inf, device=q.device)
+            if places.shape[2]:
+                out, lse = attend(block, *chosen, counts, return_lse=True)
             empty = k[:, :, :0].clone()
             return cls(empty, empty, None, step.live[0], whole, (out, lse))
         live = slice(*step.live)

@@ -19,6 +19,7 @@ __all__ = ["Generators", "Sampling", "candidates", "committed", "even_split", "u
 Generators = torch.Generator | Sequence[torch.Generator | None] | None
 Logits = Float[Tensor, "batch tokens vocabulary"]
 Tokens = Int[Tensor, "batch tokens"]
+LATE = -1e30  # the confidence of what is committed last
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def committed(
     sure = confidences(decoding.confidence, tokens, shares, generator)
     if last:
         late = torch.isin(tokens, torch.tensor(list(last), device=tokens.device))
-        sure = sure.masked_fill(late, -1e30)
+        sure = sure.masked_fill(late, LATE)
     sure = sure.masked_fill(~open_, -inf)
     ranked, place = sure.sort(dim=-1, descending=True, stable=True)
     number = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
@@ -152,7 +153,7 @@ def committed(
         fits = (number + 1) * (1 - ranked) < bound
         wanted = torch.where(fits, number, 0).amax(1)
     else:
-        entropy = ranked.neg().masked_fill(ranked == -inf, inf)
+        entropy = ranked.neg().masked_fill(ranked <= LATE, inf)
         fits = entropy.cumsum(1) - entropy.cummax(1).values <= bound
         wanted = fits.long().cumprod(1).sum(1)
     wanted = torch.minimum(wanted.clamp(min=1), count)

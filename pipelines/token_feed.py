@@ -54,7 +54,7 @@ class TokenFeed:
     ) -> None:
         self._cache = cache or WHOLE
         self._prompt, self._blocks, self._real = prompt, list(blocks), real
-        self._back = int(shift and prompt > 0)
+        self._shift = shift
         self._device = device
         self._group, self._turn = -1, 0
         self._slots = torch.arange(0)
@@ -72,7 +72,7 @@ class TokenFeed:
         turn = self._turn
         self._turn += 1
         start, stop = self._blocks[index]
-        block = (start - self._back, stop)
+        block = (self._before(start), stop)
         step = TextStep(self._layouts, block, self._live(), valid=self._valid)
         if self._cache.whole(turn):
             step = TextStep(
@@ -88,10 +88,10 @@ class TokenFeed:
                 self._slots[places],
                 None,
             )
-        begin = {"generated": self._prompt - self._back}.get(kind, block[0])
+        begin = self._before(self._prompt) if kind == "generated" else block[0]
         end = stop if kind == "block" else len(self._slots)
         if first and inside and kind != "generated":
-            begin = self._blocks[index - 1][0] - self._back
+            begin = self._before(self._blocks[index - 1][0])
         places = torch.arange(begin, end, device=self._device)[None]
         rows = (block[0] - begin, block[1] - begin)
         fed = TextStep(self._layouts, block, self._live(), places, self._valid)
@@ -124,23 +124,25 @@ class TokenFeed:
             for pad in padding
         )
 
+    def _before(self, slot: int) -> int:
+        """Where the logits of the token in `slot` are."""
+        return max(slot - self._shift, 0)
+
     def _live(self) -> tuple[int, int]:
         kind = self._cache.feed
-        if kind == "block":
-            return (self._first - self._back, self._end)
-        if kind == "suffix":
-            return (self._first - self._back, len(self._slots))
-        return (self._prompt - self._back, len(self._slots))
+        first = self._first if kind in ("block", "suffix") else self._prompt
+        return (self._before(first), self._end if kind == "block" else len(self._slots))
 
-    def _undecided(self, undecided: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch fed"]:
+    def _undecided(self, undecided: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "rows fed"]:
         """Places of every sample's tokens, filled up with its last one to the same number."""
         asked = undecided[:, self._slots[self._prompt :] - self._prompt]
-        if self._back:
-            before = torch.zeros(len(asked), 1, dtype=torch.bool, device=asked.device)
-            asked = torch.cat([before, asked], 1)
-            asked = asked | torch.cat([asked[:, 1:], before], 1)
+        first = self._before(self._prompt)
+        if self._shift:
+            none = torch.zeros(len(asked), 1, dtype=torch.bool, device=asked.device)
+            asked = torch.cat([none[:, : self._prompt - first], asked], 1)
+            asked = asked | torch.cat([asked[:, 1:], none], 1)
         places = torch.sort(~asked, dim=1, stable=True).indices
         counts = asked.sum(1, keepdim=True).clamp(min=1)
         number = torch.arange(int(counts.max()), device=asked.device).expand(len(asked), -1)
         number = torch.minimum(number, counts - 1)
-        return places.gather(1, number) + self._prompt - self._back
+        return places.gather(1, number) + first
