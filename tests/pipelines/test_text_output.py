@@ -98,7 +98,7 @@ def test_the_loss_is_that_of_the_untouched_model(host):
     found = dense_loss(host.pipe, prompt, tokens)
     assert found == pytest.approx(np.mean(expected), rel=1e-5)
     plan = recipe("sparse_dllm", geometry_of(host.pipe))
-    with enabled(host.pipe, plan):
+    with enabled(host.pipe, plan, strict=True):
         assert dense_loss(host.pipe, prompt, tokens) == found
         assert plan_of(host.pipe.model).name == "sparse_dllm"
     assert plan_of(host.pipe.model) is None
