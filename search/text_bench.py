@@ -120,7 +120,7 @@ class TextBench:
             time=mean(f["seconds"] / d["seconds"] for f, d in zip(found, dense, strict=True)),
             accuracy=mean(f["score"] for f in found),
             agreement=mean(f["agreement"] for f in found),
-            calls=mean(f["calls"] for f in found),
+            calls=float(mean(f["calls"] for f in found)),
         )
 
 

@@ -28,7 +28,14 @@ from accel.plan import Plan
 from accel.search.front import spread
 from accel.search.genome import Genome
 from accel.search.settings import Evolution
-from accel.search.study import MAXIMIZE, Done, Trials, one_at_a_time, open_storage
+from accel.search.study import (
+    ATTEMPTS,
+    MAXIMIZE,
+    Done,
+    Trials,
+    one_at_a_time,
+    open_storage,
+)
 from accel.search.text_bench import TextBench, Worth
 from accel.search.text_genes import TextGenes
 
@@ -137,7 +144,9 @@ class TextSearch:
         rng = Random(f"{self.settings.seed} first")
         if not evolution.warm:
             first = []
-        while len(set(first)) < evolution.population:
+        for _ in range(ATTEMPTS):  # a small space may not have so many
+            if len(set(first)) >= evolution.population:
+                break
             first.append(genes.repaired(genes.random(rng)))
         name = evolution.study or self.host.config.name
         return Trials(

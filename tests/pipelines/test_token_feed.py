@@ -253,7 +253,7 @@ def runs(draw):
     edges[0] = prompt
     for _ in range(draw(st.integers(1, 4))):
         edges.append(edges[-1] + draw(st.integers(1, 5)))
-    blocks = list(zip(edges, edges[1:], strict=False))
+    blocks = list(pairwise(edges))
     return cache, blocks, draw(st.booleans()), draw(st.randoms())
 
 
