@@ -77,7 +77,7 @@ class Session:
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
-        """While the context is open every site runs dense and is counted; calls belong to no run."""
+        """While the context is open every site runs dense and is counted, for no run."""
         self.probe, first = Counter(), self.check_first_call
         self.check_first_call = False
         try:

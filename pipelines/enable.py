@@ -179,7 +179,7 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """While the context is open a model runs as it would without accel, and no run sees its calls."""
+    """While the context is open a model runs as it would without accel; no run sees its calls."""
     handle = getattr(getattr(model, "_orig_mod", model), HANDLE, None)
     with nullcontext() if handle is None else handle.session.probing():
         yield

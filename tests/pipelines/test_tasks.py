@@ -5,7 +5,7 @@ import json
 import pytest
 
 from accel.errors import AccelError
-from accel.pipelines.tasks import Task, read_tasks
+from accel.pipelines.tasks import Task, by_turns, read_tasks
 
 LINE = {"id": "1", "task": "recall", "prompt": "key a=1\nfind\n", "answer": "a\n", "values": ["a"]}
 
@@ -56,3 +56,8 @@ def test_a_missing_file_is_one_clear_error():
 def test_the_share_of_values_that_are_lines_of_the_text(text, share):
     task = Task("1", "recall", "find", "", ("a=1", "b=2", "a=1"))
     assert task.score(text) == pytest.approx(share)
+
+
+def test_the_first_tasks_are_of_all_kinds():
+    tasks = [Task(f"{kind}{i}", kind, "p", "a", ("a",)) for kind in "abb" for i in range(2)]
+    assert [task.id for task in by_turns(tasks)] == ["a0", "b0", "a1", "b1", "b0", "b1"]
