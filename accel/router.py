@@ -376,6 +376,9 @@ class Session:
         ratio = self._ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
+        least = self.plan.crossover(q.device.type, str(q.dtype).removeprefix("torch."))
+        if reason is None and q.shape[2] < least:
+            reason = f"sparse attention is predicted to gain nothing below {least} tokens here"
         if reason is not None:
             self._runs_dense(reason)
             return None
