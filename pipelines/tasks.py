@@ -54,7 +54,7 @@ def by_turns(tasks: Iterable[Task]) -> list[Task]:
     kinds: dict[str, list[Task]] = defaultdict(list)
     for task in tasks:
         kinds[task.task].append(task)
-    rounds = zip_longest(*kinds.values())
+    rounds = zip_longest(*(kinds[kind] for kind in sorted(kinds)))
     return [task for together in rounds for task in together if task is not None]
 
 
