@@ -77,12 +77,13 @@ class Session:
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
-        """While the context is open every site runs dense and is counted."""
-        self.probe = Counter()
+        """While the context is open every site runs dense and is counted, for no run."""
+        self.probe, first = Counter(), self.check_first_call
+        self.check_first_call = False
         try:
             yield self.probe
         finally:
-            self.probe = None
+            self.probe, self.check_first_call = None, first
 
     def begin(
         self, layout: Layouts | LayoutsLike | None, where: Where | None, why: str = UNKNOWN

@@ -183,6 +183,14 @@ def session_if_any(model: nn.Module) -> Session | None:
     return None if handle is None else handle.session
 
 
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """While the context is open a model runs as it would without accel; no run sees its calls."""
+    handle = getattr(getattr(model, "_orig_mod", model), HANDLE, None)
+    with nullcontext() if handle is None else handle.session.probing():
+        yield
+
+
 def session_of(model: nn.Module) -> Session:
     """The session of an enabled model."""
     handle = getattr(model, HANDLE, None)
