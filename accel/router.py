@@ -77,12 +77,13 @@ class Session:
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
-        """While the context is open every site runs dense and is counted."""
-        self.probe = Counter()
+        """While the context is open every site runs dense and is counted, for no run."""
+        self.probe, first = Counter(), self.check_first_call
+        self.check_first_call = False
         try:
             yield self.probe
         finally:
-            self.probe = None
+            self.probe, self.check_first_call = None, first
 
     def begin(
         self, layout: Layouts | LayoutsLike | None, where: Where | None, why: str = UNKNOWN
@@ -375,6 +376,9 @@ class Session:
         ratio = self._ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
+        least = self.plan.crossover(q.device.type, str(q.dtype).removeprefix("torch."))
+        if reason is None and q.shape[2] < least:
+            reason = f"sparse attention is predicted to gain nothing below {least} tokens here"
         if reason is not None:
             self._runs_dense(reason)
             return None

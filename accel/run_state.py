@@ -124,7 +124,7 @@ class Run:
         last = self.said
         if where is not None and where.block is not None:
             # a text: its loop tells, and what a call computes may change with every block
-            return last is not None and where.run is not last.run
+            return last is None or where.run is not last.run
         if layouts is not None and self.layouts.grids not in (set(), layouts.grids):
             return True
         if where is None or last is None:

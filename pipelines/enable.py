@@ -173,13 +173,19 @@ def summary(target: Any) -> Summary:
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan of an enabled model; None where accel is not enabled."""
+    session = session_if_any(model)
+    return None if session is None else session.plan
+
+
+def session_if_any(model: nn.Module) -> Session | None:
+    """The session of an enabled model; None where accel is not enabled."""
     handle = getattr(getattr(model, "_orig_mod", model), HANDLE, None)
-    return None if handle is None else handle.session.plan
+    return None if handle is None else handle.session
 
 
 @contextmanager
-def unnoticed(model: nn.Module) -> Iterator[None]:
-    """Calls of a model inside the block belong to no run: they are dense, whatever is enabled."""
+def untouched(model: nn.Module) -> Iterator[None]:
+    """While the context is open a model runs as it would without accel; no run sees its calls."""
     handle = getattr(getattr(model, "_orig_mod", model), HANDLE, None)
     with nullcontext() if handle is None else handle.session.probing():
         yield

@@ -1,6 +1,7 @@
-"""`accel-generate`: one video or image from one prompt, with a plan or a cache, both or neither."""
+"""`accel-generate`: one video, image or text from one prompt, with a plan, a cache, or neither."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -20,9 +21,7 @@ from accel.pipelines.paths import find_path
 
 def generate(config: dict[str, Any]) -> None:
     """Generate what `config` describes, write the file, and say what the plan did."""
-    prompt = "" if config["prompt"] is None else str(config["prompt"]).strip()
-    if not prompt:
-        raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
+    prompt = _prompt(config["prompt"], config.get("prompt_file"))
     model = model_config(config["model"])
     kind = model.kind
     cache = None if config["cache"] is None else CacheSpec.of(config["cache"])
@@ -50,6 +49,21 @@ def generate(config: dict[str, Any]) -> None:
     if config["plan"]:
         print(summary(host.pipe))
     print(f"{written}, generated in {seconds:.1f} s")
+
+
+def _prompt(given: Any, file: str | None) -> str:
+    """What is asked for; of a file, which is taken as it is, line breaks at its end too."""
+    prompt = "" if given is None else str(given).strip()
+    if file is not None:
+        path = Path(find_path(file))
+        if not path.is_file():
+            raise AccelError(f"prompt_file: there is no file {file!r}")
+        if prompt:
+            raise AccelError("prompt and prompt_file are two prompts; give one")
+        prompt = path.read_text(encoding="utf-8")
+    if not prompt.strip():
+        raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
+    return prompt
 
 
 def _promised(host: Host) -> str:

@@ -15,7 +15,7 @@ from accel.errors import AccelError, nearest
 from accel.pipelines.output import Output
 from accel.pipelines.outputs import output_of
 from accel.pipelines.paths import find_path
-from accel.pipelines.tasks import read_tasks
+from accel.pipelines.tasks import by_turns, read_tasks
 
 Video = NDArray[np.float32]  # what `Host.generate` gives of frames
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +31,7 @@ class ModelConfig:
     Of frames, classifier: a directory with a classifier, or ""; places: where the frames show the
     places that prompts name, for the classifier to look there: {name: [top, left, bottom, right]}
     in pixels. Of text, tasks and calibration_tasks: files of tasks (`accel.pipelines.tasks`), or
-    ""; their prompts stand for those that are not given.
+    ""; their prompts, of one kind after another, stand for those that are not given.
     """
 
     name: str
@@ -61,7 +61,7 @@ class ModelConfig:
         for name, tasks in (("prompts", self.tasks), ("calibration", self.calibration_tasks)):
             prompts = tuple(getattr(self, name))
             if tasks and not prompts:
-                prompts = tuple(task.prompt for task in read_tasks(tasks))
+                prompts = tuple(task.prompt for task in by_turns(read_tasks(tasks)))
             if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
                 raise AccelError(f"model.{name} must be prompts with text in them, got {prompts}")
             object.__setattr__(self, name, prompts)

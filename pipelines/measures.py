@@ -56,14 +56,12 @@ def number(form: str, *path: str, times: float = 1.0) -> Callable[[Results], str
     return text
 
 
-def mean_and_worst(form: str, name: str, times: float = 1.0) -> Callable[[Results], str]:
+def mean_and_worst(form: str, name: str) -> Callable[[Results], str]:
     """The mean over prompts, and the worst of them, or a dash. form: of a format specification."""
 
     def text(results: Results) -> str:
         found = results.get(name)
-        if not found:
-            return "-"
-        return f"{times * found['mean']:{form}} ({times * found['worst']:{form}})"
+        return f"{found['mean']:{form}} ({found['worst']:{form}})" if found else "-"
 
     return text
 

@@ -117,7 +117,8 @@ def _trade_off(
 ) -> str:
     fastest = results["arms"].get(results["baseline"], {})
     lines, dense = results["trade_off"]["lines"], picture.speed.of(fastest)
-    drawn = trade_off(arms, shown, lines, picture.speed, picture.quality, dense)
+    level = picture.quality.of(results["arms"].get("dense", {}))
+    drawn = trade_off(arms, shown, lines, picture.speed, picture.quality, dense, level)
     write_atomically(folder / picture.file, drawn)
     what = f"{picture.speed.label} against {picture.quality.label}"
     return f"<div class=plot>{image(drawn, 'svg+xml', what)}</div><p>{escape(picture.about)}</p>"

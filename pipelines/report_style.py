@@ -55,12 +55,12 @@ td i { color: var(--soft); font-style: normal; font-size: 12px; }
 figure.answer { max-width: none; min-width: 0; }
 figure.answer figcaption { display: flex; justify-content: space-between; gap: 8px; }
 figure.answer figcaption span { color: var(--soft); font-weight: 400; }
-figure.answer pre { margin: 4px 0 0; background: #f1f5f9; color: #475569; font-size: 12px;
-  padding: 10px 12px; overflow-wrap: anywhere; }
 .answer b { color: #0f766e; } p del, .answer del { color: #b91c1c; }
 p mark, .answer mark { background: #fee2e2; color: #b91c1c; }
 pre { background: #0f172a; color: #e2e8f0; padding: 14px 18px; border-radius: 8px;
   white-space: pre-wrap; font-size: 13px; }
+pre.quiet, figure.answer pre { background: #f1f5f9; color: #475569; margin: 4px 0 0;
+  font-size: 12px; padding: 10px 12px; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   .strips { grid-template-columns: 1fr; } .strips > span { display: none; }
 }

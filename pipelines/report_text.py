@@ -85,11 +85,15 @@ def _text(folder: Path, results: Mapping[str, Any], prompt: int, known: Mapping[
             f"</figcaption><pre>{body}</pre></figure>"
         )
     name = f"Prompt {prompt + 1}" if task is None else f"Prompt {prompt + 1}: {task.task}"
-    right = "" if task is None else f"<h3>What is right</h3><pre>{escape(task.answer)}</pre>"
+    right = (
+        ""
+        if task is None
+        else f"<h3>What is right</h3><pre class=quiet>{escape(task.answer)}</pre>"
+    )
     return section(
         name,
         f"<h3>The end of the prompt ({len(asked):,} characters)</h3>"
-        f"<pre>{_tail(asked)}</pre>{right}"
+        f"<pre class=quiet>{_tail(asked)}</pre>{right}"
         "<h3>Answers</h3><p>Marked: lines that were asked for, <mark>lines that were not</mark>,"
         f" and <del>what is missing</del>.</p><div class=answers>{''.join(answers)}</div>",
     )

@@ -4,15 +4,17 @@
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from accel.errors import AccelError
 from accel.pipelines.paths import find_path
 from accel.untrusted import refuse_constant, table, typed
 
-__all__ = ["Task", "read_tasks"]
+__all__ = ["Task", "by_turns", "read_tasks"]
 
 KEYS = {"id", "task", "prompt", "answer", "values"}
 
@@ -45,6 +47,15 @@ def read_tasks(path: str) -> tuple[Task, ...]:
     if not tasks:
         raise AccelError(f"tasks: {path!r} has none")
     return tuple(tasks)
+
+
+def by_turns(tasks: Iterable[Task]) -> list[Task]:
+    """The tasks with their kinds by turns, so that the first ones are of every kind."""
+    kinds: dict[str, list[Task]] = defaultdict(list)
+    for task in tasks:
+        kinds[task.task].append(task)
+    rounds = zip_longest(*(kinds[kind] for kind in sorted(kinds)))
+    return [task for together in rounds for task in together if task is not None]
 
 
 def _task(what: str, line: str) -> Task:

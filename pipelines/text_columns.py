@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from accel.pipelines.measures import Column, Measure, Quality, above_front, mean_and_worst, number
+from accel.pipelines.measures import Column, Measure, Quality, above_front, number
 from accel.pipelines.output import Picture
 
 __all__ = ["PICTURES", "SPEED", "quality_columns"]
@@ -101,8 +101,8 @@ def quality_columns(arms: Mapping[str, Any]) -> tuple[Column, ...]:
         ),
         Column(
             "agreement",
-            "share of tokens that dense has at the same place: mean (worst)",
-            mean_and_worst(".1%", "agreement"),
+            "share of tokens that dense has at the same place, in the mean over texts",
+            number("{:.1%}", "agreement", "mean"),
         ),
         Column(
             "loss",

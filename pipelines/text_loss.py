@@ -4,10 +4,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from accel.pipelines.adapters import geometry_of
-from accel.pipelines.dense_run import dense_plan
 from accel.pipelines.dllm import MaskedDiffusionPipeline
-from accel.pipelines.enable import enabled
+from accel.pipelines.enable import untouched
 
 __all__ = ["dense_loss"]
 
@@ -30,7 +28,7 @@ def dense_loss(
     start, mask = len(ids), pipe.mask_id
     tokens = torch.cat([torch.tensor(ids, dtype=torch.long), generated.long().cpu()]).to(device)
     total = 0.0
-    with enabled(pipe, dense_plan(geometry_of(model)), check=False, guard=False):
+    with untouched(model):
         for parity in (0, 1):
             places = torch.arange(start + parity, len(tokens), 2, device=device)
             if not len(places):

@@ -159,7 +159,7 @@ class TextOutput(Output):
         def middle(of: Any) -> float | None:
             """Median over prompts of the median over what was measured of each."""
             found = [median(map(of, made)) for made in records.values() if made]
-            return median(found) if found else None
+            return float(median(found)) if found else None
 
         done = [record for made in records.values() for record in made]
         caches = [r["summary"].get("cache_bytes", 0) for r in done if r["summary"]]

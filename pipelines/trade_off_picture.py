@@ -37,12 +37,14 @@ def trade_off(
     speed: Measure = SPEED_UP,
     quality: Quality = PSNR,
     dense: float | None = 1.0,
+    level: float | None = None,
 ) -> bytes:
     """A speed against a quality (mean, and a whisker down to the worst prompt's) as SVG.
 
     shown: the arm in bold. lines: what is joined, as arms by rising time. dense: the speed of the
-    fastest dense arm, for a line. Points of a front have their numbers, all others their names,
-    without the plan's where all caches have the same one.
+    fastest dense arm, and level: the quality of dense, where it has one, for lines. Points of a
+    front have their numbers, all others their names, without the plan's where all caches have the
+    same one.
     """
     spots = spots_of(arms, speed, quality)
     points = {name: arms[name] for name in spots}
@@ -68,6 +70,12 @@ def trade_off(
         axes.axvline(dense, color=FAINT, lw=1.5, zorder=0)
         axes.annotate(
             "fastest dense", (dense, 0), xycoords=("data", "axes fraction"), xytext=(4, 5),
+            color="#64748b", textcoords="offset points", size=8,
+        )  # fmt: skip
+    if level is not None:
+        axes.axhline(level, color=FAINT, lw=1.5, zorder=0)
+        axes.annotate(
+            "dense", (0, level), xycoords=("axes fraction", "data"), xytext=(4, 4),
             color="#64748b", textcoords="offset points", size=8,
         )  # fmt: skip
     axes.margins(x=0.12, y=0.12)

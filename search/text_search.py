@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby, zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,12 +22,19 @@ from accel.pipelines.adapters import denoisers_of, geometry_of
 from accel.pipelines.calibration import fingerprint
 from accel.pipelines.host import Host, ModelConfig
 from accel.pipelines.provenance import code_digest, device_name, versions
-from accel.pipelines.tasks import Task, read_tasks
+from accel.pipelines.tasks import Task, by_turns, read_tasks
 from accel.plan import Plan
 from accel.search.front import spread
 from accel.search.genome import Genome
 from accel.search.settings import Evolution
-from accel.search.study import MAXIMIZE, Done, Trials, one_at_a_time, open_storage
+from accel.search.study import (
+    ATTEMPTS,
+    MAXIMIZE,
+    Done,
+    Trials,
+    one_at_a_time,
+    open_storage,
+)
 from accel.search.text_bench import TextBench, Worth
 from accel.search.text_genes import TextGenes
 
@@ -137,7 +143,9 @@ class TextSearch:
         rng = Random(f"{self.settings.seed} first")
         if not evolution.warm:
             first = []
-        while len(set(first)) < evolution.population:
+        for _ in range(ATTEMPTS):  # a small space may not have so many
+            if len(set(first)) >= evolution.population:
+                break
             first.append(genes.repaired(genes.random(rng)))
         name = evolution.study or self.host.config.name
         return Trials(
@@ -225,13 +233,6 @@ class TextSearch:
         }
         write_atomically(self.folder / "front.json", json.dumps(front, indent=1))
         _draw(outcome, self.folder / "front.png")
-
-
-def by_turns(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks with their kinds by turns, so that the first ones are of every kind."""
-    ordered = sorted(tasks, key=lambda task: task.task)
-    kinds = [list(group) for _, group in groupby(ordered, key=lambda task: task.task)]
-    return [task for turn in zip_longest(*kinds) for task in turn if task is not None]
 
 
 def undominated(found: Iterable[Done]) -> list[Done]:

@@ -4,7 +4,7 @@ import json
 import string
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import EuroBertConfig, EuroBertForMaskedLM, PreTrainedTokenizerFast
 
 from accel.pipelines.dllm import MaskedDiffusionPipeline
@@ -18,6 +18,7 @@ def tokenizer():
     words = {word: i for i, word in enumerate([*SPECIAL, *string.printable])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",

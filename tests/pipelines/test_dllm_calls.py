@@ -130,10 +130,42 @@ class TestRuns:
     def test_nothing_is_noticed(self, pipe, rows, padding):
         """The calls that try what a model sees are no part of the run."""
         pipe = pipe_of(euro_bert(num_hidden_layers=1))
-        accel.enable(pipe, plan_of(pipe, 0.3), strict=True, guard=False)
+        accel.enable(pipe, plan_of(pipe, 0.3), guard=False)
+        # nor is a call that somebody made before
+        with torch.no_grad():
+            pipe.model(rows[0][None])
+        assert accel.summary(pipe).notices
         run(pipe, rows if padding else rows[:1], **HOW)
         assert not accel.summary(pipe).notices
-        assert accel.summary(pipe).rows[0].calls + accel.summary(pipe).rows[1].calls == 13
+        assert sum(row.calls for row in accel.summary(pipe).rows) == 13
+
+    @pytest.mark.parametrize(("axis", "times"), [("run", 1), ("block", 3)])
+    def test_masks_are_found_once_or_for_every_block(self, pipe, rows, axis, times, monkeypatch):
+        found, select = [], accel.run_masks.site_mask
+        monkeypatch.setattr(
+            accel.run_masks, "site_mask", lambda *a, **k: (found.append(1), select(*a, **k))[1]
+        )
+        plan = plan_of(pipe, 0.3, Schedule(dense_start=0.0, axis=axis))
+        accel.enable(pipe, plan, strict=True, guard=False)
+        for _ in range(2):
+            found.clear()
+            run(pipe, rows[:1], **HOW)
+            assert len(found) == 2 * times
+
+    def test_a_compiled_model(self, rows):
+        """`torch.compile(model)`, which is another module around it."""
+        few = {"gen_length": 4, "block_length": 2}
+        plain = euro_bert(num_hidden_layers=1)
+        want = run(pipe_of(plain), rows[:1], **few)
+        pipe = pipe_of(torch.compile(plain, backend="eager"))
+        assert torch.equal(run(pipe, rows[:1], **few), want)
+        accel.enable(pipe, plan_of(pipe, 0.3, cache=TokenCache()), strict=True, guard=False)
+        fast = run(pipe, rows[:1], **few)
+        accel.disable(pipe)
+        own = pipe_of(plain)
+        accel.enable(own, plan_of(own, 0.3, cache=TokenCache()), strict=True, guard=False)
+        assert torch.equal(run(own, rows[:1], **few), fast)
+        torch.compiler.reset()
 
     def test_what_a_cache_takes_is_told(self, pipe, rows):
         accel.enable(pipe, dense_plan(pipe, cache=TokenCache(keep=0.5)))
