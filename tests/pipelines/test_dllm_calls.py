@@ -152,6 +152,7 @@ class TestRuns:
             run(pipe, rows[:1], **HOW)
             assert len(found) == 2 * times
 
+    @pytest.mark.slow
     def test_a_compiled_model(self, rows):
         """`torch.compile(model)`, which is another module around it."""
         few = {"gen_length": 4, "block_length": 2}
