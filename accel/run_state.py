@@ -98,8 +98,10 @@ class Run:
     token_bytes: int = 0
 
     def take(self, where: Where) -> None:
-        """Note `where`; the second call of a step under one name is the branch "name#2"."""
-        if self.said is None or self.said.step != where.step:
+        """Note `where`; the second call of a step under one name is the branch "name#2", but of a
+        text, which has every branch in one call and may take more steps than were asked for.
+        """
+        if self.said is None or self.said.step != where.step or where.block is not None:
             self.outputs.next_step()
             self.turns.clear()
         self.said = where

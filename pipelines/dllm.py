@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from accel.commit import Generators, Sampling, candidates, committed, even_split
 from accel.context import Where, standing
 from accel.decoding import Decoding
 from accel.errors import AccelError
-from accel.pipelines.enable import plan_of, untouched
+from accel.pipelines.enable import plan_of
 from accel.pipelines.text_host import TextHost
 from accel.pipelines.token_feed import TokenFeed
 from accel.text_step import text_step
@@ -75,8 +75,8 @@ class MaskedDiffusionPipeline(_Pipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         messages: Sequence[Any] | None = None,
-        input_ids: Tokens | None = None,
-        attention_mask: Bool[Tensor, "batch tokens"] | Tokens | None = None,
+        input_ids: Int[Tensor, "*batch tokens"] | None = None,
+        attention_mask: Shaped[Tensor, "*batch tokens"] | None = None,
         *,
         gen_length: int = 128,
         block_length: int | None = None,
@@ -169,9 +169,9 @@ class MaskedDiffusionPipeline(_Pipeline):
                     found = callback_on_step_end(self, step, block, given) or {}
                     run.tokens = found.get("tokens", run.tokens)
                 if streamer is not None:
-                    for part in run.finished():
-                        streamer.put(part.cpu())
+                    run.stream(streamer)
         if streamer is not None:
+            run.stream(streamer)
             streamer.end()
         sequences = run.tokens[:, prompt_length:]
         texts = self._texts(sequences, ends) if output_type == "text" else None
@@ -223,11 +223,14 @@ class MaskedDiffusionPipeline(_Pipeline):
     ) -> list[list[int]]:
         """Token ids of every prompt, as a call has them before what it generates."""
         if messages is not None:
+            if not isinstance(messages, Sequence) or not messages:
+                raise AccelError(f"messages is a conversation, or a list of them, got {messages!r}")
             several = bool(messages) and not isinstance(messages[0], Mapping)
             talks = list(messages) if several else [messages]
         else:
-            texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-            if not texts or any(not isinstance(text, str) for text in texts):
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            listed = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
+            if not listed or not texts:
                 raise AccelError(f"prompt is a text, or a list of texts, got {prompt!r:.80}")
             if not (use_chat_template and getattr(self.tokenizer, "chat_template", None)):
                 return [self.tokenizer(text).input_ids for text in texts]
@@ -336,13 +339,17 @@ class _Generation:
             more = torch.ones_like(fresh, dtype=torch.bool)
             self._real = torch.cat([real, more], 1)
             self._positions = (self._real.cumsum(1) - 1).clamp(min=0)
-        self._told, self._filled = 0, 0
+        self._told, self._finished = 0, 0
 
     def go(self, guidance: float, generator: Generators) -> Iterator[tuple[int, int, int]]:
         """Every step: its number, its block's, and how many tokens it committed in the mean."""
-        with untouched(self._host.model):
-            self._host.check(self._real is not None)
+        self._host.check(self._real is not None)
         cache = None if self._plan is None else self._plan.cache
+        lone = self._real is not None and not bool(self._real[:, : self._prompt].any(1).all())
+        if lone and self._shift and cache is not None:
+            raise AccelError(
+                "with shifted logits and a cache an empty prompt has to be alone in its batch"
+            )
         twice = guidance > 0
         real = self._real
         feed = TokenFeed(
@@ -362,9 +369,12 @@ class _Generation:
                 open_ = (self.tokens[:, start:stop] == self._mask_id) & ~self._over[:, None]
                 if not bool(open_.any()):
                     break
-                undecided = torch.cat([before, before]) if twice else before
-                fed = feed.next(index, turn == 0, undecided)
-                before = self.tokens[:, self._prompt :] == self._mask_id
+                now = self.tokens[:, self._prompt :] == self._mask_id
+                undecided = before | now  # a callback may mask what was decided
+                fed = feed.next(
+                    index, turn == 0, torch.cat([undecided, undecided]) if twice else undecided
+                )
+                before = now
                 done_steps, step_of_block = sum(self._steps[:index]), min(turn, steps - 1)
                 place = (index, step_of_block, steps)
                 where = Where(done_steps + step_of_block, total, run=run, block=place)
@@ -377,18 +387,19 @@ class _Generation:
                 turn += 1
                 yield number, index, done
                 number += 1
-            self._told = index + 1
+            self._finished = index + 1
             if self._decoding.stop_at_eos and self._ends:
                 self._stop(start, stop)
+                self._fill()
                 if bool(self._over.all()):
                     break
         self._fill()
 
-    def finished(self) -> list[Tokens]:
-        """Blocks that were finished since the last time."""
-        parts = [self.tokens[:, a:b] for a, b in self._blocks[self._filled : self._told]]
-        self._filled = self._told
-        return parts
+    def stream(self, streamer: Any) -> None:
+        """Put the blocks that were finished since the last time."""
+        for start, stop in self._blocks[self._told : self._finished]:
+            streamer.put(self.tokens[:, start:stop].cpu())
+        self._told = self._finished
 
     def _quotas(self, start: int, stop: int, steps: int) -> Int[Tensor, "batch steps"]:
         counts = (self.tokens[:, start:stop] == self._mask_id).sum(1).tolist()
@@ -413,19 +424,31 @@ class _Generation:
             positions = positions.expand(len(tokens), -1).gather(1, slots)
         real = fed.step.valid if fed.step.fed is None else None
         logits = self._host.logits(tokens.gather(1, slots), positions, real, fed.rows)
+        begin = fed.step.block[0]
         if fed.rows is None:
-            logits = _looked_up(logits, slots, start - self._back, stop)
+            logits = _looked_up(logits, slots, begin, stop)
         if self._shift:
-            first = [] if self._back else [logits[:, :1]]
-            logits = torch.cat([*first, logits[:, :-1]], 1)
+            logits = self._shifted(logits, start, begin)
         if guidance > 0:
             with_prompt, without = logits.chunk(2)
             logits = without + (guidance + 1) * (with_prompt - without)
         return logits
 
-    @property
-    def _back(self) -> int:
-        return int(self._shift and self._prompt > 0)
+    def _shifted(
+        self, logits: Float[Tensor, "batch some vocabulary"], start: int, begin: int
+    ) -> Float[Tensor, "batch block vocabulary"]:
+        """Logits of the tokens from `start`, which stand one before them; those of a sample's very
+        first token stand at itself.
+        """
+        own = logits[:, start - begin : start - begin + 1]
+        if begin == start:
+            return torch.cat([own, logits[:, :-1]], 1)
+        if self._real is None or start > self._prompt:
+            return logits[:, :-1]
+        alone = ~self._real[:, begin].repeat(len(logits) // len(self._real))
+        return torch.cat(
+            [torch.where(alone[:, None, None], own, logits[:, :1]), logits[:, 1:-1]], 1
+        )
 
     def _commit(
         self,

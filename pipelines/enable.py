@@ -173,14 +173,8 @@ def summary(target: Any) -> Summary:
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan of an enabled model; None where accel is not enabled."""
-    session = session_if_any(model)
-    return None if session is None else session.plan
-
-
-def session_if_any(model: nn.Module) -> Session | None:
-    """The session of an enabled model; None where accel is not enabled."""
     handle = getattr(getattr(model, "_orig_mod", model), HANDLE, None)
-    return None if handle is None else handle.session
+    return None if handle is None else handle.session.plan
 
 
 @contextmanager
@@ -304,13 +298,19 @@ class Handle:
             layouts = _layouts(given(self._model, call) if callable(given) else given)
         timestep = call.get(self._timestep)
         where = locate(self._context, self.settings.clocks.running(), timestep, self._counter)
-        if torch.is_grad_enabled() and getattr(self._model, "is_gradient_checkpointing", False):
+        if torch.is_grad_enabled() and _checkpoints(self._model):
             # a checkpoint may run its part without gradients first, and again with them
             layouts = GRADIENTS
         if isinstance(layouts, str):
             self.session.begin(None, where, layouts)
         else:
             self.session.begin(layouts, where)
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether parts of the model are computed again for gradients; transformers renames this."""
+    found = getattr(model, "is_activation_checkpointing", None)
+    return getattr(model, "is_gradient_checkpointing", False) if found is None else found
 
 
 def _layouts(given: Any) -> Layouts:
