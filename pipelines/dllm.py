@@ -18,7 +18,7 @@ from accel.commit import Generators, Sampling, candidates, committed, even_split
 from accel.context import Where, standing
 from accel.decoding import Decoding
 from accel.errors import AccelError
-from accel.pipelines.enable import plan_of, untouched
+from accel.pipelines.enable import plan_of
 from accel.pipelines.text_host import TextHost
 from accel.pipelines.token_feed import TokenFeed
 from accel.text_step import text_step
@@ -343,8 +343,7 @@ class _Generation:
 
     def go(self, guidance: float, generator: Generators) -> Iterator[tuple[int, int, int]]:
         """Every step: its number, its block's, and how many tokens it committed in the mean."""
-        with untouched(self._host.model):
-            self._host.check(self._real is not None)
+        self._host.check(self._real is not None)
         cache = None if self._plan is None else self._plan.cache
         lone = self._real is not None and not bool(self._real[:, : self._prompt].any(1).all())
         if lone and self._shift and cache is not None:
