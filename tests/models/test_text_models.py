@@ -195,6 +195,8 @@ class TestCopies:
         own = logits_of(model, tokens_of(), 0)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(logits_of(twin, tokens_of(), 0), plain)
+            # a name of accel's would be unknown where accel is not
+            assert twin.config._attn_implementation == "sdpa"
             # and can be enabled by themselves
             accel.enable(twin, plan_of(twin, *CHOICES), guard=False)
             assert torch.equal(logits_of(twin, tokens_of(), 0), own)
