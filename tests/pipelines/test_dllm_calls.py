@@ -426,7 +426,7 @@ class TestRefused:
             ({"input_ids": torch.zeros(0, 7, dtype=torch.long)}, "there is no prompt"),
             ({"generator": [torch.Generator()] * 2}, "2 generators for 1 prompts"),
         ],
-        ids=str,
+        ids=lambda x: x if isinstance(x, str) else "call",
     )
     @pytest.mark.usefixtures("unchecked")
     def test_calls(self, pipe, call, message):
