@@ -3,17 +3,17 @@
     python samples/measure_contexts.py                 # 512 to 16,384 tokens, a picture and a table
     python samples/measure_contexts.py --lengths 512 2048 --dtype bfloat16
 
-For every length a dense generation and one with each plan take turns, `--rounds` times. The calls of
-a generation are timed one by one, told apart into dense ones, those that make masks, and those after
-them; medians of each are put together to a run of `--steps` steps, as many as a generation of that
-many tokens takes one by one. `sparsed` is SparseD with a crossover measured on this device
-(`accel.pipelines.crossover`): below it calls run dense.
+For every length a dense generation and one with each plan take turns, `--rounds` times. The calls
+of a generation are timed one by one, told apart into dense ones, those that make masks, and those
+after them; medians of each are put together to a run of `--steps` steps. `sparsed` is SparseD with
+a crossover measured on this device (`accel.pipelines.crossover`): below it calls run dense.
 """
 
 import argparse
 import io
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -68,7 +68,7 @@ def call_seconds(pipe: MaskedDiffusionPipeline, tokens: int) -> list[float]:
         output_type="ids",
         callback_on_step_end=note,
     )
-    return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    return [b - a for a, b in pairwise(marks)]
 
 
 def step_seconds(plan: Plan | None, seconds: list[list[float]], steps: int, block: int) -> float:
