@@ -11,7 +11,7 @@ from math import inf
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from accel.kernels.merge import merge
@@ -28,7 +28,7 @@ Attention = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 def choose_tokens(
     cache: TokenCache, step: TextStep, q: Heads, k: KeyHeads
-) -> tuple[Int[Tensor, "batch heads chosen"], Int[Tensor, " batch"] | None]:
+) -> tuple[Int[Tensor, "batch ranked chosen"], Int[Tensor, " batch"] | None]:
     """Places of the tokens outside `step.live` that a cache holds, ascending, and how many of each
     sample's are meant (the first so many; None: all).
 
@@ -92,16 +92,19 @@ class SiteTokens:
         attend: Attention,
     ) -> "SiteTokens":
         """From a whole call."""
+        whole = k.shape[2]
         places, counts = choose_tokens(cache, step, q, k)
         chosen = [_taken(x, places) for x in (k, v)]
         if cache.external == "frozen":
-            out, lse = attend(q[:, :, slice(*step.block)], *chosen, counts, return_lse=True)
+            block = q[:, :, slice(*step.block)]
+            out, lse = torch.zeros_like(block), torch.full(block.shape[:3], -inf, device=q.device)
+            if places.shape[2]:
+                out, lse = attend(block, *chosen, counts, return_lse=True)
             empty = k[:, :, :0].clone()
-            return cls(empty, empty, None, step.live[0], k.shape[2], (out, lse))
+            return cls(empty, empty, None, step.live[0], whole, (out, lse))
         live = slice(*step.live)
         k, v = (torch.cat([x[:, :, live], kept], 2) for x, kept in zip((k, v), chosen, strict=True))
         lengths = None if counts is None else counts + step.live[1] - step.live[0]
-        whole = step.layouts[0].length
         return cls(k, v, lengths, step.live[0], whole)
 
     @property
@@ -122,10 +125,16 @@ class SiteTokens:
         if self.outside is not None:
             out, lse = attend(q, k, v, None, return_lse=True)
             return merge([(out, lse), self.outside])[0]
-        self._write(step.fed - self.first, k, v)
-        return attend(q, self.k, self.v, self.lengths)  # type: ignore[return-value]
+        self._write(step.fed - self.first, step.live[1] - self.first, k, v)
+        out = attend(q, self.k, self.v, self.lengths, valid=step.keys)
+        assert isinstance(out, Tensor)
+        return out
 
-    def _write(self, at: Int[Tensor, "batch fed"], k: KeyHeads, v: KeyHeads) -> None:
+    def _write(self, at: Int[Tensor, "rows fed"], live: int, k: KeyHeads, v: KeyHeads) -> None:
+        more = live - self.k.shape[2]
+        if more > 0:  # a sequence that grows; nothing is held beside it
+            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
+            self.tokens = live + self.first
         if at.shape[0] == 1:
             self.k.index_copy_(2, at[0], k)
             self.v.index_copy_(2, at[0], v)
@@ -135,7 +144,9 @@ class SiteTokens:
         self.v.scatter_(2, at, v)
 
 
-def _taken(x: KeyHeads, places: Int[Tensor, "batch heads chosen"]) -> KeyHeads:
+def _taken(
+    x: KeyHeads, places: Int[Tensor, "batch ranked chosen"]
+) -> Float[Tensor, "batch kv_heads chosen dim"]:
     index = places[..., None].expand(x.shape[0], x.shape[1], places.shape[2], x.shape[3])
     return x.gather(2, index)
 
@@ -146,13 +157,13 @@ def host_attention(
     v: KeyHeads,
     lengths: Int[Tensor, " batch"] | None,
     *,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """torch's attention over the first `lengths` keys of every sample."""
-    if return_lse:
-        raise NotImplementedError("torch's attention gives no log-sum-exp")
-    mask = None
+    valid: Bool[Tensor, "batch kv_tokens"] | None = None,
+) -> Tensor:
+    """torch's attention over the first `lengths` keys of every sample, and the `valid` ones."""
+    mask = valid
     if lengths is not None:
-        mask = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
+        first = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
+        mask = first if mask is None else first & mask
+    if mask is not None:
         mask = mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -13,12 +13,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from accel.decoding import Decoding
+from accel.errors import AccelError
 
 __all__ = ["Generators", "Sampling", "candidates", "committed", "even_split", "uniform"]
 
 Generators = torch.Generator | Sequence[torch.Generator | None] | None
 Logits = Float[Tensor, "batch tokens vocabulary"]
 Tokens = Int[Tensor, "batch tokens"]
+LATE = -1e30  # the confidence of what is committed last
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,14 @@ class Sampling:
     top_p: float | None = None
     never: tuple[int, ...] = ()
     last: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise AccelError(f"temperature is a number of at least 0, got {self.temperature!r}")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise AccelError(f"top_k is a number of tokens, at least 1, got {self.top_k!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise AccelError(f"top_p is a share in (0, 1], got {self.top_p!r}")
 
 
 def even_split(tokens: int, steps: int) -> list[int]:
@@ -136,7 +146,7 @@ def committed(
     sure = confidences(decoding.confidence, tokens, shares, generator)
     if last:
         late = torch.isin(tokens, torch.tensor(list(last), device=tokens.device))
-        sure = sure.masked_fill(late, -1e30)
+        sure = sure.masked_fill(late, LATE)
     sure = sure.masked_fill(~open_, -inf)
     ranked, place = sure.sort(dim=-1, descending=True, stable=True)
     number = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
@@ -152,7 +162,7 @@ def committed(
         fits = (number + 1) * (1 - ranked) < bound
         wanted = torch.where(fits, number, 0).amax(1)
     else:
-        entropy = ranked.neg().masked_fill(ranked == -inf, inf)
+        entropy = ranked.neg().masked_fill(ranked <= LATE, inf)
         fits = entropy.cumsum(1) - entropy.cummax(1).values <= bound
         wanted = fits.long().cumprod(1).sum(1)
     wanted = torch.minimum(wanted.clamp(min=1), count)

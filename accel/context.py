@@ -30,6 +30,7 @@ class Where:
     run: an object that every run has a new one of (the timesteps of its scheduler), None where
         nothing tells runs apart.
     block: of a text that is made block by block, its number, and step and steps in it.
+    endless: nobody knows how many blocks follow, so that progress is of each of them.
     assumed: the step is where the scheduler stands, which is the truth only if somebody steps it,
         or was counted.
     """
@@ -39,6 +40,7 @@ class Where:
     branch: str = ""
     run: Any = field(default=None, compare=False, repr=False)
     block: tuple[int, int, int] | None = field(default=None, compare=False, repr=False)
+    endless: bool = field(default=False, compare=False, repr=False)
     assumed: bool = field(default=False, compare=False, repr=False)
 
 

@@ -13,7 +13,8 @@ def check_expected(expected: Mapping[str, Any], n_bands: int) -> None:
     dense_ratio: precision -> price of a dense call by accel's own kernel; recipe_ratio: precision
     -> price of a generation that is dense by it; speedup, measured_speedup, seconds, dense_seconds:
     of a whole generation; attention_share: part of a dense generation spent in
-    the sites; attention_ratio: site -> price of a sparse call in every band.
+    the sites; attention_ratio: site -> price of a sparse call in every band; crossover: tokens
+    below which sparse calls are no gain on a device, in a dtype.
     """
     ratios = typed("expected.dense_ratio", expected.get("dense_ratio", {}), dict)
     numbers = {f"dense_ratio[{word!r}]": value for word, value in ratios.items()}
@@ -27,6 +28,12 @@ def check_expected(expected: Mapping[str, Any], n_bands: int) -> None:
                 f"expected.{name} must be a number above 0, got {value!r:.80}; leave it out to"
                 " predict nothing"
             )
+    crossover = typed("expected.crossover", expected.get("crossover", {}), dict)
+    if crossover and (type(crossover.get("tokens")) is not int or crossover["tokens"] < 0):
+        raise PlanError(
+            f"expected.crossover.tokens must be a number of tokens, got"
+            f" {crossover.get('tokens')!r:.80}; leave it out to predict nothing"
+        )
     share = expected.get("attention_share", 0.0)
     if not finite(share) or not 0 <= share <= 1:
         raise PlanError(f"expected.attention_share must be in [0, 1], got {share!r:.80}")

@@ -41,6 +41,14 @@ DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
 SITE = "_accel_site"
 REDUCE = "__reduce_ex__"
+# where a module keeps them, by number
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 _numbers = itertools.count()
 # The operations below get numbers, because an operation cannot take an object. Entries live as long
@@ -121,14 +129,19 @@ class How(NamedTuple):
             return None
         return valid_of(self.mask, k.shape[0], k.shape[1 if tokens_first else 2])
 
-    def obstacle(self, dim: int, valid: Tensor | None) -> str | None:
+    def scaled(self, q: Tensor) -> Tensor:
+        """Queries whose logits, scaled by dim ** -0.5 as kernels do, are those of the call."""
+        own = q.shape[-1] ** -0.5
+        if self.scale is None or isclose(self.scale, own):
+            return q
+        return q * (self.scale / own)
+
+    def obstacle(self, valid: Tensor | None) -> str | None:
         """What no sparse kernel can do of them."""
         if self.mask is not None and valid is None:
             return "the call has an attention mask that is no mask of padding keys"
         if self.causal or self.dropout > 0:
             return "the call is causal or drops out, which the sparse kernels do not"
-        if self.scale is not None and not isclose(self.scale, dim**-0.5):
-            return f"the call scales its logits by {self.scale}, not by {dim}**-0.5"
         if function_modes.in_force():
             return "a function mode of torch may replace attention here (perturbed guidance does)"
         return None
@@ -158,7 +171,8 @@ class Taken:
         parallel_config: diffusers', where ranks make the call together.
         """
         valid = how.valid(k, tokens_first)
-        obstacle = how.obstacle(q.shape[-1], valid)
+        obstacle = how.obstacle(valid)
+        q = how.scaled(q)
         if not tokens_first:
             return self.session.attend(self.site, q, k, v, own, obstacle, valid)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -170,7 +184,7 @@ class Taken:
     @property
     def parallel_config(self) -> Any:
         """diffusers' settings for this module's processor, None where it is not parallel."""
-        return getattr(self.module().processor, "_parallel_config", None)  # type: ignore[union-attr]
+        return getattr(getattr(self.module(), "processor", None), "_parallel_config", None)
 
     def own(self, q: Tensor, k: Tensor, v: Tensor, how: How, tokens_first: bool) -> Tensor:
         """The dense attention the user chose for this module, for calls from a compiled graph."""
@@ -336,12 +350,12 @@ def _forget(namespaces: dict[str, types.ModuleType]) -> None:
 
 
 def copy_plainly(module: nn.Module, *names: str, hooks: tuple[int, ...] = ()) -> None:
-    """Make copies and pickles of `module` without its attributes `names` and forward pre-hooks."""
+    """Make copies and pickles of `module` without its attributes `names` and some forward hooks."""
 
     def reduce(protocol):
         parts = list(type(module).__reduce_ex__(module, protocol))
         parts[2] = {k: v for k, v in parts[2].items() if k not in (*names, REDUCE)}
-        for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        for kind in HOOKS:
             kept = ((k, v) for k, v in parts[2][kind].items() if k not in hooks)
             parts[2][kind] = OrderedDict(kept)
         return tuple(parts)

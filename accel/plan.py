@@ -333,6 +333,13 @@ class Plan:
         shape = tuple(self.expected.get(key) for key in ("tokens", "device", "dtype"))
         return None if bands is None or shape != (tokens, device, dtype) else bands[band]
 
+    def crossover(self, device: str, dtype: str) -> int:
+        """Tokens below which sparse calls are no gain on a device; 0 where that is not known."""
+        found = self.expected.get("crossover", {})
+        return (
+            found["tokens"] if (device, dtype) == (found.get("device"), found.get("dtype")) else 0
+        )
+
     def dense_ratio(self, site: str) -> float:
         """Predicted price of a dense call of `site`, as a ratio to the host's dense attention."""
         if self.dense == "host":

@@ -77,12 +77,13 @@ class Session:
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
-        """While the context is open every site runs dense and is counted."""
-        self.probe = Counter()
+        """While the context is open every site runs dense and is counted, for no run."""
+        self.probe, first = Counter(), self.check_first_call
+        self.check_first_call = False
         try:
             yield self.probe
         finally:
-            self.probe = None
+            self.probe, self.check_first_call = None, first
 
     def begin(
         self, layout: Layouts | LayoutsLike | None, where: Where | None, why: str = UNKNOWN
@@ -153,11 +154,18 @@ class Session:
         ranks: that make the call together, each with a part of its tokens.
         """
         if self.probe is not None:
-            self.probe[site.name] += q.shape[2] == k.shape[2]
+            said = current()
+            beside = said is not None and said.beside != ""
+            self.probe[site.name] += beside or q.shape[2] == k.shape[2]
             return dense()
         run = self.run
-        if run.text is not None and run.text.fed is not None:
-            return self.text.fed(site, run, self.records, q, k, v, self._kernel(site, q))
+        if run.text is not None:
+            kernel = self._kernel(site, q)
+            found = self.text.attend(
+                site, run, run.text, self.records, q, k, v, valid, dense, obstacle, kernel
+            )
+            if found is not None:
+                return found
         square = q.shape[2] == k.shape[2]
         if run.calls[site.name] and not square:
             return dense()  # after its self-attention a processor attends to an image (IP-Adapter)
@@ -195,7 +203,7 @@ class Session:
         if run.placed:
             self._keep(site, run, out)
         if run.text is not None and run.text.fills:
-            self.text.fill(site, run, q, k, v)
+            self.text.fill(site, run, run.text, q, k, v)
         return out
 
     def _dense(
@@ -365,6 +373,9 @@ class Session:
         ratio = self._ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
+        least = self.plan.crossover(q.device.type, str(q.dtype).removeprefix("torch."))
+        if reason is None and q.shape[2] < least:
+            reason = f"sparse attention is predicted to gain nothing below {least} tokens here"
         if reason is not None:
             self._runs_dense(reason)
             return None

@@ -101,16 +101,17 @@ class Schedule:
 
     def span(self, where: Where) -> tuple[int, int]:
         """Step and steps of what progress is of."""
-        if self.axis == "block" and where.block is not None:
-            return where.block[1:]
-        return where.step, where.total
+        block = self._block(where)
+        return (where.step, where.total) if block is None else block[1:]
 
     def at(self, where: Where) -> Phase:
         """The phase of a call."""
-        found = self.phase(*self.span(where))
-        if self.axis == "block" and where.block is not None:
-            return replace(found, block=where.block[0])
-        return found
+        block = self._block(where)
+        return replace(self.phase(*self.span(where)), block=0 if block is None else block[0])
+
+    def _block(self, where: Where) -> tuple[int, int, int] | None:
+        """Where progress is of a block: its number, and step and steps in it."""
+        return where.block if self.axis == "block" or where.endless else None
 
     def after(self, where: Where) -> Phase:
         """The phase of the step that follows, dense where nothing does or another block begins."""

@@ -1,8 +1,11 @@
 """The calls of a text model between whole ones, and what whole ones leave for them."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from accel.cached_tokens import SiteTokens, host_attention
@@ -11,8 +14,9 @@ from accel.geometry import Site
 from accel.kernels.attention import sparse_attention
 from accel.kernels.block_mask import BlockMask
 from accel.plan import Plan
-from accel.records import CACHED_LABEL, Record, Stopwatch
+from accel.records import CACHED_LABEL, DENSE_LABEL, Record, Stopwatch
 from accel.run_state import Run
+from accel.text_step import TextStep
 
 __all__ = ["TextCalls"]
 
@@ -26,18 +30,47 @@ class TextCalls:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def fed(
+    def attend(
         self,
         site: Site,
         run: Run,
+        step: TextStep,
+        records: dict[tuple[str, str], Record],
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        valid: Bool[Tensor, "batch kv_tokens"] | None,
+        dense: Callable[[], Heads],
+        obstacle: str | None,
+        kernel: str,
+    ) -> Heads | None:
+        """The output of a call that sees a cache, or keys that the model keeps itself; None for one
+        with all tokens. dense, obstacle, valid: as the router has them; kernel: the name of
+        accel's own.
+        """
+        if step.cached and obstacle is not None:
+            raise AccelError(
+                f"the cache of plan {self._plan.name!r} cannot honour the attention of {site.name}:"
+                f" {obstacle}; take a plan without a cache"
+            )
+        if step.fed is not None:
+            return self._fed(site, run, step, records, q, k, v, kernel)
+        if step.beside:
+            return self._beside(site, run, step, records, q, k, v, valid, dense, kernel)
+        return None
+
+    def _fed(
+        self,
+        site: Site,
+        run: Run,
+        step: TextStep,
         records: dict[tuple[str, str], Record],
         q: Heads,
         k: KeyHeads,
         v: KeyHeads,
         kernel: str,
     ) -> Heads:
-        """The output of a call that feeds some of the tokens; kernel: the name of accel's own."""
-        assert run.text is not None
+        """The output of a call that feeds some of the tokens."""
         if site.name not in run.tokens:
             raise AccelError(
                 f"{site.name} is called with some of the tokens before a call with all of them"
@@ -46,7 +79,7 @@ class TextCalls:
         held = run.tokens[site.name]
         record = records.setdefault((site.name, CACHED_LABEL), Record())
         watch = Stopwatch(record, q.device)
-        out = held.attend(run.text, q, k, v, partial(self._attention, site, run))
+        out = held.attend(step, q, k, v, partial(self._attention, site, run))
         watch.stop()
         record.calls += 1
         record.keep += held.keep
@@ -54,13 +87,47 @@ class TextCalls:
         record.kernels.add(kernel if own else "dense")
         return out
 
-    def fill(self, site: Site, run: Run, q: Heads, k: KeyHeads, v: KeyHeads) -> None:
+    def _beside(
+        self,
+        site: Site,
+        run: Run,
+        step: TextStep,
+        records: dict[tuple[str, str], Record],
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        valid: Bool[Tensor, "batch kv_tokens"] | None,
+        dense: Callable[[], Heads],
+        kernel: str,
+    ) -> Heads:
+        """The output of a call whose keys begin with those that the model keeps itself."""
+        own = q.shape[2]
+        places = torch.arange(k.shape[2] - own, k.shape[2], device=k.device)[None]
+        live = (k.shape[2] - own, k.shape[2])
+        step = replace(step, live=live, fed=places, valid=valid)
+        if step.beside == "thinned":
+            fresh = k[:, :, -own:], v[:, :, -own:]
+            return self._fed(site, run, step, records, q, *fresh, kernel)
+        record = records.setdefault((site.name, DENSE_LABEL), Record())
+        watch = Stopwatch(record, q.device)
+        out = dense()
+        watch.stop()
+        record.calls += 1
+        record.keep += 1.0
+        record.kernels.add("dense")
+        if step.fills:
+            self.fill(site, run, step, q, k, v)
+        return out
+
+    def fill(
+        self, site: Site, run: Run, step: TextStep, q: Heads, k: KeyHeads, v: KeyHeads
+    ) -> None:
         """Keep of a whole call what the calls after it will see."""
-        cache, text = self._plan.cache, run.text
-        if cache is None or text is None:
+        cache = self._plan.cache
+        if cache is None:
             raise AccelError("a pipeline fills a cache that the plan does not have")
         attend = partial(self._attention, site, run)
-        run.tokens[site.name] = SiteTokens.filled(cache, text, q, k, v, attend)
+        run.tokens[site.name] = SiteTokens.filled(cache, step, q, k, v, attend)
         held = sum(tokens.n_bytes for tokens in run.tokens.values())
         run.token_bytes = max(run.token_bytes, held)
 
@@ -73,10 +140,11 @@ class TextCalls:
         v: KeyHeads,
         lengths: Int[Tensor, " batch"] | None,
         *,
+        valid: Bool[Tensor, "batch kv_tokens"] | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if self._plan.dense == "host" and not return_lse:
-            return host_attention(q, k, v, lengths)
+        if valid is not None or (self._plan.dense == "host" and not return_lse):
+            return host_attention(q, k, v, lengths, valid=valid)
         return sparse_attention(
             q,
             k,

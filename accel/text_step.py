@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -26,14 +27,27 @@ class TextStep:
         may be there twice. None in a whole call.
     valid: which tokens of a whole call are no padding; None where all are.
     fills: keys and values of this whole call are kept for the calls after it.
+    beside: the model keeps the keys of other tokens itself and gives them with the call, before
+        those of its own: what the call sees of them, all or what a cache held of them.
+    ordered: nothing comes after the block yet, so that a mask which hides what comes after blocks
+        is honoured by that.
+    keys: of a call that feeds tokens and whose cache holds padding, which live places are none.
     """
 
     layouts: tuple[Layout, ...]
     block: tuple[int, int]
     live: tuple[int, int]
-    fed: Int[Tensor, "batch fed"] | None = None
+    fed: Int[Tensor, "rows fed"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
     fills: bool = False
+    keys: Bool[Tensor, "batch live"] | None = None
+    ordered: bool = False
+    beside: Literal["", "whole", "thinned"] = ""
+
+    @property
+    def cached(self) -> bool:
+        """Whether the call has to do with a cache that knows padding and no other masks."""
+        return (self.fed is not None or self.fills or self.beside != "") and not self.ordered
 
 
 _said = threading.local()

@@ -130,7 +130,8 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 def _register_all() -> None:
     import accel.pipelines.dit
-    import accel.pipelines.video_dit  # noqa: F401  both register their adapters
+    import accel.pipelines.text_models
+    import accel.pipelines.video_dit  # noqa: F401  all register their adapters
 
 
 def denoisers_of(target: Any) -> list[nn.Module]:

@@ -23,6 +23,7 @@ def compare(config: dict[str, Any], command: str) -> None:
 
     command: what was typed, for the report.
     """
+    model = model_config(config["model"])
     settings = CompareSettings(
         plans=named_plans(config["plan"]),
         fronts=named_fronts(config["front"]),
@@ -39,9 +40,10 @@ def compare(config: dict[str, Any], command: str) -> None:
         arms_timeout_s=config["arms_timeout_s"],
         loaded_at_once=config["loaded_at_once"],
         command=command,
+        output=model.output,
     )
     folder = Path(config["out"])
-    results = Comparison(model_config(config["model"]), settings, folder).run()
+    results = Comparison(model, settings, folder).run()
     print(as_text(results))
     table = write_atomically(folder / "results.md", as_markdown(results))
     print(f"results: {folder / 'results.json'}\ntable: {table}")

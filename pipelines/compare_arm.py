@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,12 @@ from accel.files import write_atomically
 from accel.pipelines.adapters import by_denoiser, denoisers_of
 from accel.pipelines.arm_commands import serve, until_closed
 from accel.pipelines.arm_meter import StepClock, middle_of, peak_memory_bytes, reset_peak_memory
-from accel.pipelines.arm_plan import origin_of_plan, predictions_of, recipe_plans
+from accel.pipelines.arm_plan import (
+    origin_of_plan,
+    predictions_of,
+    recipe_plans,
+    steps_of_all,
+)
 from accel.pipelines.cache_hooks import disable_cache, enable_cache, magnitude_ratios, reset_cache
 from accel.pipelines.caches import CACHES, CacheSpec
 from accel.pipelines.enable import disable, enable, session_of, summary
@@ -31,7 +36,6 @@ from accel.pipelines.model_settings import model_config
 from accel.pipelines.pricing import load_or_measure_baseline, priced, warm_up_steps
 from accel.pipelines.provenance import device_name
 from accel.pipelines.seen_keeps import SeenKeeps
-from accel.pipelines.video_files import save_frames
 from accel.plan import Plan
 from accel.recipes import RECIPES
 from accel.schedule import Schedule
@@ -43,7 +47,7 @@ class Arm:
     plan: a plan file, the name of a recipe, or None for an arm without one; cache: what
     `CacheSpec.of` reads, or None; folder: keeps what plans and caches are calibrated by, for all
     arms of a comparison; precision: what a recipe computes in where it does not say, "" for the
-    model's own.
+    model's own; parameters: those of a recipe that are given.
     """
 
     def __init__(
@@ -53,12 +57,14 @@ class Arm:
         cache: Any = None,
         folder: str = "",
         precision: str = "",
+        parameters: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = model_config(model)
         self._plan = plan
         self._cache = None if cache is None else CacheSpec.of(cache)
         self._folder = Path(folder)
         self._precision = precision
+        self._parameters = parameters or {}
         self._ratios: list[float] | None = None
         self._keeps: dict[Choice, float] = {}
         self._host: Host | None = None
@@ -135,21 +141,22 @@ class Arm:
     def generate(
         self, prompt: str, seed: int, steps: int | None = None, save: str | None = None
     ) -> dict[str, Any]:
-        """One generation with its times in seconds; its frames go to the file `save`."""
-        steps = self.host.steps if steps is None else steps
+        """One generation with its times in seconds; what it made goes to the file `save`.
+
+        steps: about how many, of a shorter generation.
+        """
+        kind, total = self.host.kind, self.host.steps if steps is None else steps
+        shorter = {} if steps is None else kind.shortened(self._config.call, steps)
         if self._cache is not None:
             reset_cache(self.host.pipe)
         clock = StepClock(self.host.device)
         begun = clock.now()
-        video = self.host.generate(
-            prompt, seed, num_inference_steps=steps, callback_on_step_end=clock
-        )
+        made = self.host.generate(prompt, seed, callback_on_step_end=clock, **shorter)
         seconds = clock.now() - begun
-        if save is not None:
-            save_frames(save, video)
-        dense = [self.schedule.phase(step, steps).dense for step in range(1, steps)]
-        return {
+        dense = kind.dense_steps(self.schedule, total)[1:]
+        answer = {
             "seconds": seconds,
+            "steps": len(clock.steps) + 1,
             "step_seconds": {
                 "all": middle_of(clock.steps),
                 "dense": middle_of(s for s, d in zip(clock.steps, dense, strict=False) if d),
@@ -157,7 +164,12 @@ class Arm:
             },
             "peak_memory_bytes": peak_memory_bytes(self.host.device),
             "summary": None if self._plan is None else summary(self.host.pipe).to_dict(),
+            **kind.counts(made),
         }
+        if save is not None:
+            kind.save(Path(save), made, self.host, prompt)
+            reset_peak_memory(self.host.device)
+        return answer
 
     def look(self, prompt: str, seed: int, save: str) -> dict[str, Any]:
         """Attention maps of a few heads with what the plan keeps of them; see `look`."""
@@ -166,11 +178,11 @@ class Arm:
     def _warm_up(self) -> None:
         """Generate with a few steps, one of every band; peak memory is counted from there."""
         steps = warm_up_steps(self.schedule, self.host.steps)
+        steps = steps_of_all(next(iter(self.plans), None), steps)
+        shorter = self.host.kind.shortened(self._config.call, steps)
         models = denoisers_of(self.host.pipe)
         seen = SeenKeeps([session_of(m) for m in models] if self._plan is not None else [])
-        self.host.generate(
-            self._config.prompts[0], 0, num_inference_steps=steps, callback_on_step_end=seen
-        )
+        self.host.generate(self._config.prompts[0], 0, callback_on_step_end=seen, **shorter)
         self._keeps |= seen.means
         reset_peak_memory(self.host.device)
 
@@ -185,7 +197,9 @@ class Arm:
                 write_atomically(path, json.dumps({"ratios": ratios}))
             self._ratios = json.loads(path.read_text())["ratios"]
         if self._plan in RECIPES:
-            return recipe_plans(self.host, self._plan, self._folder, self._precision)
+            return recipe_plans(
+                self.host, self._plan, self._folder, self._precision, self._parameters
+            )
         return self._plan
 
     def _enable_cache(self) -> None:
@@ -201,11 +215,10 @@ class Arm:
         """What the plan predicts; nothing is predicted of what a cache leaves out."""
         return predictions_of(plan if self._cache is None else None)
 
-    def _place(self) -> dict[str, Any]:
-        """The grid and the number of steps of this arm's generations."""
-        grids = session_of(denoisers_of(self.host.pipe)[0]).run.layouts.grids
-        grid = max((list(g[0]) for g in grids if g), key=prod, default=None)
-        return {"grid": grid, "steps": self.host.steps}
+    def _place(self) -> dict[str, Any] | None:
+        """The grid and the number of steps of this arm's generations, where they are its own."""
+        session = session_of(denoisers_of(self.host.pipe)[0])
+        return self.host.kind.place(session, self.host.steps)
 
 
 def main() -> None:

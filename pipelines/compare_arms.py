@@ -12,15 +12,13 @@ from typing import Any
 
 from accel.errors import AccelError, PlanError, nearest
 from accel.pipelines.caches import CacheSpec
-from accel.pipelines.host import find_path
+from accel.pipelines.paths import find_path
+from accel.pipelines.recipe_specs import HALF, OWN_DENSE, RecipeSpec
 from accel.plan import Plan
 from accel.plan_hub import HUB_FILE, fetched, looks_like_repository
 from accel.recipes import RECIPES
 from accel.untrusted import refuse_constant, table, typed
 
-HALF = "half"
-# recipes that leave nothing out, called like the precision they compute in
-OWN_DENSE = ("full", HALF)
 # what an arm is, in the order of tables, and what many of a kind are called
 KINDS = {
     "dense": "dense",
@@ -39,7 +37,8 @@ class ArmSpec:
     identity: names what the plan does and expects, since it runs dense where it expects dense to
     be faster; what cannot be read has only its path. cache: `CacheSpec.identity`, or "". front:
     the front that the plan is a point of, or "". precision: what a recipe computes in where it
-    says nothing itself, or "" for the model's own.
+    says nothing itself, or "" for the model's own. parameters: those of a recipe that are given, as
+    JSON, or "".
     """
 
     name: str
@@ -49,6 +48,7 @@ class ArmSpec:
     cache: str = ""
     front: str = ""
     precision: str = ""
+    parameters: str = ""
 
     @classmethod
     def of(cls, name: str, plan: str, kind: str = "plan", front: str = "") -> "ArmSpec":
@@ -86,28 +86,17 @@ def dense_arms(baselines: Sequence[str]) -> tuple[ArmSpec, ...]:
     return (DENSE, *(ArmSpec.of(name, name, "dense") for name in baselines[1:]))
 
 
-def recipe_arm(name: str, baselines: Sequence[str]) -> ArmSpec:
+def recipe_arm(name: str, spec: RecipeSpec, baselines: Sequence[str]) -> ArmSpec:
     """The arm of a recipe, with 16-bit operands where a baseline has them.
 
     Published methods choose blocks, and say nothing of arithmetic. Searched plans may compute with
     16-bit operands and are held against dense that does: what that alone gives is no merit of a
     selection, and no method is to be without it. A recipe that is dense is its precision.
     """
-    arm = ArmSpec.of(name, name, "recipe")
-    return arm.computed_in(HALF) if HALF in baselines and name not in OWN_DENSE else arm
-
-
-def recipe_names(recipes: Sequence[str]) -> tuple[str, ...]:
-    """The recipes that are asked for; `all` stands for every one that leaves something out."""
-    names: list[str] = []
-    for name in recipes:
-        if name == "all":
-            names += [n for n, r in RECIPES.items() if r.vision and n not in OWN_DENSE]
-        elif name not in RECIPES:
-            raise PlanError(f"there is no recipe {name!r}; {nearest(name, [*RECIPES, 'all'])}")
-        else:
-            names.append(name)
-    return tuple(dict.fromkeys(names)) if "all" in recipes else tuple(names)
+    arm = ArmSpec(name, spec.recipe, spec.identity, "recipe")
+    if spec.parameters:
+        arm = replace(arm, parameters=json.dumps(dict(spec.parameters), sort_keys=True))
+    return arm.computed_in(HALF) if HALF in baselines and spec.recipe not in OWN_DENSE else arm
 
 
 def named_caches(caches: Any) -> dict[str, CacheSpec]:

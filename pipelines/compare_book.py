@@ -12,37 +12,34 @@ by the arm, and a comparison may be killed before it has noted them.
 
 import hashlib
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accel.files import write_atomically
 from accel.pipelines.compare_arms import ArmSpec
-from accel.pipelines.host import ModelConfig, find_path
+from accel.pipelines.host import ModelConfig
+from accel.pipelines.model_files import files_of
+from accel.pipelines.paths import find_path
 from accel.pipelines.provenance import code_digest, device_name, versions
 
-# beside a model's files, but nothing that its outputs depend on
-UNREAD = {".md", ".png", ".jpg", ".gif", ".mp4"}
 # what runs an arm, besides the code that every measurement depends on
-CODE = tuple(
-    Path(__file__).parent / f"{name}.py"
-    for name in (
-        "arm_meter",
-        "arm_plan",
-        "cache_hooks",
-        "caches",
-        "calibration",
-        "calibrator",
-        "candidate_measures",
-        "compare_arm",
-        "cost_files",
-        "dense_run",
-        "host",
-        "mass_observer",
-        "pricing",
-        "seen_keeps",
-    )
+CODE = (
+    "arm_meter",
+    "arm_plan",
+    "cache_hooks",
+    "caches",
+    "calibration",
+    "calibrator",
+    "candidate_measures",
+    "compare_arm",
+    "cost_files",
+    "dense_run",
+    "host",
+    "mass_observer",
+    "pricing",
+    "seen_keeps",
 )
 
 
@@ -78,8 +75,8 @@ class Book:
     sitting: names the time at which a group of arms took turns; it is a new one for every group
         and every run of the command, and times of one sitting were measured beside each other.
     priced: plans run with predictions, and so dense wherever that is predicted to be faster.
-    classifier: its directory, or ""; it alone decides, with the model's places, what is read in a
-        video.
+
+    What was generated is a video where the model generates frames, else its kind's.
     """
 
     def __init__(
@@ -90,7 +87,6 @@ class Book:
         seed: int,
         sitting: str,
         priced: bool = False,
-        classifier: str = "",
     ) -> None:
         self.folder = folder
         self.prompts = prompts
@@ -100,13 +96,10 @@ class Book:
         # nobody else writes here: what was read or written once is known
         self._records: dict[Path, dict[str, Any]] = {}
         self._calibration = list(model.calibration)
-        judge = json.dumps(files_of(find_path(classifier)) if classifier else "")
-        if model.places:
-            judge += json.dumps({k: list(v) for k, v in model.places.items()}, sort_keys=True)
-        self._classifier_key = hashlib.sha256(judge.encode()).hexdigest()[:16]
+        self._judge = model.kind.judges(model)
         self._model: dict[str, Any] = {
             "versions": versions(),
-            "code": code_digest(*CODE),
+            "code": code_digest(*_files((*CODE, *model.kind.code))),
             "pipeline": model.pipeline,
             "files": files_of(find_path(model.path)),
             "call": dict(model.call),
@@ -173,12 +166,12 @@ class Book:
                 other.unlink(missing_ok=True)
 
     def quality(self, arm: ArmSpec, prompt: int) -> dict[str, Any] | None:
-        """How the video of a prompt was judged, if it was, and by this classifier."""
+        """How the video of a prompt was judged, if it was, and by what judges now."""
         found = self.read(arm, f"p{prompt:02d}-quality", prompt)
-        return found if found and found["classifier"] == self._classifier_key else None
+        return found if found and found.get("judge") == self._judge else None
 
     def write_quality(self, arm: ArmSpec, prompt: int, quality: dict[str, Any]) -> None:
-        quality = {**quality, "classifier": self._classifier_key}
+        quality = {**quality, "judge": self._judge}
         self.write(arm, f"p{prompt:02d}-quality", quality, prompt)
 
     def result(self, job: Job) -> dict[str, Any] | None:
@@ -195,11 +188,5 @@ class Book:
         return made
 
 
-def files_of(path: str) -> list[tuple[str, int, int]] | str:
-    """Name, size and time of every file that a local model is read from; a hub name stands for
-    itself.
-    """
-    if not os.path.isdir(path):
-        return path
-    found = sorted(p for p in Path(path).rglob("*") if p.is_file() and p.suffix not in UNREAD)
-    return [(str(p.relative_to(path)), p.stat().st_size, int(p.stat().st_mtime)) for p in found]
+def _files(names: Sequence[str]) -> list[Path]:
+    return [Path(__file__).parent / f"{name}.py" for name in names]

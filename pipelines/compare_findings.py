@@ -5,14 +5,10 @@ from typing import Any
 
 from accel.cost_calibration import mape, rank_correlation
 from accel.pipelines.compare_arms import KINDS
-from accel.pipelines.trade_off import (
-    CAP_DB,
-    FLOOR_DB,
-    Point,
-    hypervolume,
-    quality_at,
-    unbeaten,
-)
+from accel.pipelines.frames_output import PSNR
+from accel.pipelines.measures import Quality
+from accel.pipelines.outputs import output_of
+from accel.pipelines.trade_off import Point, hypervolume, quality_at, unbeaten
 
 Arms = Mapping[str, Mapping[str, Any]]
 
@@ -22,40 +18,51 @@ def findings_of(results: Mapping[str, Any]) -> dict[str, Any]:
     `prediction` and `travelled`.
     """
     arms: Arms = results["arms"]
-    lines = lines_of(arms)
+    quality = quality_of(results)
+    lines = lines_of(arms, quality)
     fronts = {name: line for name, line in lines.items() if arms[line[0]]["kind"] == "front"}
     judged = {
-        name: {**arm, "against_front": _against(arms, name, fronts)} for name, arm in arms.items()
+        name: {**arm, "against_front": _against(arms, name, fronts, quality)}
+        for name, arm in arms.items()
     }
     return {
         "arms": judged,
         "trade_off": {
-            "reference": {"time": 1.0, "psnr_floor": FLOOR_DB, "psnr_cap": CAP_DB},
+            "reference": {
+                "time": 1.0,
+                f"{quality.name}_floor": quality.floor,
+                f"{quality.name}_cap": quality.cap,
+            },
             "lines": lines,
             "hypervolume": {
-                name: hypervolume(_points(arms, members)) for name, members in _sets(arms).items()
+                name: hypervolume(_points(arms, members, quality), quality.floor, quality.cap)
+                for name, members in _sets(arms).items()
             },
         },
         "prediction": prediction_of(arms),
-        "travelled": travelled(arms),
+        "travelled": travelled(arms, quality),
     }
 
 
-def point_of(arm: Mapping[str, Any]) -> Point | None:
-    """(time as a fraction of the fastest dense, mean PSNR); None where either was not measured."""
-    if not arm.get("speedup") or not arm.get("psnr"):
-        return None
-    return 1 / arm["speedup"], arm["psnr"]["mean"]
+def quality_of(results: Mapping[str, Any]) -> Quality:
+    """What is held against time: that of the kind of output."""
+    return output_of(results["settings"].get("output", "frames")).quality
 
 
-def lines_of(arms: Arms) -> dict[str, list[str]]:
+def point_of(arm: Mapping[str, Any], quality: Quality = PSNR) -> Point | None:
+    """(time as a fraction of the fastest dense, mean quality); None where one was not measured."""
+    value = quality.of(arm)
+    return None if value is None or not arm.get("speedup") else (1 / arm["speedup"], value)
+
+
+def lines_of(arms: Arms, quality: Quality = PSNR) -> dict[str, list[str]]:
     """What is drawn as a line: by name, its arms by rising time.
 
     Of a front that was searched, all points; of plans with caches, those that no other one beats.
     """
     lines: dict[str, list[str]] = {}
     for name, members in _sets(arms).items():
-        made = {arm: p for arm in members if (p := point_of(arms[arm])) is not None}
+        made = {arm: p for arm in members if (p := point_of(arms[arm], quality)) is not None}
         if name == "plan + cache":
             kept = unbeaten(made.values())
             made = {arm: p for arm, p in made.items() if p in kept}
@@ -85,11 +92,11 @@ def prediction_of(arms: Arms) -> dict[str, Any] | None:
     }
 
 
-def travelled(arms: Arms) -> dict[str, dict[str, Any]]:
+def travelled(arms: Arms, quality: Quality = PSNR) -> dict[str, dict[str, Any]]:
     """The plans that were made elsewhere than they ran here, by arm: where they were made, and what
     they lose against the plan made here that is nearest in time.
 
-    loss_db: how much lower their PSNR is; time_ratio: their time over that plan's.
+    loss: how much lower their quality is; time_ratio: their time over that plan's.
     """
     placed = {
         name: arm
@@ -97,19 +104,23 @@ def travelled(arms: Arms) -> dict[str, dict[str, Any]]:
         if arm["kind"] in ("plan", "front", "recipe") and arm.get("made_at") and arm.get("call")
     }
     searched = {n: a for n, a in placed.items() if a["kind"] != "recipe"}
-    here = {n: p for n, a in searched.items() if a["made_at"] == a["call"] and (p := point_of(a))}
+    here = {
+        n: p
+        for n, a in searched.items()
+        if a["made_at"] == a["call"] and (p := point_of(a, quality))
+    }
     found = {}
     for name, arm in placed.items():
         if arm["made_at"] == arm["call"]:
             continue
         found[name] = {"made_at": arm["made_at"], "ran_at": arm["call"]}
-        point = point_of(arm)
+        point = point_of(arm, quality)
         if point is not None and here:
             other = min(here, key=lambda n: abs(here[n][0] - point[0]))
-            time, psnr = here[other]
+            time, value = here[other]
             found[name] |= {
                 "against": other,
-                "loss_db": psnr - point[1],
+                "loss": value - point[1],
                 "time_ratio": point[0] / time,
             }
     return found
@@ -118,13 +129,13 @@ def travelled(arms: Arms) -> dict[str, dict[str, Any]]:
 def sentences_of(results: Mapping[str, Any]) -> list[str]:
     """The findings in words, one line each."""
     arms: Arms = results["arms"]
-    lines = _spread_of_dense(results)
+    quality, lines = quality_of(results), _spread_of_dense(results)
     areas = results["trade_off"]["hypervolume"]
     if len(areas) > 1:
         listed = ", ".join(f"{name} {area:.2f}" for name, area in areas.items())
         lines.append(
-            f"hypervolume (time below the fastest dense run times dB from {FLOOR_DB:g} to"
-            f" {CAP_DB:g}): {listed}"
+            f"hypervolume (time below the fastest dense run times {quality.unit} from"
+            f" {quality.floor:g} to {quality.cap:g}): {listed}"
         )
     given = {arm["precision"] for arm in arms.values() if arm["precision"]}
     lines += [
@@ -133,9 +144,9 @@ def sentences_of(results: Mapping[str, Any]) -> list[str]:
         for word in sorted(given)
     ]
     for front in _fronts(arms):
-        recipes = {n: a for n, a in arms.items() if a["kind"] == "recipe" and point_of(a)}
+        recipes = {n: a for n, a in arms.items() if a["kind"] == "recipe" and point_of(a, quality)}
         above = {
-            name: arm["against_front"][front]["above_db"]
+            name: arm["against_front"][front]["above"]
             for name, arm in recipes.items()
             if front in arm["against_front"]
         }
@@ -144,7 +155,7 @@ def sentences_of(results: Mapping[str, Any]) -> list[str]:
             fast = sorted(set(recipes) - set(above))
             beyond = f"; faster than all of it: {', '.join(fast)}" if fast else ""
             lines.append(
-                f"at their times {front} is at least {above[least]:+.1f} dB above"
+                f"at their times {front} is at least {above[least]:+.1f} {quality.unit} above"
                 f" {len(above)} of {_counted(len(recipes), 'recipe')}, nearest to {least}{beyond}"
             )
     told = results["prediction"]
@@ -159,10 +170,10 @@ def sentences_of(results: Mapping[str, Any]) -> list[str]:
     for name, one in results["travelled"].items():
         told_place, ran = _place(one["made_at"]), _place(one["ran_at"])
         if "against" in one:
-            verb = "loses" if one["loss_db"] >= 0 else "gains"
+            verb = "loses" if one["loss"] >= 0 else "gains"
             lines.append(
-                f"found at {told_place}, {name!r} {verb} {abs(one['loss_db']):.1f} dB against"
-                f" {one['against']!r}, which was searched here ({ran}), at"
+                f"found at {told_place}, {name!r} {verb} {abs(one['loss']):.1f} {quality.unit}"
+                f" against {one['against']!r}, which was searched here ({ran}), at"
                 f" {one['time_ratio']:.2f} times its time"
             )
         else:
@@ -228,18 +239,20 @@ def _sets(arms: Arms) -> dict[str, list[str]]:
     return {name: members for name, members in sets.items() if members}
 
 
-def _points(arms: Arms, names: Iterable[str]) -> list[Point]:
-    return [point for name in names if (point := point_of(arms[name])) is not None]
+def _points(arms: Arms, names: Iterable[str], quality: Quality) -> list[Point]:
+    return [point for name in names if (point := point_of(arms[name], quality)) is not None]
 
 
-def _against(arms: Arms, name: str, fronts: Mapping[str, list[str]]) -> dict[str, Any]:
-    """For every front, its PSNR at the time of this arm, and how much that is above the arm's."""
-    point = point_of(arms[name])
+def _against(
+    arms: Arms, name: str, fronts: Mapping[str, list[str]], quality: Quality
+) -> dict[str, Any]:
+    """For every front, its quality at this arm's time, and how much that is above the arm's."""
+    point = point_of(arms[name], quality)
     if point is None or arms[name]["kind"] in ("dense", "front"):
         return {}
     found = {}
     for front, members in fronts.items():
-        psnr = quality_at(_points(arms, members), point[0])
-        if psnr is not None:
-            found[front] = {"psnr": psnr, "above_db": psnr - point[1]}
+        value = quality_at(_points(arms, members, quality), point[0])
+        if value is not None:
+            found[front] = {quality.name: value, "above": value - point[1]}
     return found

@@ -3,23 +3,22 @@
 import json
 from collections.abc import Sequence
 from math import exp, log
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-from accel.metrics import Classifier, capped, flicker, psnr, ssim
 from accel.pipelines.compare_arms import DENSE, ArmSpec
 from accel.pipelines.compare_book import Book, Job
-from accel.pipelines.video_files import load_frames
+from accel.pipelines.output import Output
 from accel.records import DENSE_LABEL
 
 # of every arm, prompt and round
 Records = dict[tuple[ArmSpec, int, int], list[dict[str, Any]]]
 
 
-def measure_quality(book: Book, arms: Sequence[ArmSpec], classifier: Classifier | None) -> None:
-    """Judge every video that was not judged yet and whose dense counterpart is there."""
+def measure_quality(book: Book, arms: Sequence[ArmSpec], kind: Output, judge: Any) -> None:
+    """Judge everything made that was not judged yet and whose dense counterpart is there."""
     for prompt in range(len(book.prompts)):
         dense = Job(DENSE, prompt, 0)
         if book.result(dense) is None:
@@ -29,16 +28,10 @@ def measure_quality(book: Book, arms: Sequence[ArmSpec], classifier: Classifier 
             if book.result(Job(arm, prompt, 0)) is None or book.quality(arm, prompt) is not None:
                 continue
             if reference is None:
-                reference = load_frames(book.video(DENSE, prompt))
-            video = load_frames(book.video(arm, prompt))
-            text = book.prompts[prompt]
-            quality = {
-                "flicker": flicker(video),
-                "reads": None if classifier is None else classifier.reads(video, text),
-            }
-            if arm != DENSE:
-                quality["psnr"] = capped(psnr(video, reference))
-                quality["ssim"] = ssim(video, reference)
+                reference = kind.load(book.video(DENSE, prompt))
+            made = kind.load(book.video(arm, prompt))
+            beside = None if arm == DENSE else reference
+            quality = kind.judged(made, beside, book.prompts[prompt], judge)
             book.write_quality(arm, prompt, quality)
 
 
@@ -61,7 +54,12 @@ def fastest_of(records: Records, baselines: Sequence[ArmSpec]) -> ArmSpec:
 
 
 def results_of(
-    book: Book, arm: ArmSpec, records: Records, baselines: Sequence[ArmSpec], fastest: ArmSpec
+    book: Book,
+    arm: ArmSpec,
+    records: Records,
+    baselines: Sequence[ArmSpec],
+    fastest: ArmSpec,
+    kind: Output,
 ) -> dict[str, Any]:
     """Everything measured of one arm; a field is None where nothing was measured for it.
 
@@ -69,12 +67,10 @@ def results_of(
     """
     done = [record for key, made in records.items() if key[0] == arm for record in made]
     found = {p: book.quality(arm, p) for p in range(len(book.prompts))}
-    judged = [q for q in found.values() if q is not None]
-    flickers = mean(q["flicker"] for q in judged) if judged else None
-    steady = _over_dense(book, [p for p, q in found.items() if q is not None], "flicker")
+    dense = [book.quality(DENSE, prompt) for prompt in found]
+    by_prompt = {p: _of_prompt(records, arm, p) for p in found}
     start = (book.read(arm, "start") or {}) | (book.read(arm, "price") or {})
     summary = next((r["summary"] for r in reversed(done) if r["summary"]), None)
-    reads = [q["reads"] for q in judged if q["reads"] is not None]
     predicted = start.get("predicted_speedup")
     if predicted is not None and fastest != DENSE:
         known = start["predicted_dense"].get(fastest.name)
@@ -85,6 +81,7 @@ def results_of(
         "cache": json.loads(arm.cache) if arm.cache else None,
         "note": start.get("note", ""),
         "precision": arm.precision or None,
+        "parameters": json.loads(arm.parameters) if arm.parameters else {},
         "predicted_speedup": predicted,
         "predicted_from": None if predicted is None else start.get("predicted_from"),
         "seconds": spread([r["seconds"] for r in done]),
@@ -96,11 +93,7 @@ def results_of(
         "calibration_seconds": start.get("calibration_s"),
         "warm_up_seconds": start.get("warm_up_s"),
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in done), default=None),
-        "psnr": _mean_and_worst(judged, "psnr"),
-        "ssim": _mean_and_worst(judged, "ssim"),
-        "flicker": flickers,
-        "flicker_ratio": flickers / steady if flickers is not None and steady else None,
-        "accuracy": mean(reads) if reads else None,
+        **kind.results(list(found.values()), dense, by_prompt),
         "keep": 1.0 if arm in baselines else keep_of(summary),
         "plan": start.get("plan"),
         "digest": start.get("digest"),
@@ -108,7 +101,7 @@ def results_of(
         "call": start.get("call"),
         "notices": {} if summary is None else summary["notices"],
         "summary": summary,
-        "videos": [_video_of(book, arm, prompt, found[prompt]) for prompt in found],
+        kind.many: [_made_of(book, arm, prompt, found[prompt], kind.told) for prompt in found],
         "maps": _maps_of(book, arm),
     }
     over = {other.name: _paired(records, arm, other)["speedup"] for other in baselines}
@@ -161,15 +154,20 @@ def _paired(records: Records, arm: ArmSpec, baseline: ArmSpec) -> dict[str, Any]
     }
 
 
-def _video_of(
-    book: Book, arm: ArmSpec, prompt: int, quality: dict[str, Any] | None
+def _of_prompt(records: Records, arm: ArmSpec, prompt: int) -> list[dict[str, Any]]:
+    return [r for key, made in records.items() if key[:2] == (arm, prompt) for r in made]
+
+
+def _made_of(
+    book: Book, arm: ArmSpec, prompt: int, quality: dict[str, Any] | None, told: Sequence[str]
 ) -> dict[str, Any] | None:
-    """One video: its file in the comparison's folder and how it was judged; None if not made."""
+    """What was made of one prompt: its file in the comparison's folder and how it was judged; None
+    if it was not.
+    """
     if quality is None:
         return None
-    shown = ("psnr", "ssim", "flicker", "reads")
     file = book.video(arm, prompt).relative_to(book.folder).as_posix()
-    return {"file": file, **{name: quality[name] for name in shown if name in quality}}
+    return {"file": file, **{name: quality[name] for name in told if name in quality}}
 
 
 def _maps_of(book: Book, arm: ArmSpec) -> dict[str, Any] | None:
@@ -182,13 +180,6 @@ def _maps_of(book: Book, arm: ArmSpec) -> dict[str, Any] | None:
         "file": file,
         **{name: record[name] for name in ("step", "steps", "maps") if name in record},
     }
-
-
-def _over_dense(book: Book, prompts: Sequence[int], name: str) -> float | None:
-    """Mean of the quality `name` of dense over `prompts`."""
-    found = [book.quality(DENSE, prompt) for prompt in prompts]
-    values = [quality[name] for quality in found if quality is not None]
-    return mean(values) if values else None
 
 
 def keep_of(summary: dict[str, Any] | None) -> float | None:
@@ -210,8 +201,3 @@ def middle(values: Sequence[float | None]) -> float | None:
     """Median of what is there."""
     found = [v for v in values if v is not None]
     return median(found) if found else None
-
-
-def _mean_and_worst(judged: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
-    values = [q[name] for q in judged if name in q]
-    return {"mean": mean(values), "worst": min(values)} if values else None

@@ -15,7 +15,6 @@ from typing import Any
 from tqdm import tqdm
 
 from accel.files import write_atomically
-from accel.metrics import Classifier
 from accel.pipelines.compare_arms import DENSE, ArmSpec
 from accel.pipelines.compare_book import Book, Job
 from accel.pipelines.compare_findings import findings_of
@@ -30,7 +29,7 @@ from accel.pipelines.compare_results import (
 from accel.pipelines.compare_settings import CompareSettings
 from accel.pipelines.compare_turns import is_of_use, missing_of, turns_of
 from accel.pipelines.compare_worker import ArmFailed, Worker
-from accel.pipelines.host import ModelConfig, find_path
+from accel.pipelines.host import ModelConfig
 from accel.pipelines.provenance import versions
 
 SCHEMA = 1
@@ -51,6 +50,9 @@ class Comparison:
         self._workers: dict[ArmSpec, Any] = {}
         self._errors: dict[ArmSpec, str] = {}
         self._unseen: dict[ArmSpec, str] = {}  # arms without maps, and why
+        self.kind = model.kind
+        # predictions are of what plans select; of other kinds of output there are none yet
+        self.predict = settings.predict and self.kind.priced
         prompts = settings.prompts_of(model)
         self.probe = fastest_dtype(
             model, settings, prompts, folder / "probe", self._sitting, launch
@@ -63,10 +65,9 @@ class Comparison:
             prompts,
             settings.seed,
             self._sitting,
-            settings.predict,
-            model.classifier,
+            self.predict,
         )
-        self._classifier = _classifier_of(model)
+        self._judge = self.kind.judge(model)
 
     @property
     def jobs(self) -> list[Job]:
@@ -98,7 +99,7 @@ class Comparison:
         for arm in self.groups[group]:
             if any(job.arm == arm for job in todo) and arm not in self._workers | self._errors:
                 self._start(arm)
-        with tqdm(todo, unit="video", disable=not todo, dynamic_ncols=True) as bar:
+        with tqdm(todo, unit=self.kind.one, disable=not todo, dynamic_ncols=True) as bar:
             for job in bar:
                 if not is_of_use(job, todo, list(self._workers), dense):
                     continue
@@ -111,20 +112,20 @@ class Comparison:
         say(f"{arm.name}: loading and warming up")
         self._workers[arm] = self._launch(self.book.arm_folder(arm), self._spec(arm))
         started = self._ask(arm, {"do": "start"}, "start")
-        if started and self.settings.predict and arm.plan is not None:
+        if started and self.predict and arm.plan is not None:
             say(f"{arm.name}: measuring what it costs here")
             costs = str(self.folder / "costs" / self.book.key(DENSE))
             self._ask(arm, {"do": "price", "folder": costs}, "price")
 
     def results(self) -> dict[str, Any]:
         """The results so far, also written to results.json."""
-        measure_quality(self.book, self.arms, self._classifier)
+        measure_quality(self.book, self.arms, self.kind, self._judge)
         baselines = self.settings.dense_arms
         records = records_of(self.book, self.jobs)
         fastest = fastest_of(records, baselines)
         arms = {}
         for arm in self.arms:
-            arms[arm.name] = results_of(self.book, arm, records, baselines, fastest)
+            arms[arm.name] = results_of(self.book, arm, records, baselines, fastest, self.kind)
             if arm in self._errors:
                 arms[arm.name]["error"] = self._errors[arm]
             if arm in self._unseen:
@@ -141,17 +142,19 @@ class Comparison:
             "versions": versions(),
             "settings": {
                 "model": self.model.name,
+                "output": self.kind.name,
                 "dtype": self.model.dtype,
                 "probe": self.probe,
                 "prompts": list(self.book.prompts),
                 "seed": self.settings.seed,
                 "rounds": self.settings.rounds,
-                "predict": self.settings.predict,
+                "predict": self.predict,
                 "timing_prompts": self.settings.timing_prompts,
                 "loaded_at_once": self.settings.loaded_at_once,
-                "steps": self.model.call["num_inference_steps"],
+                "steps": self.model.steps,
                 "call": dict(self.model.call),
                 "fps": self.model.fps,
+                "tasks": self.model.tasks,
                 "command": self.settings.command,
             },
             "date": (sittings[-1] if sittings else self._sitting)[:19],
@@ -168,6 +171,7 @@ class Comparison:
             "model": asdict(self.model),
             "folder": str(self.book.calibration_folder) if arm.calibrated else "",
             "precision": arm.precision,
+            "parameters": json.loads(arm.parameters) if arm.parameters else {},
         }
 
     def _ask(
@@ -207,7 +211,12 @@ class Comparison:
         """
         sparse = (a for a in self.arms if a.kind in ("plan", "front", "recipe"))
         shown = next((arm for arm in sparse if arm not in self._errors), None)
-        if shown is None or shown not in group or self.book.read(shown, "maps", 0) is not None:
+        if (
+            not self.kind.mapped
+            or shown is None
+            or shown not in group
+            or self.book.read(shown, "maps", 0) is not None
+        ):
             return
         if shown not in self._workers:
             self._start(shown)
@@ -227,10 +236,3 @@ class Comparison:
 def _now() -> str:
     """Names a sitting: no two begin in the same moment."""
     return datetime.now().isoformat(timespec="microseconds")
-
-
-def _classifier_of(model: ModelConfig) -> Classifier | None:
-    path = find_path(model.classifier)
-    if not model.classifier or not Path(path).exists():
-        return None
-    return Classifier.load(path, {n: (t, l, b, r) for n, (t, l, b, r) in model.places.items()})

@@ -9,15 +9,16 @@ from accel.pipelines.caches import CacheSpec
 from accel.pipelines.compare_arms import (
     DENSE,
     KINDS,
-    OWN_DENSE,
     ArmSpec,
     check_names,
     combined_arms,
     dense_arms,
     recipe_arm,
-    recipe_names,
 )
-from accel.pipelines.host import DTYPES, ModelConfig, find_path
+from accel.pipelines.host import DTYPES, ModelConfig
+from accel.pipelines.outputs import output_of
+from accel.pipelines.paths import find_path
+from accel.pipelines.recipe_specs import OWN_DENSE, named_recipes
 from accel.untrusted import check_whole, finite
 
 
@@ -25,11 +26,12 @@ from accel.untrusted import check_whole, finite
 class CompareSettings:
     """What a comparison is asked for; see `configs/compare.yaml`.
 
-    plans, fronts, caches: as `named_plans`, `named_fronts` and `named_caches` read them.
+    plans, fronts, caches: as `named_plans`, `named_fronts` and `named_caches` read them; recipes:
+    names, or names with what they are, which are read here. output: the model's.
     """
 
     plans: Mapping[str, str]
-    recipes: Sequence[str]
+    recipes: Any
     prompts: int | Sequence[str]
     dtypes: Sequence[str]
     fronts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -43,15 +45,26 @@ class CompareSettings:
     arms_timeout_s: int | float = 1800
     loaded_at_once: int = 8
     command: str = ""
+    output: str = "frames"
 
     def __post_init__(self) -> None:
-        for name in ("recipes", "dtypes", "baselines"):
+        for name in ("dtypes", "baselines"):
             object.__setattr__(self, name, texts(name, getattr(self, name)))
         if not isinstance(self.prompts, int):
             object.__setattr__(self, "prompts", texts("prompts", self.prompts))
             if not self.prompts:
                 raise AccelError("prompts is empty; give a number or a list of texts")
-        object.__setattr__(self, "recipes", recipe_names(self.recipes))
+        kind = output_of(self.output)
+        recipes = self.recipes
+        if not isinstance(recipes, Mapping):
+            recipes = texts("recipes", recipes)
+        object.__setattr__(self, "recipes", named_recipes(recipes, kind.serves, kind.name))
+        if (self.caches or self.combined) and not kind.caches:
+            raise AccelError(
+                "caches and combined are for diffusers' caches, which know nothing of a model of"
+                f" {kind.name}; what such a model keeps between calls is part of a plan, as in"
+                " recipes=[sparse_dllm]"
+            )
         if not self.baselines or self.baselines[0] != DENSE.name:
             raise AccelError(
                 f"baselines is {list(self.baselines)}; it begins with {DENSE.name!r}, the host's"
@@ -86,7 +99,7 @@ class CompareSettings:
         for name, files in self.fronts.items():
             for number, file in enumerate(files, 1):
                 plans.append(ArmSpec.of(f"{name}-{number}", file, "front", name))
-        plans += [recipe_arm(name, self.baselines) for name in self.recipes]
+        plans += [recipe_arm(name, spec, self.baselines) for name, spec in self.recipes.items()]
         arms = [*self.dense_arms, *plans]
         for name, spec in self.caches.items():
             arms.append(ArmSpec(name, kind="cache", cache=spec.identity))

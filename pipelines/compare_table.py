@@ -1,34 +1,14 @@
 """The results of a comparison as rows of text: for the terminal, Markdown and the report."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from accel.pipelines.compare_arms import KINDS
 from accel.pipelines.compare_findings import sentences_of
+from accel.pipelines.measures import Column, number
+from accel.pipelines.outputs import output_of
 
 GROUPED_FROM = 9  # arms: longer tables have a heading for every kind
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column: its head, what it means, and the text of an arm's results."""
-
-    head: str
-    meaning: str
-    text: Callable[[Mapping[str, Any]], str]
-
-
-def _number(form: str, *path: str) -> Callable[[Mapping[str, Any]], str]:
-    """The number at `path` of the results, or a dash."""
-
-    def text(results: Mapping[str, Any]) -> str:
-        value: Any = results
-        for key in path:
-            value = None if value is None else value.get(key)
-        return "-" if value is None else form.format(value)
-
-    return text
 
 
 def _seconds(results: Mapping[str, Any]) -> str:
@@ -44,75 +24,46 @@ def _step(results: Mapping[str, Any]) -> str:
     return " / ".join("-" if s is None else f"{1000 * s:.0f}" for s in parts)
 
 
-def _pair(form: str, name: str) -> Callable[[Mapping[str, Any]], str]:
-    def text(results: Mapping[str, Any]) -> str:
-        found = results.get(name)
-        return f"{found['mean']:{form}} ({found['worst']:{form}})" if found else "-"
-
-    return text
-
-
-def _below_front(results: Mapping[str, Any]) -> str:
-    against = results.get("against_front") or {}
-    return f"{next(iter(against.values()))['above_db']:+.1f}" if against else "-"
-
-
 def _memory(results: Mapping[str, Any]) -> str:
     peak = results.get("peak_memory_bytes")
     return "-" if peak is None else f"{peak / 2**30:.2f}"
 
 
-COLUMNS = (
+SPEED = (
     Column(
         "speed-up",
         "median over prompts and rounds of the time of the fastest dense arm / this arm's time, of"
         " generations of the same turn, beside each other in one sitting",
-        _number("{:.2f}x", "speedup"),
+        number("{:.2f}x", "speedup"),
     ),
     Column(
         "over host",
         "the same over dense, the host's own attention, which accel does not touch",
-        _number("{:.2f}x", "speedup_over", "dense"),
+        number("{:.2f}x", "speedup_over", "dense"),
     ),
     Column(
         "predicted",
         "the speed-up that the plan expects from what kernels cost; whether that was measured, and"
         " where, stands with the findings",
-        _number("{:.2f}x", "predicted_speedup"),
+        number("{:.2f}x", "predicted_speedup"),
     ),
     Column("seconds", "time of one generation: median [20th, 80th percentile]", _seconds),
     Column("step ms", "median time of one step: dense / sparse", _step),
+)
+MEMORY = (
     Column(
         "memory GiB",
         "peak: of the GPU's allocations, or of the resident memory of the process",
         _memory,
     ),
-    Column("keep", "mean fraction of blocks computed in sparse steps", _number("{:.3f}", "keep")),
-    Column(
-        "PSNR dB",
-        "against dense with the same prompt and noise: mean (worst)",
-        _pair(".1f", "psnr"),
-    ),
-    Column(
-        "front dB",
-        "what the (first) front is worth at the measured time of this arm, above this arm's PSNR:"
-        " linear between those of its points that no other beats, and that of the slowest from"
-        " there on",
-        _below_front,
-    ),
-    Column("SSIM", "structural similarity to dense: mean (worst)", _pair(".3f", "ssim")),
-    Column(
-        "flicker",
-        "change between frames that motion does not explain, as a multiple of dense; lower is"
-        " steadier",
-        _number("{:.2f}x", "flicker_ratio"),
-    ),
-    Column(
-        "accuracy",
-        "share of what the prompts name that a classifier sees",
-        _number("{:.0%}", "accuracy"),
-    ),
+    Column("keep", "mean fraction of blocks computed in sparse steps", number("{:.3f}", "keep")),
 )
+
+
+def columns_of(results: Mapping[str, Any]) -> tuple[Column, ...]:
+    """The columns of a table: what every kind of output has, and what this one has of its own."""
+    kind = output_of(results["settings"].get("output", "frames"))
+    return (*SPEED, *kind.columns_of_speed, *MEMORY, *kind.columns_of_quality(results["arms"]))
 
 
 def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
@@ -121,7 +72,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
     In a long table every kind of arm begins with a row of its name alone.
     """
     arms = results["arms"]
-    texts = {c.head: [c.text(arm) for arm in arms.values()] for c in COLUMNS}
+    texts = {c.head: [c.text(arm) for arm in arms.values()] for c in columns_of(results)}
     shown = [head for head, column in texts.items() if set(column) - {"-", "- / -"}]
     rows, kind = [["arm", *shown]], None
     for i, (name, arm) in enumerate(arms.items()):
@@ -172,13 +123,14 @@ def as_text(results: Mapping[str, Any]) -> str:
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The same table for a README, with what it was measured on."""
     settings = results["settings"]
+    kind = output_of(settings.get("output", "frames"))
     head, *body = rows_of(results)
     lines = [f"| {' | '.join(head)} |", f"|{'---|' + '---:|' * (len(head) - 1)}"]
     for row in body:
         cells = row if len(row) > 1 else [f"**{row[0]}**", *[""] * (len(head) - 1)]
         lines.append(f"| {' | '.join(cells)} |")
     about = (
-        f"{settings['model']}, {results['device']}, {settings['dtype']}, {settings['steps']} steps,"
+        f"{settings['model']}, {results['device']}, {settings['dtype']}, {kind.words(settings)[0]},"
         f" prompts: {len(settings['prompts'])}, rounds: {settings['rounds']}, {results['date']}"
     )
     notes = [f"- {line}" for line in [*failures(results), *sentences_of(results)]]

@@ -1,4 +1,4 @@
-"""`accel-generate`: one video or image from one prompt, with a plan or a cache, both or neither."""
+"""`accel-generate`: one video, image or text from one prompt, with a plan, a cache, or neither."""
 
 import time
 from pathlib import Path
@@ -14,19 +14,23 @@ from accel.pipelines.announce import promise
 from accel.pipelines.cache_hooks import enable_cache, magnitude_ratios
 from accel.pipelines.caches import CacheSpec
 from accel.pipelines.enable import enable, session_of, summary
-from accel.pipelines.host import Host, find_path
+from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
-from accel.pipelines.video_files import checked_path, write_video
+from accel.pipelines.paths import find_path
 
 
 def generate(config: dict[str, Any]) -> None:
     """Generate what `config` describes, write the file, and say what the plan did."""
-    prompt = "" if config["prompt"] is None else str(config["prompt"]).strip()
-    if not prompt:
-        raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
+    prompt = _prompt(config["prompt"], config.get("prompt_file"))
     model = model_config(config["model"])
+    kind = model.kind
     cache = None if config["cache"] is None else CacheSpec.of(config["cache"])
-    path = None if config["out"] is None else checked_path(config["out"])
+    if cache is not None and not kind.caches:
+        raise AccelError(
+            f"cache={cache.kind} is one of diffusers', which know nothing of {kind.name};"
+            " take a plan that keeps keys and values, as in plan=sparse_dllm"
+        )
+    path = kind.checked_path(config["out"])
     host = Host(model)
     if config["plan"]:
         enable(host.pipe, find_path(config["plan"]), strict=config["strict"])
@@ -39,15 +43,27 @@ def generate(config: dict[str, Any]) -> None:
         enable_cache(host.pipe, cache, steps=config["steps"] or host.steps, ratios=ratios)
     begun = time.perf_counter()
     host.pipe.set_progress_bar_config(disable=False)
-    video = host.generate(prompt, config["seed"], **overrides)
+    made = host.generate(prompt, config["seed"], **overrides)
     seconds = time.perf_counter() - begun
-    path = path or Path("image.png" if len(video) == 1 else "video.gif")
-    write_video(path, video, fps=model.fps, min_side=config["min_side"])
+    written = kind.write(path, made, fps=model.fps, min_side=config["min_side"])
     if config["plan"]:
         print(summary(host.pipe))
-    frames, height, width, _ = video.shape
-    number = "one frame" if frames == 1 else f"{frames} frames"
-    print(f"{path}: {number} of {width} x {height}, generated in {seconds:.1f} s")
+    print(f"{written}, generated in {seconds:.1f} s")
+
+
+def _prompt(given: Any, file: str | None) -> str:
+    """What is asked for; of a file, which is taken as it is, line breaks at its end too."""
+    prompt = "" if given is None else str(given).strip()
+    if file is not None:
+        path = Path(find_path(file))
+        if not path.is_file():
+            raise AccelError(f"prompt_file: there is no file {file!r}")
+        if prompt:
+            raise AccelError("prompt and prompt_file are two prompts; give one")
+        prompt = path.read_text(encoding="utf-8")
+    if not prompt.strip():
+        raise AccelError("there is no prompt; give one: prompt='a seven moving left'")
+    return prompt
 
 
 def _promised(host: Host) -> str:

@@ -12,9 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from accel.errors import AccelError, nearest
-from accel.untrusted import check_whole
+from accel.pipelines.output import Output
+from accel.pipelines.outputs import output_of
+from accel.pipelines.paths import find_path
+from accel.pipelines.tasks import by_turns, read_tasks
 
-Video = NDArray[np.float32]
+Video = NDArray[np.float32]  # what `Host.generate` gives of frames
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,22 +27,27 @@ class ModelConfig:
 
     path: a directory below the current one or below the checkout, or a hub repository.
     call: arguments of the pipeline's `__call__`; prompts: what comparisons generate;
-    calibration: what a search looks at; classifier: a directory with a classifier, or "";
-    places: where the frames show the places that prompts name, for the classifier to look there:
-    {name: [top, left, bottom, right]} in pixels.
+    calibration: what a search looks at; output: what is generated, `frames` or `text`.
+    Of frames, classifier: a directory with a classifier, or ""; places: where the frames show the
+    places that prompts name, for the classifier to look there: {name: [top, left, bottom, right]}
+    in pixels. Of text, tasks and calibration_tasks: files of tasks (`accel.pipelines.tasks`), or
+    ""; their prompts, of one kind after another, stand for those that are not given.
     """
 
     name: str
     pipeline: str
     path: str
     call: Mapping[str, Any]
-    prompts: tuple[str, ...]
-    calibration: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+    output: str = "frames"
     dtype: str = "float32"
     device: str = "auto"
     fps: int = 12
     classifier: str = ""
     places: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    tasks: str = ""
+    calibration_tasks: str = ""
     load: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,20 +58,25 @@ class ModelConfig:
                 f"model.pipeline is {self.pipeline!r}; name its module too, as in"
                 f" diffusers.{self.pipeline}"
             )
-        for name in ("prompts", "calibration"):
+        for name, tasks in (("prompts", self.tasks), ("calibration", self.calibration_tasks)):
             prompts = tuple(getattr(self, name))
+            if tasks and not prompts:
+                prompts = tuple(task.prompt for task in by_turns(read_tasks(tasks)))
             if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
                 raise AccelError(f"model.{name} must be prompts with text in them, got {prompts}")
             object.__setattr__(self, name, prompts)
-        for place, bounds in dict(self.places).items():
-            whole = len(bounds) == 4 and all(type(b) is int and b >= 0 for b in bounds)
-            if not (whole and bounds[0] < bounds[2] and bounds[1] < bounds[3]):
-                raise AccelError(
-                    f"model.places.{place} must be [top, left, bottom, right] in pixels, got"
-                    f" {list(bounds)}"
-                )
-        check_whole("model.call.num_inference_steps", dict(self.call).get("num_inference_steps"), 1)
+        self.kind.check(self)
         self.resolved_device()
+
+    @property
+    def kind(self) -> Output:
+        """How what is generated is kept, judged and shown."""
+        return output_of(self.output)
+
+    @property
+    def steps(self) -> int:
+        """The steps of a dense generation."""
+        return self.kind.steps(self.call)
 
     def resolved_device(self) -> torch.device:
         return resolve_device("model.device", self.device)
@@ -80,15 +93,6 @@ def resolve_device(name: str, device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise AccelError(f"{name} is {device!r}, which cannot be used here: {reason}") from error
     return found
-
-
-def find_path(path: str) -> str:
-    """A path below the current directory or below the checkout; anything else is left as it is."""
-    checkout = Path(__file__).resolve().parent.parent
-    for root in (Path.cwd(), checkout):
-        if (root / path).exists():
-            return str(root / path)
-    return path
 
 
 class Host:
@@ -110,25 +114,33 @@ class Host:
         self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
 
-    def generate(self, prompt: str, seed: int, **overrides: Any) -> Video:
-        """One video [frames, height, width, 3] in [0, 1]; the noise depends on `seed` alone.
+    @property
+    def kind(self) -> Output:
+        return self.config.kind
 
-        An image is a video of one frame.
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    def generate(self, prompt: str, seed: int, **overrides: Any) -> Any:
+        """One generation, which depends on `seed` alone: of frames one video
+        [frames, height, width, 3] in [0, 1], where an image is a video of one frame; else what the
+        kind of output says.
 
         Raises AccelError for arguments that the pipeline does not take.
         """
-        return np.asarray(self._call(prompt, seed, "np", overrides), dtype=np.float32)
+        return self.kind.read(self._call(prompt, seed, self.kind.output_type, overrides))
 
     def latents(self, prompt: str, seed: int, **overrides: Any) -> NDArray[np.float32]:
-        """What `generate` would decode: latents [channels, frames, height, width], or of an image
-        as its pipeline has them.
+        """What `generate` would decode, of frames: latents [channels, frames, height, width], or of
+        an image as its pipeline has them.
         """
-        found = self._call(prompt, seed, "latent", overrides)
-        return found.float().cpu().numpy()
+        made = self._call(prompt, seed, "latent", overrides)
+        return (made.frames[0] if "frames" in made else made.images[:1]).float().cpu().numpy()
 
     def _call(self, prompt: str, seed: int, kind: str, overrides: Mapping[str, Any]) -> Any:
         generator = torch.Generator("cpu").manual_seed(seed)
-        call = {**self.config.call, **overrides}
+        call = {**self.kind.call(self.pipe, self.config.call), **overrides}
         known = signature(self.pipe.__call__).parameters
         for name in call:
             if name not in known:
@@ -137,13 +149,8 @@ class Host:
                     f" {nearest(name, known)}"
                 )
         try:
-            made = self.pipe(prompt, generator=generator, output_type=kind, **call)
+            return self.pipe(prompt, generator=generator, output_type=kind, **call)
         except ValueError as error:
             if isinstance(error, AccelError):
                 raise
             raise AccelError(f"{self.config.pipeline} refuses {call}: {error}") from error
-        return made.frames[0] if "frames" in made else made.images[:1]
-
-    @property
-    def steps(self) -> int:
-        return int(self.config.call["num_inference_steps"])

@@ -48,8 +48,19 @@ figcaption { font-size: 13px; font-weight: 600; text-align: center; margin-top: 
 .strips > span { color: var(--soft); }
 .strips img { width: 100%; display: block; border-radius: 4px; }
 .strips i { color: var(--soft); }
+h3 { font-size: 13px; color: var(--soft); margin: 16px 0 6px; }
+td i { color: var(--soft); font-style: normal; font-size: 12px; }
+.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 14px;
+  margin-top: 12px; }
+figure.answer { max-width: none; min-width: 0; }
+figure.answer figcaption { display: flex; justify-content: space-between; gap: 8px; }
+figure.answer figcaption span { color: var(--soft); font-weight: 400; }
+.answer b { color: #0f766e; } p del, .answer del { color: #b91c1c; }
+p mark, .answer mark { background: #fee2e2; color: #b91c1c; }
 pre { background: #0f172a; color: #e2e8f0; padding: 14px 18px; border-radius: 8px;
   white-space: pre-wrap; font-size: 13px; }
+pre.quiet, figure.answer pre { background: #f1f5f9; color: #475569; margin: 4px 0 0;
+  font-size: 12px; padding: 10px 12px; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   .strips { grid-template-columns: 1fr; } .strips > span { display: none; }
 }

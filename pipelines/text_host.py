@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from accel.errors import AccelError, UnsupportedModelError
+from accel.pipelines.enable import untouched
 from accel.pipelines.rotary import can_place, placed
 
 __all__ = ["TextHost"]
 
-_CHECKED = 6  # tokens of the call that tells whether a model sees what follows
+_TRIED = 6  # tokens of the calls that tell what a model sees
 
 
 class TextHost:
@@ -26,8 +27,9 @@ class TextHost:
         taken = signature(type(own).forward).parameters
         self._any = any(p.kind is Parameter.VAR_KEYWORD for p in taken.values())
         self._names = set(taken)
-        self._own = own
-        self._seen: set[bool] = set()
+        self._own: nn.Module = own
+        self._sees_ahead = False
+        self._mask_rank = 0  # 2: [batch, tokens], 4: [batch, 1, 1, tokens]; 0: not known yet
 
     @property
     def config(self) -> Any:
@@ -42,11 +44,6 @@ class TextHost:
                 return found
         return None
 
-    @property
-    def takes_positions(self) -> bool:
-        """Whether tokens can be fed with positions of their own."""
-        return "position_ids" in self._names or can_place(self._own)
-
     def logits(
         self,
         tokens: Int[Tensor, "batch fed"],
@@ -60,24 +57,24 @@ class TextHost:
         """
         call: dict[str, Any] = {}
         if real is not None:
-            call["attention_mask"] = real.long()
+            call["attention_mask"] = real[:, None, None] if self._mask_rank == 4 else real.long()
         if "use_cache" in self._names or (self._any and hasattr(self.config, "use_cache")):
             call["use_cache"] = False
         if self._any:
             call["is_causal"] = False
-        place: Any = None
+        counted: Any = None
         if positions is not None:
             if "position_ids" in self._names:
                 call["position_ids"] = positions
             elif can_place(self._own):
-                place = positions
+                counted = positions
             else:
                 raise UnsupportedModelError(
                     f"a {type(self._own).__name__} takes no position_ids, so it can neither be"
                     " padded nor be fed some of its tokens; give prompts of one length, and a plan"
                     " without a cache"
                 )
-        with placed(self._own, place), self._only(rows, tokens.shape[1]):
+        with placed(self._own, counted), self._only(rows, tokens.shape[1]):
             out = self.model(tokens, **call)
         logits = getattr(out, "logits", None)
         if logits is None:
@@ -110,27 +107,55 @@ class TextHost:
         finally:
             hook.remove()
 
-    def check_sees_ahead(self, padded: bool) -> None:
-        """Refuse a model whose tokens do not see those after them, by a call that shows it.
-
-        Once for calls with padding and once for those without.
+    def check(self, padded: bool) -> None:
+        """Refuse a model whose tokens do not see those after them, or that sees its padding; small
+        calls tell, once.
         """
-        if padded in self._seen:
+        if not self._sees_ahead:
+            if not self._tried(None)[0]:
+                raise AccelError(f"this {self._name} is causal: {_AHEAD}")
+            self._sees_ahead = True
+        if not padded or self._mask_rank:
             return
+        seen = []
+        for rank in (2, 4):
+            self._mask_rank = rank
+            try:
+                ahead, honoured = self._tried(torch.arange(_TRIED) > 0)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                if isinstance(error, AccelError):
+                    raise
+                continue
+            if ahead and honoured:
+                return
+            seen.append(ahead)
+        self._mask_rank = 0
+        if False in seen:
+            raise AccelError(f"this {self._name} is causal where there is padding: {_AHEAD}")
+        raise AccelError(
+            f"this {self._name} does not heed a mask of padding; give prompts of one length"
+        )
+
+    @property
+    def _name(self) -> str:
+        return type(self._own).__name__
+
+    def _tried(self, real: Bool[Tensor, " tokens"] | None) -> tuple[bool, bool]:
+        """Whether a token sees the last one, and does not see the first, which may be padding."""
         device = next(self._own.parameters()).device
-        tokens = torch.zeros(2, _CHECKED, dtype=torch.long, device=device)
+        tokens = torch.zeros(3, _TRIED, dtype=torch.long, device=device)
         tokens[1, -1] = 1
-        real, positions = None, None
-        if padded:
-            real = torch.ones_like(tokens, dtype=torch.bool)
-            real[:, 0] = False
+        tokens[2, 0] = 1
+        positions = None
+        if real is not None:
+            real = real.to(device).expand(3, -1)
             positions = (real.cumsum(1) - 1).clamp(min=0)
-        found = self.logits(tokens, positions, real, None)
-        if torch.equal(found[0, 1], found[1, 1]):
-            name = type(self._own).__name__
-            raise AccelError(
-                f"this {name} is causal{' where there is padding' if padded else ''}: a token does"
-                " not see those after it, so it cannot be a masked diffusion model. If it was"
-                " trained as one, load it with is_causal=False in its configuration"
-            )
-        self._seen.add(padded)
+        with untouched(self._own):
+            found = self.logits(tokens, positions, real, None)[:, 1]
+        return not torch.equal(found[0], found[1]), torch.equal(found[0], found[2])
+
+
+_AHEAD = (
+    "a token does not see those after it, so it cannot be a masked diffusion model. If it was"
+    " trained as one, load it with is_causal=False in its configuration"
+)

@@ -30,7 +30,7 @@ class Fed:
     """
 
     step: TextStep
-    slots: Int[Tensor, "batch fed"]
+    slots: Int[Tensor, "rows fed"]
     rows: tuple[int, int] | None
 
 
@@ -38,7 +38,8 @@ class TokenFeed:
     """The calls of one generation.
 
     prompt: slots before the generated tokens; blocks: slots [start, stop) of each block; real:
-    slots that are no padding, None where all are. shift: the logits of a token are those of the
+    slots that are no padding, None where all are. steps: that the quota asks for in each block, 1
+    for each of its tokens where that is None. shift: the logits of a token are those of the
     slot before it (Dream), which is fed as well.
     """
 
@@ -50,33 +51,35 @@ class TokenFeed:
         blocks: Sequence[tuple[int, int]],
         real: Bool[Tensor, "batch tokens"] | None,
         shift: bool,
+        steps: Sequence[int] | None = None,
         device: torch.device,
     ) -> None:
         self._cache = cache or WHOLE
         self._prompt, self._blocks, self._real = prompt, list(blocks), real
-        self._back = int(shift and prompt > 0)
+        self._shift = shift
         self._device = device
-        self._group, self._turn = -1, 0
+        self._steps = [b - a for a, b in self._blocks] if steps is None else list(steps)
+        self._group = -1
         self._slots = torch.arange(0)
         self._layouts: tuple[Layout, ...] = ()
         self._valid: Tensor | None = None
 
-    def next(self, index: int, first: bool, undecided: Bool[Tensor, "batch tokens"]) -> Fed:
-        """The next call, for block `index`; first: of the block.
+    def next(self, index: int, turn: int, undecided: Bool[Tensor, "batch tokens"]) -> Fed:
+        """The next call, for block `index`; turn: the block's calls before it.
 
         undecided: which generated tokens were masked before the last step.
         """
         size = self._cache.blocks or len(self._blocks)
         if index // size != self._group:
             self._begin(index // size, size)
-        turn = self._turn
-        self._turn += 1
+        before = self._steps[index - index % size : index]
+        step_of_group = sum(before) + min(turn, self._steps[index] - 1)
         start, stop = self._blocks[index]
-        block = (start - self._back, stop)
+        block = (self._before(start), stop)
         step = TextStep(self._layouts, block, self._live(), valid=self._valid)
-        if self._cache.whole(turn):
+        if self._cache.whole(step_of_group):
             step = TextStep(
-                self._layouts, block, self._live(), None, self._valid, self._cache.fills(turn)
+                self._layouts, block, self._live(), None, self._valid, self._cache.holds
             )
             return Fed(step, self._slots[None], block)
         kind = self._cache.feed
@@ -88,17 +91,17 @@ class TokenFeed:
                 self._slots[places],
                 None,
             )
-        begin = {"generated": self._prompt - self._back}.get(kind, block[0])
+        begin = self._before(self._prompt) if kind == "generated" else block[0]
         end = stop if kind == "block" else len(self._slots)
-        if first and inside and kind != "generated":
-            begin = self._blocks[index - 1][0] - self._back
+        if turn == 0 and inside and kind != "generated":
+            begin = self._before(self._blocks[index - 1][0])
         places = torch.arange(begin, end, device=self._device)[None]
         rows = (block[0] - begin, block[1] - begin)
         fed = TextStep(self._layouts, block, self._live(), places, self._valid)
         return Fed(fed, self._slots[places], rows)
 
     def _begin(self, group: int, size: int) -> None:
-        self._group, self._turn = group, 0
+        self._group = group
         length = self._blocks[-1][1]
         self._first = self._blocks[group * size][0]
         self._end = self._blocks[min((group + 1) * size, len(self._blocks)) - 1][1]
@@ -124,23 +127,25 @@ class TokenFeed:
             for pad in padding
         )
 
+    def _before(self, slot: int) -> int:
+        """Where the logits of the token in `slot` are."""
+        return max(slot - self._shift, 0)
+
     def _live(self) -> tuple[int, int]:
         kind = self._cache.feed
-        if kind == "block":
-            return (self._first - self._back, self._end)
-        if kind == "suffix":
-            return (self._first - self._back, len(self._slots))
-        return (self._prompt - self._back, len(self._slots))
+        first = self._first if kind in ("block", "suffix") else self._prompt
+        return (self._before(first), self._end if kind == "block" else len(self._slots))
 
-    def _undecided(self, undecided: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch fed"]:
+    def _undecided(self, undecided: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "rows fed"]:
         """Places of every sample's tokens, filled up with its last one to the same number."""
         asked = undecided[:, self._slots[self._prompt :] - self._prompt]
-        if self._back:
-            before = torch.zeros(len(asked), 1, dtype=torch.bool, device=asked.device)
-            asked = torch.cat([before, asked], 1)
-            asked = asked | torch.cat([asked[:, 1:], before], 1)
+        first = self._before(self._prompt)
+        if self._shift:
+            none = torch.zeros(len(asked), 1, dtype=torch.bool, device=asked.device)
+            asked = torch.cat([none[:, : self._prompt - first], asked], 1)
+            asked = asked | torch.cat([asked[:, 1:], none], 1)
         places = torch.sort(~asked, dim=1, stable=True).indices
         counts = asked.sum(1, keepdim=True).clamp(min=1)
         number = torch.arange(int(counts.max()), device=asked.device).expand(len(asked), -1)
         number = torch.minimum(number, counts - 1)
-        return places.gather(1, number) + self._prompt - self._back
+        return places.gather(1, number) + first

@@ -13,6 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, BboxBase
 
 from accel.pipelines.compare_arms import KINDS
+from accel.pipelines.frames_output import PSNR, SPEED_UP
+from accel.pipelines.measures import Measure, Quality
 
 ACCENT, INK, FAINT = "#0f766e", "#1e293b", "#cbd5e1"
 # colour, marker and its size, by kind of arm
@@ -28,13 +30,24 @@ RADII = (7, 13, 20, 28, 38)  # how far from its point a label may stand, in poin
 DIRECTIONS = 12
 
 
-def trade_off(arms: Mapping[str, Any], shown: str, lines: Mapping[str, Sequence[str]]) -> bytes:
-    """Speed-up against PSNR (mean, and a whisker down to the worst video) as SVG.
+def trade_off(
+    arms: Mapping[str, Any],
+    shown: str,
+    lines: Mapping[str, Sequence[str]],
+    speed: Measure = SPEED_UP,
+    quality: Quality = PSNR,
+    dense: float | None = 1.0,
+    level: float | None = None,
+) -> bytes:
+    """A speed against a quality (mean, and a whisker down to the worst prompt's) as SVG.
 
-    shown: the arm in bold. lines: what is joined, as arms by rising time. Points of a front have
-    their numbers, all others their names, without the plan's where all caches have the same one.
+    shown: the arm in bold. lines: what is joined, as arms by rising time. dense: the speed of the
+    fastest dense arm, and level: the quality of dense, where it has one, for lines. Points of a
+    front have their numbers, all others their names, without the plan's where all caches have the
+    same one.
     """
-    points = {n: a for n, a in arms.items() if a.get("psnr") and a.get("speedup")}
+    spots = spots_of(arms, speed, quality)
+    points = {name: arms[name] for name in spots}
     tall = 4.0 if len(points) < 10 else 5.6
     figure = Figure(figsize=(8.4, tall), layout="constrained")
     FigureCanvasAgg(figure)
@@ -42,35 +55,49 @@ def trade_off(arms: Mapping[str, Any], shown: str, lines: Mapping[str, Sequence[
     for members in lines.values():
         joined = [points[name] for name in members if name in points]
         if joined:
-            colour, x_y = MARKS[joined[0]["kind"]][0], zip(*map(_place, joined), strict=True)
+            colour = MARKS[joined[0]["kind"]][0]
+            x_y = zip(*(spots[name] for name in members if name in spots), strict=True)
             axes.plot(*x_y, color=colour, lw=1.3, alpha=0.7, zorder=2)
     for name, arm in points.items():
-        (x, y), (colour, marker, size) = _place(arm), MARKS[arm["kind"]]
-        axes.plot([x, x], [arm["psnr"]["worst"], y], color=colour, lw=1, alpha=0.3, zorder=1)
-        axes.plot([x], [arm["psnr"]["worst"]], "_", ms=6, color=colour, alpha=0.4, zorder=1)
+        (x, y), (colour, marker, size) = spots[name], MARKS[arm["kind"]]
+        worst = quality.worst(arm)
+        if worst is not None:
+            axes.plot([x, x], [worst, y], color=colour, lw=1, alpha=0.3, zorder=1)
+            axes.plot([x], [worst], "_", ms=6, color=colour, alpha=0.4, zorder=1)
         bold = 2.0 if name == shown else 0.0
         axes.plot([x], [y], marker, ms=size + bold, color=colour, zorder=3)
-    axes.axvline(1, color=FAINT, lw=1.5, zorder=0)
-    axes.annotate(
-        "fastest dense", (1, 0), xycoords=("data", "axes fraction"), xytext=(4, 5), color="#64748b",
-        textcoords="offset points", size=8,
-    )  # fmt: skip
+    if dense is not None:
+        axes.axvline(dense, color=FAINT, lw=1.5, zorder=0)
+        axes.annotate(
+            "fastest dense", (dense, 0), xycoords=("data", "axes fraction"), xytext=(4, 5),
+            color="#64748b", textcoords="offset points", size=8,
+        )  # fmt: skip
+    if level is not None:
+        axes.axhline(level, color=FAINT, lw=1.5, zorder=0)
+        axes.annotate(
+            "dense", (0, level), xycoords=("axes fraction", "data"), xytext=(4, 4),
+            color="#64748b", textcoords="offset points", size=8,
+        )  # fmt: skip
     axes.margins(x=0.12, y=0.12)
-    axes.set_xlabel("speed-up over the fastest dense run (times)")
-    axes.set_ylabel("PSNR against dense (dB)")
+    axes.set_xlabel(speed.label)
+    axes.set_ylabel(quality.label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e2e8f0", lw=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK)
     _legend(axes, [arm["kind"] for arm in points.values()])
-    _label(figure, axes, points, shown)
+    _label(figure, axes, points, spots, shown)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
-def _place(arm: Mapping[str, Any]) -> tuple[float, float]:
-    return arm["speedup"], arm["psnr"]["mean"]
+def spots_of(
+    arms: Mapping[str, Any], speed: Measure, quality: Quality
+) -> dict[str, tuple[float, float]]:
+    """Where the arms stand that have both."""
+    found = {name: (speed.of(arm), quality.of(arm)) for name, arm in arms.items()}
+    return {name: (x, y) for name, (x, y) in found.items() if x and y is not None}
 
 
 def _legend(axes: Axes, kinds: Sequence[str]) -> None:
@@ -83,12 +110,18 @@ def _legend(axes: Axes, kinds: Sequence[str]) -> None:
         axes.legend(handles=marks, frameon=False, fontsize=8, loc="upper right")
 
 
-def _label(figure: Figure, axes: Axes, points: Mapping[str, Any], shown: str) -> None:
+def _label(
+    figure: Figure,
+    axes: Axes,
+    points: Mapping[str, Any],
+    spots: Mapping[str, tuple[float, float]],
+    shown: str,
+) -> None:
     """Name every point, each name where it covers least of the other names and points."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # what is measured below shall stay
     scale = figure.dpi / 72
-    places = {n: axes.transData.transform(_place(arm)) for n, arm in points.items()}
+    places = {n: axes.transData.transform(spot) for n, spot in spots.items()}
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
     plans = {n.rsplit("+", 1)[0] for n, arm in points.items() if arm["kind"] == "plan + cache"}
     one_plan = plans.pop() if len(plans) == 1 else ""
@@ -103,7 +136,7 @@ def _label(figure: Figure, axes: Axes, points: Mapping[str, Any], shown: str) ->
         elif name.startswith(f"{one_plan}+"):
             text = name.removeprefix(one_plan)
         label = axes.annotate(
-            text, _place(arm), xytext=(0, 0), textcoords="offset points", ha="center", va="center",
+            text, spots[name], xytext=(0, 0), textcoords="offset points", ha="center", va="center",
             color=MARKS[arm["kind"]][0], size=9 if name == shown else 8,
             weight="bold" if name == shown else "normal", zorder=4,
         )  # fmt: skip
@@ -127,7 +160,7 @@ def _label(figure: Figure, axes: Axes, points: Mapping[str, Any], shown: str) ->
         near = [min(max(place[i], box.min[i]), box.max[i]) for i in (0, 1)]
         if hypot(near[0] - place[0], near[1] - place[1]) > RADII[1] * scale:
             end = axes.transData.inverted().transform(near)
-            axes.plot(*zip(_place(arm), end, strict=True), color=FAINT, lw=0.8, zorder=0)
+            axes.plot(*zip(spots[name], end, strict=True), color=FAINT, lw=0.8, zorder=0)
 
 
 def _shared(one: BboxBase, other: BboxBase) -> float:

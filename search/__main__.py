@@ -8,15 +8,19 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from accel.command import hydra_version, run_command
+from accel.errors import AccelError
 from accel.hardware import CostSource
 from accel.pipelines.calibration import calibrated_recipe
-from accel.pipelines.host import Host
+from accel.pipelines.host import Host, ModelConfig
 from accel.pipelines.model_settings import model_config
 from accel.plan import Plan, check_block
 from accel.schedule import Schedule
 from accel.search.finish import describe
 from accel.search.run import Search
 from accel.search.settings import Budget, Evolution, SearchSettings
+from accel.search.text_genes import TextGenes
+from accel.search.text_search import TextSearch, TextSettings
+from accel.search.text_search import describe as describe_text
 
 
 def settings_of(config: Mapping[str, Any]) -> SearchSettings:
@@ -55,6 +59,9 @@ def search(config: dict[str, Any]) -> None:
         )
         print(f"plan: {_save(plan, config, folder / f'{plan.name}.json')}")
         return
+    if model.output == "text":
+        _search_text(config, model, folder)
+        return
     settings = settings_of(config)
     outcome = Search(model, settings, folder).run()
     for line in describe(outcome, settings):
@@ -62,6 +69,33 @@ def search(config: dict[str, Any]) -> None:
     print(f"plan: {_save(outcome.plan, config, folder / 'plan.json')}")
     print(f"front: {folder / 'front.json'}\ntrade-off: {folder / 'front.png'}")
     print(f"what every head does: {folder / 'heads.png'}")
+
+
+def text_settings_of(config: Mapping[str, Any]) -> TextSettings:
+    """The settings that a configuration describes for a text model."""
+    space = config["space"]
+    if "genes" not in space:
+        raise AccelError(
+            f"space {space.get('name')!r} has no genes, which a text model needs: take space=text"
+        )
+    budget = Budget(**config["budget"])
+    return TextSettings(
+        genes=TextGenes.of(space["genes"], check_block(config["block"])),
+        first=space.get("first", ()),
+        evolution=Evolution(**config["search"]),
+        loss=budget.accuracy,
+        points=config["points"],
+        seed=config["seed"],
+    )
+
+
+def _search_text(config: Mapping[str, Any], model: ModelConfig, folder: Path) -> None:
+    settings = text_settings_of(config)
+    outcome = TextSearch(model, settings, folder).run()
+    for line in describe_text(outcome, settings):
+        print(line)
+    print(f"plan: {_save(outcome.chosen.plan, config, folder / 'plan.json')}")
+    print(f"front: {folder / 'front.json'}\ntrade-off: {folder / 'front.png'}")
 
 
 def _save(plan: Plan, config: Mapping[str, Any], default: Path) -> Path:

@@ -19,7 +19,7 @@ from accel.search.objective import Objective
 from accel.search.prepare import Known, plan_of, prepare
 from accel.search.sensitivity import predicted_quality
 from accel.search.settings import SearchSettings
-from accel.search.study import Done, Trials, one_at_a_time, open_storage
+from accel.search.study import MINIMIZE, Done, Trials, one_at_a_time, open_storage
 
 # what makes plans of genomes and genomes of trials, besides what prices and harms depend on
 CODE = tuple(Path(__file__).parent / f"{name}.py" for name in ("genome", "resolve", "run", "study"))
@@ -79,7 +79,7 @@ class Search:
             repair=repair,
             seed=self.settings.seed,
             lock=self.folder / ".study.lock",
-            memory=evolution.memory,
+            third=MINIMIZE if evolution.memory else None,
         )
 
     def _repair(self, known: Known) -> Repair:

@@ -19,16 +19,22 @@ from accel.untrusted import check_whole, finite
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Which plan of the front is wanted: the fastest of at least `psnr` dB, or, with `time`, the
-    best of at most that fraction of the fastest dense generation.
+    best of at most that fraction of the fastest dense generation. Of a text model: the fastest that
+    loses at most `accuracy` of what dense decoding gets right.
     """
 
     psnr: int | float = 32.0
     time: int | float | None = None
+    accuracy: int | float = 0.01
 
     def __post_init__(self) -> None:
         if self.time is not None and (not finite(self.time) or not 0 < self.time <= 1):
             raise AccelError(
                 f"budget.time is {self.time!r}; it is a fraction of the dense time, in (0, 1]"
+            )
+        if not finite(self.accuracy) or not 0 <= self.accuracy < 1:
+            raise AccelError(
+                f"budget.accuracy is {self.accuracy!r}; it is a share that may be lost, in [0, 1)"
             )
         if not finite(self.psnr) or self.psnr <= 0:
             raise AccelError(f"budget.psnr is {self.psnr!r}; it is a number of dB above 0")

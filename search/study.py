@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import optuna
 from optuna.distributions import IntDistribution
@@ -42,7 +42,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from accel.errors import AccelError
-from accel.search.genome import Genes, Genome
+from accel.search.genome import Genome
 
 try:
     import fcntl
@@ -57,13 +57,30 @@ WAIT_S = 0.5
 MATES = 4  # parents of the nearest times, the winner itself among them
 
 MINIMIZE, MAXIMIZE = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
-DIRECTIONS = (MINIMIZE, MAXIMIZE)  # time, quality; a third objective is memory
+DIRECTIONS = (MINIMIZE, MAXIMIZE)  # time, quality
+
+
+@runtime_checkable
+class Genes(Protocol):
+    """What a study has to know of genes: `accel.search.genome` and `text_genes` have them."""
+
+    @property
+    def sizes(self) -> dict[str, int]: ...
+
+    def to_params(self, genome: Genome) -> dict[str, int]: ...
+
+    def from_params(self, params: Mapping[str, int]) -> Genome: ...
+
+    def random(self, rng: Random) -> Genome: ...
+
+    def child(self, one: Genome, other: Genome, rng: Random) -> Genome: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished trial. values: time as a fraction of the host's dense, quality in dB, and peak
-    memory in bytes where that is an objective.
+    """A finished trial. values: time as a fraction of the host's dense, quality in dB (of a text,
+    the share that is right), and a third objective where there is one: peak memory in bytes, or of
+    a text the share of tokens that dense decoding has too.
     """
 
     number: int
@@ -102,8 +119,8 @@ class Trials:
     """The study of one search.
 
     provenance: what values depend on; a study of another one is refused, whole: trials of two kinds
-    are never mixed. first: genomes of the first generation, as many as a population has. memory:
-    whether that is a third objective.
+    are never mixed. first: genomes of the first generation, as many as a population has. third:
+    the direction of a third objective, None where there is none.
     """
 
     def __init__(
@@ -117,7 +134,7 @@ class Trials:
         repair: Callable[[Genome], Genome],
         seed: int,
         lock: Path,
-        memory: bool = False,
+        third: StudyDirection | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._storage = storage
@@ -137,7 +154,7 @@ class Trials:
                 seed=seed,
                 child_generation_strategy=self._strategy,
             )
-        directions = [*DIRECTIONS, *((MINIMIZE,) if memory else ())]
+        directions = [*DIRECTIONS, *(() if third is None else (third,))]
         with one_at_a_time(lock):
             self._study = optuna.create_study(
                 storage=storage,

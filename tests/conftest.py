@@ -5,6 +5,7 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -39,6 +40,12 @@ def unjudged(monkeypatch):
     monkeypatch.setattr("accel.guard.LEAST_S", 5e-3)
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As users have it: no types are checked but by accel itself."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.fixture(scope="session")
 def tiny_wan_path(tmp_path_factory):
     """The directory of a tiny random WanPipeline."""
@@ -63,3 +70,11 @@ def pipe(tiny_wan_path):
     pipe = WanPipeline.from_pretrained(tiny_wan_path)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_llada_path(tmp_path_factory):
+    """The directory of a tiny random MaskedDiffusionPipeline, with tasks."""
+    from tiny_llada import build_tiny_llada
+
+    return build_tiny_llada(tmp_path_factory.mktemp("models") / "tiny-llada")

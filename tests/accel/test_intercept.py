@@ -134,7 +134,6 @@ class TestSdpa:
             pytest.param(
                 lambda: Attention(None, None, 0.0, True), "causal", id="positional causal"
             ),
-            pytest.param(lambda: Attention(scale=0.1), "scales its logits by 0.1", id="scale"),
         ],
     )
     def test_what_the_kernels_cannot_do_is_left_to_sdpa(self, attention, why):
@@ -148,6 +147,13 @@ class TestSdpa:
         model = Block(Attention(scale=DIM**-0.5))
         _, session = take(*model.sites)
         model(X)
+        assert not session.notices
+
+    def test_another_scale_is_that_of_the_call(self):
+        model = Block(Attention(scale=0.7))
+        plain = model(X)
+        _, session = take(*model.sites, keep=1.0)
+        assert torch.allclose(model(X)[0], plain[0], atol=1e-5)
         assert not session.notices
 
     def test_fewer_key_heads(self):
@@ -190,10 +196,10 @@ def test_sites_are_named_on_the_cpu_whatever_the_default_device():
 
 def test_settings_say_what_stands_in_the_way():
     free = How(None, 0.0, False, None, False)
-    assert free.obstacle(8, None) is None
-    assert free._replace(gqa=True).obstacle(8, None) is None
-    assert "drops out" in free._replace(dropout=0.1).obstacle(8, None)
-    assert "mask" in free._replace(mask=torch.ones(1)).obstacle(8, None)
+    assert free.obstacle(None) is None
+    assert free._replace(gqa=True).obstacle(None) is None
+    assert "drops out" in free._replace(dropout=0.1).obstacle(None)
+    assert "mask" in free._replace(mask=torch.ones(1)).obstacle(None)
 
 
 def test_a_shared_processor_tells_sites_from_other_attention():

@@ -23,6 +23,7 @@ from accel.pipelines.compare_run import Comparison
 from accel.pipelines.compare_settings import CompareSettings
 from accel.pipelines.compare_table import as_markdown, as_text
 from accel.pipelines.compare_worker import ArmFailed, Worker
+from accel.pipelines.model_files import files_of
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.pricing import warm_up_steps
 from accel.pipelines.video_files import load_frames, save_frames
@@ -214,7 +215,9 @@ def test_another_classifier_judges_anew(model, tmp_path):
     for judge in judges:
         judge.mkdir()
         (judge / f"{judge.name}.safetensors").touch()
-    old, new = (Book(tmp_path, model, ("a one",), 0, "now", classifier=str(j)) for j in judges)
+    old, new = (
+        Book(tmp_path, replace(model, classifier=str(j)), ("a one",), 0, "now") for j in judges
+    )
     old.write_quality(DENSE, 0, {"reads": True})
     assert old.quality(DENSE, 0)["reads"]
     assert new.quality(DENSE, 0) is None
@@ -222,12 +225,12 @@ def test_another_classifier_judges_anew(model, tmp_path):
 
 def test_files_that_no_output_depends_on_do_not_count(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = compare_book.files_of(str(tmp_path))
+    before = files_of(str(tmp_path))
     (tmp_path / "README.md").write_text("a card")
     (tmp_path / "samples.png").touch()
-    assert compare_book.files_of(str(tmp_path)) == before
+    assert files_of(str(tmp_path)) == before
     (tmp_path / "model.safetensors").write_bytes(b"12")
-    assert compare_book.files_of(str(tmp_path)) != before
+    assert files_of(str(tmp_path)) != before
 
 
 def test_the_precision_in_which_dense_is_fastest_is_taken(model, settings, tmp_path):
@@ -241,7 +244,7 @@ def test_the_precision_in_which_dense_is_fastest_is_taken(model, settings, tmp_p
             if self._dtype == "float16":
                 raise ArmFailed("no float16 here")
             step = {"float32": 0.5, "bfloat16": 0.25}[self._dtype]
-            return {"seconds": 6 - 4 * step, "step_seconds": {"all": step}}
+            return {"seconds": 6 - 4 * step, "steps": 4, "step_seconds": {"all": step}}
 
         def close(self):
             self._dtype = None
@@ -340,7 +343,7 @@ def test_wrong_settings_are_refused_before_anything_runs(model, settings, tmp_pa
 
 
 def test_one_text_is_a_list_of_one(settings, model):
-    assert replace(settings, recipes="sparsed").recipes == ("sparsed",)
+    assert list(replace(settings, recipes="sparsed").recipes) == ["sparsed"]
     assert replace(settings, prompts="a seven").prompts_of(model) == ("a seven",)
 
 

@@ -80,10 +80,10 @@ def test_a_point_is_a_fraction_of_the_fastest_dense(results):
 def test_the_front_is_held_against_every_other_arm_at_its_time(found):
     against = {n: a["against_front"] for n, a in found["arms"].items()}
     # times 0.8 with 40 dB and 0.4 with 30: 32.5 at 0.5
-    assert against["window"]["f"] == pytest.approx({"psnr": 32.5, "above_db": 7.5})
-    assert against["ours"]["f"]["above_db"] == pytest.approx(-0.5)
-    assert against["slow"]["f"] == {"psnr": 40.0, "above_db": 4.0}
-    assert against["pab"]["f"]["above_db"] == 5.0
+    assert against["window"]["f"] == pytest.approx({"psnr": 32.5, "above": 7.5})
+    assert against["ours"]["f"]["above"] == pytest.approx(-0.5)
+    assert against["slow"]["f"] == {"psnr": 40.0, "above": 4.0}
+    assert against["pab"]["f"]["above"] == 5.0
     # before the fastest point there is nothing to compare
     assert against["swift"] == against["f-1"] == against["full"] == against["broken"] == {}
 
@@ -130,7 +130,7 @@ def test_a_plan_that_travelled_is_held_against_one_that_was_made_here(found):
             "made_at": THERE,
             "ran_at": HERE,
             "against": "ours",
-            "loss_db": 1.0,
+            "loss": 1.0,
             "time_ratio": pytest.approx(1.25),
         }
     }

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from accel.errors import AccelError
 from accel.search.genome import Genes
-from accel.search.study import Trials, open_storage
+from accel.search.study import MINIMIZE, Trials, open_storage
 
 GENES = Genes.of(["a", "b", "c"], 2, levels=9, dense_starts=(0.1, 0.3), precisions=("full",))
 FIRST = [GENES.uniform(level) for level in range(1, 9, 2)]
@@ -118,7 +118,7 @@ def test_a_study_of_something_else_is_refused(tmp_path):
     with pytest.raises(AccelError, match=r"made with prepared 'abc', this search has 'abd'"):
         trials(tmp_path, provenance={**PROVENANCE, "prepared": "abd"})
     with pytest.raises(AccelError) as error:
-        trials(tmp_path, provenance={**PROVENANCE, "prepared": "abd", "code": "x"}, memory=True)
+        trials(tmp_path, provenance={**PROVENANCE, "prepared": "abd", "code": "x"}, third=MINIMIZE)
     told = str(error.value)
     assert "; with code None, this search has 'x'" in told
     assert "; with objectives ['minimize', 'maximize'], this search has" in told
@@ -145,7 +145,7 @@ def test_an_empty_study_that_a_crash_left_is_taken(tmp_path):
 
 
 def test_memory_can_be_a_third_objective(tmp_path):
-    study = trials(tmp_path, memory=True)
+    study = trials(tmp_path, third=MINIMIZE)
     study.run(6, lambda genome: [*cost(genome), 1000.0 * genome[0]])
     assert all(len(d.values) == 3 for d in study.finished)
 

@@ -1,0 +1,161 @@
+"""What a pipeline generates, as all that is around it sees it: one class for each kind of output.
+
+A comparison, a report and accel-generate ask an `Output` how a pipeline is called, how what it made
+is kept and judged, and how that is told and shown. They have no branches of their own: what differs
+between frames and text is in `frames_output` and `text_output`, and nowhere else.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from accel.pipelines.measures import Column, Measure, Quality
+from accel.recipes import Recipe
+
+__all__ = ["Output", "Picture"]
+
+Judged = Sequence[Mapping[str, Any] | None]
+
+
+class Picture:
+    """One picture of the trade-off: a quality over a speed, in a file of the report."""
+
+    def __init__(self, file: str, speed: Measure, quality: Quality, about: str) -> None:
+        self.file = file
+        self.speed = speed
+        self.quality = quality
+        self.about = about
+
+
+class Output(ABC):
+    """A kind of output. A `config` is a `ModelConfig`, a `host` a `Host`, `call` the arguments of
+    the pipeline; results, settings and arms are those of results.json.
+    """
+
+    name: ClassVar[str]
+    # what one generation is, and the key of an arm's generations in results
+    one: ClassVar[str]
+    many: ClassVar[str]
+    # files of pipelines/ that compute generations, besides those of every kind
+    code: ClassVar[tuple[str, ...]] = ()
+    # whether diffusers' caches, predictions from kernel costs and attention maps are of use
+    caches: ClassVar[bool] = True
+    priced: ClassVar[bool] = True
+    mapped: ClassVar[bool] = True
+    quality: ClassVar[Quality]
+    pictures: ClassVar[tuple[Picture, ...]]
+    # what is told of every generation
+    told: ClassVar[tuple[str, ...]]
+    columns_of_speed: ClassVar[tuple[Column, ...]] = ()
+    # how quality was measured, for the end of a report
+    measured: ClassVar[str]
+
+    # how a pipeline is configured and called
+
+    @abstractmethod
+    def check(self, config: Any) -> None:
+        """Refuse a configuration that says nothing, or something wrong, of this output."""
+
+    @abstractmethod
+    def serves(self, recipe: Recipe) -> bool:
+        """Whether a recipe is for models with this output."""
+
+    @abstractmethod
+    def steps(self, call: Mapping[str, Any]) -> int:
+        """The steps of a dense generation."""
+
+    @abstractmethod
+    def shortened(self, call: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """Arguments with which a generation has about `steps` steps, to warm up."""
+
+    @abstractmethod
+    def call(self, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The configured arguments for a pipeline as it is now: less what its plan decides."""
+
+    @property
+    @abstractmethod
+    def output_type(self) -> str:
+        """What a pipeline is asked for."""
+
+    @abstractmethod
+    def read(self, made: Any) -> Any:
+        """The generation in what a pipeline returned."""
+
+    @abstractmethod
+    def dense_steps(self, schedule: Any, steps: int) -> list[bool]:
+        """Which steps of a generation are dense; none where steps are not told apart."""
+
+    @abstractmethod
+    def place(self, session: Any, steps: int) -> dict[str, Any] | None:
+        """Where a plan runs, to be compared with where it was made; None where that is no number of
+        the model's.
+        """
+
+    # how a generation is kept and judged
+
+    def counts(self, generation: Any) -> dict[str, Any]:
+        """What is noted of a generation beside its time."""
+        return {}
+
+    @abstractmethod
+    def save(self, path: Path, generation: Any, host: Any, prompt: str) -> None:
+        """Keep a generation, and what only the model can say of it."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Any:
+        """What `save` kept."""
+
+    @abstractmethod
+    def judges(self, config: Any) -> str:
+        """Names what judges generations besides the dense ones: another one judges anew."""
+
+    @abstractmethod
+    def judge(self, config: Any) -> Any:
+        """What judges generations, loaded once; None where there is nothing."""
+
+    @abstractmethod
+    def judged(self, generation: Any, dense: Any, prompt: str, judge: Any) -> dict[str, Any]:
+        """The quality of one generation. dense: the one it is held against, or None for itself."""
+
+    @abstractmethod
+    def results(
+        self, found: Judged, dense: Judged, records: Mapping[int, Sequence[Mapping[str, Any]]]
+    ) -> dict[str, Any]:
+        """The fields of an arm's results that are this output's.
+
+        found, dense: the qualities of the arm and of dense by prompt; records: what was measured of
+        the arm, by prompt.
+        """
+
+    # how it is told and shown
+
+    @abstractmethod
+    def columns_of_quality(self, arms: Mapping[str, Any]) -> tuple[Column, ...]:
+        """The columns of a table beside those of speed."""
+
+    @abstractmethod
+    def words(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """What one generation is, in words: how long, then how large."""
+
+    @abstractmethod
+    def prompts_in_words(self, prompts: Sequence[str]) -> str:
+        """The prompts of a comparison, or what they are where they are long."""
+
+    @abstractmethod
+    def tiles(self, arm: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """What stands in large print above a report: values, and what they are."""
+
+    @abstractmethod
+    def sections(self, folder: Path, results: Mapping[str, Any], shown: str) -> list[str]:
+        """The sections of a report that show generations. shown: the arm that is in bold."""
+
+    # accel-generate
+
+    @abstractmethod
+    def checked_path(self, out: str | None) -> Path | None:
+        """Where a generation is written, or an error; None where that is found later."""
+
+    @abstractmethod
+    def write(self, path: Path | None, generation: Any, *, fps: int | float, min_side: int) -> str:
+        """Write a generation for people, and say what it is."""

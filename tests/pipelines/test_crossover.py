@@ -1,0 +1,89 @@
+"""From how many tokens on block masks are worth while."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_text import MASK, euro_bert
+
+import accel
+from accel.choice import DENSE
+from accel.errors import PlanError
+from accel.pipelines import crossover
+from accel.pipelines.adapters import geometry_of
+from accel.pipelines.dllm import MaskedDiffusionPipeline
+from accel.plan import Plan
+from accel.recipes import recipe
+
+
+@pytest.fixture
+def model():
+    return euro_bert()
+
+
+@pytest.fixture
+def plan(model):
+    return recipe("sparsed", geometry_of(model), block=(16, 16))
+
+
+def with_prices(monkeypatch, prices):
+    asked = []
+
+    def price_at(plan, model, tokens, *, steps):
+        asked.append(tokens)
+        return prices[tokens]
+
+    monkeypatch.setattr(crossover, "price_at", price_at)
+    return asked
+
+
+def test_the_first_length_that_gains(monkeypatch, model, plan):
+    asked = with_prices(monkeypatch, {64: 1.4, 128: 0.99, 256: 0.9, 512: 0.5})
+    lengths = (64, 128, 256, 512)
+    assert crossover.crossover(plan, model, steps=10, lengths=lengths) == 256
+    assert asked == [64, 128, 256]
+
+
+def test_where_nothing_gains(monkeypatch, model, plan):
+    with_prices(monkeypatch, {64: 1.4, 128: 1.2})
+    assert crossover.crossover(plan, model, steps=10, lengths=(64, 128)) == 256
+
+
+def test_a_plan_without_masks_has_none(model):
+    dense = Plan.uniform("p", geometry_of(model), DENSE)
+    assert crossover.crossover(dense, model, steps=10) is None
+    assert crossover.with_crossover(dense, model, steps=10) is dense
+
+
+def test_a_price_is_a_ratio(model, plan):
+    assert 0 < crossover.price_at(plan, model, 96, steps=10) < 1000
+    assert crossover.price_at(replace(plan, precision="half"), model, 96, steps=10) > 0
+
+
+def test_shorter_calls_run_dense_and_say_so(monkeypatch, model, plan):
+    with_prices(monkeypatch, {64: 1.4, 128: 0.5})
+    known = crossover.with_crossover(plan, model, steps=10, lengths=(64, 128))
+    assert known.digest == plan.digest
+    assert Plan.from_dict(known.to_dict()) == known
+    pipe = MaskedDiffusionPipeline(model, mask_token_id=MASK)
+    pipe.set_progress_bar_config(disable=True)
+    accel.enable(pipe, known, guard=False)
+    keeps = {}
+    for tokens in (90, 110):
+        pipe(input_ids=torch.full((1, tokens), 7), gen_length=20, block_length=10)
+        summary = accel.summary(pipe)
+        keeps[tokens] = [row.keep for row in summary.rows if row.phase == "band 0"]
+        assert bool(summary.notices) == (tokens == 90)
+    assert keeps[90] == [1.0] * 3
+    assert max(keeps[110]) < 0.7
+    # what was found in one precision says nothing of another
+    assert known.crossover("cpu", "float32") == 128
+    assert known.crossover("cpu", "bfloat16") == 0
+    assert known.crossover("cuda", "float32") == 0
+
+
+@pytest.mark.parametrize("tokens", [-1, 3.5, "many", True])
+def test_what_is_no_length(plan, tokens):
+    expected = {"crossover": {"tokens": tokens, "device": "cpu", "dtype": "float32"}}
+    with pytest.raises(PlanError, match=r"crossover\.tokens"):
+        replace(plan, expected=expected)
