@@ -58,12 +58,12 @@ K_ONE = Lengths(prompt=768, answer=256, batch=4)
 K_TWO = Lengths(prompt=1792, answer=256, batch=3)
 WHOLE = Lengths(prompt=4096, answer=256, batch=2)
 PHASES = (
-    Phase(0.06, (ECHO,)),
-    Phase(0.16, (TINY,)),
-    Phase(0.35, (SHORT, K_HALF)),
-    Phase(0.55, (K_HALF, K_ONE)),
-    Phase(0.75, (K_ONE, K_TWO)),
-    Phase(1.0, (K_TWO, WHOLE)),
+    Phase(0.04, (ECHO,)),
+    Phase(0.25, (TINY,)),
+    Phase(0.45, (SHORT, TINY, K_HALF)),
+    Phase(0.6, (SHORT, K_HALF, K_ONE)),
+    Phase(0.75, (K_HALF, K_ONE, K_TWO)),
+    Phase(1.0, (K_ONE, K_TWO, K_HALF, WHOLE)),
 )
 
 

@@ -4,15 +4,13 @@ folder.
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from retrieval_tasks import KINDS, WORDS, Shape, Source, Task, make_task, new_keys, stdlib_texts
+from retrieval_tasks import KEYS, KINDS, Shape, Source, Task, make_task, stdlib_texts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from training import save_pipeline
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -20,6 +18,8 @@ from transformers import (
     EuroBertForMaskedLM,
     PreTrainedTokenizerFast,
 )
+
+from accel.pipelines.dllm import MaskedDiffusionPipeline
 
 __all__ = [
     "CHAT_TOKENS",
@@ -34,7 +34,8 @@ __all__ = [
     "write_tasks",
 ]
 
-VOCABULARY = 1024
+VOCABULARY = 1536
+PRACTICE = 3000  # how often keys and pairs of digits are shown to what learns the tokens
 GEN_LENGTH = 256  # the longest answer that was trained
 LONGEST = 16_384
 # tasks of the committed files, laid over held-out text
@@ -54,13 +55,13 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# a line break, a word with the space before it, one digit, signs, spaces but the last
-PIECES = r"\n| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
+# a line break, a word with the space before it, one or two digits, signs, spaces but the last
+PIECES = r"\n| ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
 
 
 def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 1,024 tokens, learned from `texts` and from keys of tasks, so that a key
-    is two tokens. Digits and line breaks are tokens of their own.
+    """A byte-level BPE of 1,536 tokens, learned from `texts` and from keys of tasks, so that a key
+    is one token. Digits go by twos; line breaks are tokens of their own.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -76,9 +77,9 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    keys = new_keys(np.random.default_rng(0), WORDS)
-    # often enough that syllables become tokens, too rarely for whole keys
-    practice = [" ".join(["", *keys])] * 60
+    # often enough that keys and pairs of digits become tokens
+    lines = [*KEYS] + [f"{n:02d}" for n in range(100)]
+    practice = ["\n".join(lines)] * PRACTICE
     tokenizer.train_from_iterator([*texts, *practice], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -207,16 +208,11 @@ def _initialise(model: EuroBertForMaskedLM) -> None:
 
 
 def export(out: Path, model: EuroBertForMaskedLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write `model` (in bfloat16) and `tokenizer` beside `out`, then put them in place."""
+    """Write the pipeline of `model` (in bfloat16) and `tokenizer` beside `out`, then put its parts
+    in place.
+    """
     half = copy.deepcopy(model).to(torch.bfloat16)
-    for name, part in (("model", half), ("tokenizer", tokenizer)):
-        made = out / f"{name}.part"
-        shutil.rmtree(made, ignore_errors=True)
-        part.save_pretrained(made)
-        (out / name).mkdir(parents=True, exist_ok=True)
-        for file in sorted(made.iterdir()):
-            os.replace(file, out / name / file.name)
-        made.rmdir()
+    save_pipeline(MaskedDiffusionPipeline(half, tokenizer), out)
 
 
 def load(folder: Path) -> tuple[EuroBertForMaskedLM, PreTrainedTokenizerFast]:

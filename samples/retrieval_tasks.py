@@ -1,10 +1,10 @@
 """Questions about long texts whose right answers are known: a few keys in much text, many keys at
 once, and marked passages to copy. A task is a pure function of its seed, index and source.
 
-    text ... key vemo=4821 ... text          lines strewn through the source text
+    text ... vemo=4821 ... text              lines strewn through the source text
     find                                     the question, at the end
-    key vemo
-    key vemo=4821                            the answer
+    vemo
+    vemo=4821                                the answer
 """
 
 import hashlib
@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["KINDS", "Shape", "Source", "Task", "make_task", "new_keys", "stdlib_texts"]
+__all__ = ["KEYS", "KINDS", "Shape", "Source", "Task", "make_task", "new_keys", "stdlib_texts"]
 
 KINDS = ("needle", "copy", "recall")
 FIRST = tuple(c + v for c in "bdfghklmnprstvwz" for v in "aeiou")
 SECOND = tuple(c + v for c in "bfghkmpvwz" for v in "aeiou")
-WORDS = len(FIRST) * len(SECOND)
-KEY_TOKENS, LINE_TOKENS = 3, 9  # of "key vemo" and of "key vemo=4821\n" in the sample's tokenizer
+# so few that a small vocabulary has each as a token, far from each other among all pairs
+KEYS = tuple(FIRST[7 * n // len(SECOND)] + SECOND[7 * n % len(SECOND)] for n in range(512))
+KEY_TOKENS, LINE_TOKENS = 1, 5  # of "vemo" and of "vemo=4821\n" in the sample's tokenizer
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings"}
 Count = Callable[[Sequence[str]], list[int]]
 
@@ -87,7 +88,7 @@ class Shape:
     needles: int = 8
     needle_queries: int = 3
     pairs: tuple[int, int] = (16, 128)
-    queries: int = 24
+    queries: int = 40
     passages: int = 3
     passage: int = 200
 
@@ -109,8 +110,7 @@ class Task:
 
 def new_keys(rng: np.random.Generator, count: int) -> list[str]:
     """Words of two syllables, no two alike."""
-    chosen = rng.choice(WORDS, count, replace=False).tolist()
-    return [FIRST[n // len(SECOND)] + SECOND[n % len(SECOND)] for n in chosen]
+    return [KEYS[n] for n in rng.choice(len(KEYS), count, replace=False).tolist()]
 
 
 def _strewn(rng: np.random.Generator, lines: list[str], blocks: list[list[str]]) -> list[str]:
@@ -149,9 +149,9 @@ def _pairs_task(
 ) -> Task:
     keys = new_keys(rng, pairs)
     numbers = rng.integers(0, 10_000, pairs).tolist()
-    lines = [f"key {key}={number:04d}" for key, number in zip(keys, numbers, strict=True)]
+    lines = [f"{key}={number:04d}" for key, number in zip(keys, numbers, strict=True)]
     asked = rng.choice(pairs, queries, replace=False).tolist()
-    question = ["find", *(f"key {keys[i]}" for i in asked)]
+    question = ["find", *(keys[i] for i in asked)]
     values = [lines[i] for i in asked]
     return _laid_out(kind, rng, source, shape, [[x] for x in lines], question, values, values)
 
@@ -174,7 +174,7 @@ def _copy_task(rng: np.random.Generator, source: Source, shape: Shape) -> Task:
                 text.pop(0)
             tokens = longest
         texts.append(text)
-        blocks.append([f"begin {key}", *text, f"end {key}"])
+        blocks.append([f"begin:{key}", *text, f"end:{key}"])
     asked = int(rng.integers(passages))
     question = ["copy", blocks[asked][0]]
     values = [line for line in texts[asked] if line.strip()]
