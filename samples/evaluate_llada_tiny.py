@@ -36,17 +36,23 @@ def fill(
 ) -> list[int]:
     """The ids of an answer: block by block, of each block in every step the places whose best token
     is the likeliest, in `steps` steps of the same size over all blocks.
+
+    Blocks after one with an end-of-text token, which change no earlier token, are left out.
     """
-    mask = model.config.mask_token_id
+    mask, end = model.config.mask_token_id, model.config.eos_token_id
     tokens = torch.tensor([prompt + [mask] * length])
     for start in range(len(prompt), len(prompt) + length, BLOCK):
         stop = min(start + BLOCK, len(prompt) + length)
         while (open_ := tokens[0, start:stop] == mask).any():
             states = model.model(input_ids=tokens).last_hidden_state[:, start:stop]
-            chance, best = model.lm_head(states)[0].float().softmax(1).max(1)
+            logits = model.lm_head(states)[0].float()
+            logits[:, mask] = -torch.inf  # it would never end
+            chance, best = logits.softmax(1).max(1)
             count = min(max(1, length // steps), int(open_.sum()))
             chosen = chance.masked_fill(~open_, -1.0).topk(count).indices
             tokens[0, start + chosen] = best[chosen]
+        if (tokens[0, start:stop] == end).any():
+            return tokens[0, len(prompt) : stop].tolist()
     return tokens[0, len(prompt) :].tolist()
 
 
@@ -117,16 +123,18 @@ def judged(
     tasks: list[tuple[str, Task]],
     steps: int,
     folder: Path,
+    bfloat16: bool = False,
 ) -> list[dict]:
     """One row per task; those that an earlier call made come from `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     weights, rows = digest(model), []
     with tqdm(tasks, desc="tasks", mininterval=10) as bar:
         for name, task in bar:
-            words = json.dumps([weights, task.prompt, steps])
+            words = json.dumps([weights, task.prompt, steps, bfloat16])
             path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.json"
             if not path.exists():
-                ids = fill(model, encode_chat(tokenizer, [task.prompt])[0], steps)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                    ids = fill(model, encode_chat(tokenizer, [task.prompt])[0], steps)
                 path.write_text(json.dumps(answer_text(tokenizer, ids)))
             right = round(task.score(json.loads(path.read_text())) * len(task.values))
             rows.append({"id": name, "task": task.task, "values": len(task.values), "right": right})
@@ -134,7 +142,15 @@ def judged(
     return rows
 
 
-def main(model_folder: Path, work: Path, tasks: int, steps: int, windows: int, out: Path) -> None:
+def main(
+    model_folder: Path,
+    work: Path,
+    tasks: int,
+    steps: int,
+    windows: int,
+    bfloat16: bool,
+    out: Path,
+) -> None:
     """Evaluate and write."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     model, tokenizer = load(model_folder)
@@ -147,11 +163,12 @@ def main(model_folder: Path, work: Path, tasks: int, steps: int, windows: int, o
         seen[task.task] += 1
         if seen[task.task] <= tasks:
             chosen.append((name, task))
-    rows = judged(model, tokenizer, chosen, steps, work)
+    rows = judged(model, tokenizer, chosen, steps, work, bfloat16)
     found = {
         "steps": steps,
         "block": BLOCK,
         "gen_length": GEN_LENGTH,
+        "bfloat16": bfloat16,
         "device": device_name(torch.device("cpu")),
         "weights": digest(model),
         "rates": rates(rows),
@@ -169,6 +186,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=16, help="of each kind")
     parser.add_argument("--steps", type=int, default=GEN_LENGTH, help="of each answer")
     parser.add_argument("--windows", type=int, default=64, help="of held-out text, each length")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast, of the tasks")
     parser.add_argument("--out", type=Path, help="instead of evaluation.json of the model")
     return parser.parse_args()
 
@@ -181,5 +199,6 @@ if __name__ == "__main__":
         options.tasks,
         options.steps,
         options.windows,
+        options.bfloat16,
         options.out or options.model / "evaluation.json",
     )

@@ -66,6 +66,8 @@ def card(model: Path, log: Path, command: str, notes: str) -> str:
         f" {h['bound_nats_per_token']:.3f} |"
         for n, h in e["held_out"].items()
     )
+    more = f"--windows {windows}" + (" --bfloat16" if e["bfloat16"] else "")
+    precision = "bfloat16 autocast" if e["bfloat16"] else "float32"
     used = ", ".join(f"{name} {number}" for name, number in versions().items())
     return f"""{FRONT}
 # llada-tiny
@@ -128,11 +130,11 @@ before most of their neighbours are known:
 {notes}
 ## Evaluation
 
-    python samples/evaluate_llada_tiny.py --tasks {tasks} --steps {e["steps"]} --windows {windows}
+    python samples/evaluate_llada_tiny.py --tasks {tasks} --steps {e["steps"]} {more}
 
 Dense, prompts of 4,096 tokens and {e["gen_length"]} generated ones in blocks of {e["block"]},
-{e["steps"]} steps, the likeliest places first, float32. A value is right if the answer has it as a
-line.
+{e["steps"]} steps, the likeliest places first, {precision}. A value is right if the answer has it
+as a line.
 
 {_rates_table(e["rates"])}
 

@@ -62,8 +62,8 @@ PHASES = (
     Phase(0.16, (TINY,)),
     Phase(0.35, (SHORT, K_HALF)),
     Phase(0.55, (K_HALF, K_ONE)),
-    Phase(0.75, (K_ONE, K_TWO)),
-    Phase(1.0, (K_TWO, WHOLE)),
+    Phase(0.75, (K_HALF, K_ONE, K_TWO)),
+    Phase(1.0, (K_ONE, K_TWO, K_HALF, WHOLE)),
 )
 
 

@@ -37,7 +37,7 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "samples" / "models" / "llada-tiny"
-SHORT = Lengths(prompt=60, answer=24, batch=4, reach=200)
+SHORT = Lengths(prompt=70, answer=44, batch=4, reach=200)
 
 
 @lru_cache
@@ -180,7 +180,7 @@ def test_a_batch_masks_answers_alone_and_text_anywhere(step: int) -> None:
 
 def test_what_comes_after_the_decoded_block_is_masked_and_counts_little() -> None:
     rows = Rows.of(tokenizer(), some_texts(), LladaSettings(later_weight=0.01))
-    lengths = Lengths(prompt=320, answer=192, batch=24, shares=(0.0, 0.0, 1.0, 0.0))
+    lengths = Lengths(prompt=320, answer=192, batch=24, shares=(0.0, 0.0, 1.0, 0.0, 0.0))
     batch = rows.batch(lengths, 0, 0)
     found = 0
     for row in range(24):
@@ -202,7 +202,7 @@ def test_a_step_trains_all_parts_and_shows_each_kind() -> None:
     shown = {}
     for index in range(4):
         shown |= step(index, index / 4)
-    assert {"copy_60", "recall_60"} <= set(shown) <= {*(f"{k}_60" for k in KINDS), "text"}
+    assert {"copy_70", "recall_70"} <= set(shown) <= {*(f"{k}_70" for k in KINDS), "text"}
     assert all(math.isfinite(value) for value in shown.values())
     for name, weight in model.state_dict().items():
         assert not torch.equal(before[name], weight), name
@@ -266,9 +266,9 @@ def test_filling_leaves_no_mask_and_follows_the_steps() -> None:
     model, calls = tiny_model().eval(), []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     ids = fill(model, [0, 4, 9, 5], steps=8, length=64)
-    assert len(ids) == 64
-    assert len(calls) == 8
-    assert model.config.mask_token_id not in ids or tokenizer().mask_token_id in ids
+    assert len(calls) == len(ids) // 8
+    assert model.config.mask_token_id not in ids
+    assert len(ids) == (64 if model.config.eos_token_id not in ids[:32] else 32)
 
 
 def test_an_answer_ends_at_the_first_end() -> None:
@@ -344,14 +344,15 @@ def test_the_committed_files_are_small_and_name_no_folder() -> None:
 
 
 def test_the_committed_model_finds_keys_in_one_call() -> None:
+    """One row for every token of a value, with it and all that follows masked."""
     model, t = load(MODEL)
-    lines = [f"key {key}={1234 + 1111 * i}" for i, key in enumerate(("vemo", "sika", "tufa"))]
-    question = "find\nkey sika\n"
-    prompt = encode_chat(t, ["".join(f"{line}\n" for line in lines) + question])[0]
-    answer = t("key sika=2345\n").input_ids + [t.eos_token_id] * 22
-    digits = [i for i, token in enumerate(answer[:10]) if t.decode([token]).isdigit()]
-    seen = torch.tensor([prompt + answer])
-    seen[0, [len(prompt) + i for i in digits]] = t.mask_token_id
+    task = make_task("needle", 5, 3, source(), Shape(160, 96))
+    prompt = encode_chat(t, [task.prompt])[0]
+    answer = t(task.answer).input_ids
+    values = [i for i, token in enumerate(answer) if t.decode([token]).isdigit()]
+    rows = [prompt + answer[:i] + [t.mask_token_id] * (96 - i) for i in values]
     with torch.no_grad():
-        best = model(input_ids=seen).logits[0].argmax(1)
-    assert [int(best[len(prompt) + i]) for i in digits] == [answer[i] for i in digits]
+        best = model(input_ids=torch.tensor(rows)).logits.argmax(2)
+    found = [int(row[len(prompt) + i]) for row, i in zip(best, values, strict=True)]
+    right = sum(a == answer[i] for a, i in zip(found, values, strict=True))
+    assert right / len(values) >= 0.75
