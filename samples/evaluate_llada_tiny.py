@@ -17,43 +17,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from llada_tiny_denoiser import BLOCK
-from llada_tiny_model import GEN_LENGTH, encode_chat, load, load_tasks
+from llada_tiny_model import GEN_LENGTH, load, load_tasks
 from retrieval_tasks import KINDS, Task, stdlib_texts
 from torch import Tensor
 from tqdm import tqdm
-from transformers import EuroBertForMaskedLM, PreTrainedTokenizerFast
+from transformers import EuroBertForMaskedLM
 
+from accel.pipelines.dllm import MaskedDiffusionPipeline
 from accel.pipelines.provenance import device_name
 
 HERE = Path(__file__).parent
 
-__all__ = ["digest", "fill", "held_out_loss", "rates"]
-
-
-@torch.no_grad()
-def fill(
-    model: EuroBertForMaskedLM, prompt: list[int], steps: int, length: int = GEN_LENGTH
-) -> list[int]:
-    """The ids of an answer: block by block, of each block in every step the places whose best token
-    is the likeliest, in `steps` steps of the same size over all blocks.
-    """
-    mask = model.config.mask_token_id
-    tokens = torch.tensor([prompt + [mask] * length])
-    for start in range(len(prompt), len(prompt) + length, BLOCK):
-        stop = min(start + BLOCK, len(prompt) + length)
-        while (open_ := tokens[0, start:stop] == mask).any():
-            states = model.model(input_ids=tokens).last_hidden_state[:, start:stop]
-            chance, best = model.lm_head(states)[0].float().softmax(1).max(1)
-            count = min(max(1, length // steps), int(open_.sum()))
-            chosen = chance.masked_fill(~open_, -1.0).topk(count).indices
-            tokens[0, start + chosen] = best[chosen]
-    return tokens[0, len(prompt) :].tolist()
-
-
-def answer_text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """The text before the first end-of-text token."""
-    end = tokenizer.eos_token_id
-    return tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+__all__ = ["digest", "held_out_loss", "judged", "rates"]
 
 
 @torch.no_grad()
@@ -112,32 +87,41 @@ def rates(rows: list[dict]) -> dict[str, dict]:
 
 
 def judged(
-    model: EuroBertForMaskedLM,
-    tokenizer: PreTrainedTokenizerFast,
-    tasks: list[tuple[str, Task]],
-    steps: int,
-    folder: Path,
+    pipe: MaskedDiffusionPipeline, tasks: list[tuple[str, Task]], steps: int, folder: Path
 ) -> list[dict]:
-    """One row per task; those that an earlier call made come from `folder`."""
+    """One row per task, answered in `steps` steps and as far as the first end of text; those that
+    an earlier call made come from `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    weights, rows = digest(model), []
+    weights, rows = digest(pipe.model), []
     with tqdm(tasks, desc="tasks", mininterval=10) as bar:
         for name, task in bar:
-            words = json.dumps([weights, task.prompt, steps])
+            words = json.dumps([weights, task.prompt, steps, str(pipe.model.dtype)])
             path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.json"
             if not path.exists():
-                ids = fill(model, encode_chat(tokenizer, [task.prompt])[0], steps)
-                path.write_text(json.dumps(answer_text(tokenizer, ids)))
+                call = {"block_length": BLOCK, "num_inference_steps": steps, "stop_at_eos": True}
+                found = pipe(task.prompt, gen_length=GEN_LENGTH, **call).texts[0]
+                path.write_text(json.dumps(found))
             right = round(task.score(json.loads(path.read_text())) * len(task.values))
             rows.append({"id": name, "task": task.task, "values": len(task.values), "right": right})
             bar.set_postfix({k: v["accuracy"] for k, v in rates(rows).items()}, refresh=False)
     return rows
 
 
-def main(model_folder: Path, work: Path, tasks: int, steps: int, windows: int, out: Path) -> None:
+def main(
+    model_folder: Path,
+    work: Path,
+    tasks: int,
+    steps: int,
+    windows: int,
+    bfloat16: bool,
+    out: Path,
+) -> None:
     """Evaluate and write."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     model, tokenizer = load(model_folder)
+    pipe = MaskedDiffusionPipeline(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
     held_out = "".join(stdlib_texts(held_out=True))
     ids = torch.tensor(tokenizer.backend_tokenizer.encode(held_out).ids)
     loss = {str(n): held_out_loss(model, ids, windows, n) for n in (512, 2048)}
@@ -147,11 +131,13 @@ def main(model_folder: Path, work: Path, tasks: int, steps: int, windows: int, o
         seen[task.task] += 1
         if seen[task.task] <= tasks:
             chosen.append((name, task))
-    rows = judged(model, tokenizer, chosen, steps, work)
+    pipe.to(torch.bfloat16 if bfloat16 else torch.float32)
+    rows = judged(pipe, chosen, steps, work)
     found = {
         "steps": steps,
         "block": BLOCK,
         "gen_length": GEN_LENGTH,
+        "bfloat16": bfloat16,
         "device": device_name(torch.device("cpu")),
         "weights": digest(model),
         "rates": rates(rows),
@@ -169,6 +155,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=16, help="of each kind")
     parser.add_argument("--steps", type=int, default=GEN_LENGTH, help="of each answer")
     parser.add_argument("--windows", type=int, default=64, help="of held-out text, each length")
+    parser.add_argument("--bfloat16", action="store_true", help="answer tasks in bfloat16")
     parser.add_argument("--out", type=Path, help="instead of evaluation.json of the model")
     return parser.parse_args()
 
@@ -181,5 +168,6 @@ if __name__ == "__main__":
         options.tasks,
         options.steps,
         options.windows,
+        options.bfloat16,
         options.out or options.model / "evaluation.json",
     )

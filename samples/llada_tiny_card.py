@@ -17,7 +17,7 @@ from accel.pipelines.provenance import versions
 HERE = Path(__file__).parent
 FRONT = """---
 license: apache-2.0
-library_name: transformers
+library_name: diffusers
 pipeline_tag: text-generation
 ---
 """
@@ -66,6 +66,8 @@ def card(model: Path, log: Path, command: str, notes: str) -> str:
         f" {h['bound_nats_per_token']:.3f} |"
         for n, h in e["held_out"].items()
     )
+    more = f"--windows {windows}" + (" --bfloat16" if e["bfloat16"] else "")
+    precision = "bfloat16" if e["bfloat16"] else "float32"
     used = ", ".join(f"{name} {number}" for name, number in versions().items())
     return f"""{FRONT}
 # llada-tiny
@@ -76,16 +78,15 @@ that sees all places and fills masked ones, block by block. It answers questions
 searched, tested and shown on long contexts, on two CPU cores; it is of no other use.
 
 ```python
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from accel.pipelines.dllm import MaskedDiffusionPipeline
 
-folder = "samples/models/llada-tiny"
-model = AutoModelForMaskedLM.from_pretrained(f"{{folder}}/model", dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/tokenizer")
+pipe = MaskedDiffusionPipeline.from_pretrained("samples/models/llada-tiny")
+out = pipe(prompt, gen_length={GEN_LENGTH}, block_length={e["block"]})
 ```
 
 A prompt goes through the tokenizer's chat template; {GEN_LENGTH} `<|mask|>` tokens after it are the
-answer to be, and `<|eos|>` fills what the answer leaves.
+answer to be, and `<|eos|>` fills what the answer leaves. `AutoModelForMaskedLM` and `AutoTokenizer`
+load `model` and `tokenizer` alone.
 
 ## Data
 
@@ -93,9 +94,9 @@ The Python standard library without its tests; about one file in twenty, by a ha
 held out. Over windows of it `samples/retrieval_tasks.py` lays three kinds of tasks, task
 `(seed, index)` always the same:
 
-- `needle`: one to eight lines such as `key vemo=4821` at random places; up to three are asked for.
+- `needle`: one to eight lines such as `vapa=4821` at random places; up to three are asked for.
 - `copy`: one to three marked passages, one of which is to be copied, up to 200 tokens.
-- `recall`: 16 to 128 such lines, up to 24 of which are asked for in an order of their own.
+- `recall`: 16 to 128 such lines, up to 40 of which are asked for in an order of their own.
 
 `tasks.jsonl` has 16 of each kind over held-out text, `tasks-calibration.jsonl` four others. A line
 has `id`, `task`, `prompt`, `answer` and `values`: the lines of the answer that count as right.
@@ -105,7 +106,7 @@ has `id`, `task`, `prompt`, `answer` and `values`: the lines of the answer that 
 {parameters_of(network) / 1e6:.2f} M parameters, {size:.1f} MiB in bfloat16. `EuroBertForMaskedLM`,
 which transformers loads without code: {layers} of width {c.hidden_size}, {heads} of {c.head_dim},
 gated layers of {c.intermediate_size}, RMSNorm, rotary positions of base {base:g}, tied embeddings
-of {c.vocab_size} tokens. The tokenizer is a byte-level BPE of the same text; a digit is a token.
+of {c.vocab_size} tokens. The tokenizer is a byte-level BPE of the same text; a key is a token, and so are two digits.
 
 ## Training
 
@@ -115,7 +116,9 @@ of {c.vocab_size} tokens. The tokenizer is a byte-level BPE of the same text; a 
 rest, moving averages of the weights. A share of masked tokens is drawn from (0, 1); in answers,
 three times in five only within one block of {e["block"]} tokens, with all later ones masked, as
 decoding sees them. Prompts grow from 96 to 4,096 tokens; gaps in the positions of short ones let
-far distances be seen early. Random tokens that come again and again teach matching at the start
+far distances be seen early. The weights begin as a weak induction circuit, which small models are
+slow to find: heads of the first layer copy a neighbour each, later ones match what these copied.
+Random tokens that come again and again teach matching at the start
 (see `samples/llada_tiny_denoiser.py`).
 
 {stages_table(log)}
@@ -128,11 +131,11 @@ before most of their neighbours are known:
 {notes}
 ## Evaluation
 
-    python samples/evaluate_llada_tiny.py --tasks {tasks} --steps {e["steps"]} --windows {windows}
+    python samples/evaluate_llada_tiny.py --tasks {tasks} --steps {e["steps"]} {more}
 
 Dense, prompts of 4,096 tokens and {e["gen_length"]} generated ones in blocks of {e["block"]},
-{e["steps"]} steps, the likeliest places first, float32. A value is right if the answer has it as a
-line.
+{e["steps"]} steps, the likeliest places first, {precision}. A value is right if the answer has it
+as a line.
 
 {_rates_table(e["rates"])}
 

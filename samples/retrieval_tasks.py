@@ -159,14 +159,16 @@ def _pairs_task(
 def _copy_task(rng: np.random.Generator, source: Source, shape: Shape) -> Task:
     room = shape.prompt - shape.extra - 8
     passages = int(rng.integers(1, shape.passages + 1))
-    longest = min(shape.passage, shape.answer - 10, room // passages - 10)
+    longest = min(shape.passage, shape.answer - 16, room // passages - 14)
     if longest < 60:
-        passages, longest = 1, min(shape.passage, shape.answer - 10, room - 10)
+        passages, longest = 1, min(shape.passage, shape.answer - 16, room - 14)
+    if longest < 20:
+        raise ValueError(f"{shape} has no room for a passage")
     blocks, texts = [], []
     for key in new_keys(rng, passages):
         tokens = int(rng.integers(max(10, longest // 2), longest + 1))
         text: list[str] = []
-        while len({line for line in text if line}) < 2:
+        while not text:
             text = source.draw(rng, tokens)
             while text and not text[-1]:
                 text.pop()

@@ -9,7 +9,6 @@ again with --resume, the command goes on where it stopped. Two CPU cores are eno
 
 import argparse
 import copy
-import os
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def main(
     settings: LladaSettings | None = None,
 ) -> None:
     """One stage, whose prompts grow as it goes on."""
-    torch.set_num_threads(min(int(os.environ.get("NT", "2")), torch.get_num_threads()))
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     work.mkdir(parents=True, exist_ok=True)
     if not resume and any(work.glob("*.pt")):
         raise SystemExit(

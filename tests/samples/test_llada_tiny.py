@@ -2,15 +2,17 @@
 
 import json
 import math
+import re
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import train_llada_tiny
-from evaluate_llada_tiny import answer_text, fill, held_out_loss, judged, rates
+from evaluate_llada_tiny import held_out_loss, judged, rates
 from llada_tiny_denoiser import (
     BLOCK,
     LABELS,
@@ -32,12 +34,14 @@ from llada_tiny_model import (
     load,
     load_tasks,
 )
-from retrieval_tasks import KINDS, Shape, Source, Task, make_task, new_keys, stdlib_texts
+from retrieval_tasks import KEYS, KINDS, Shape, Source, Task, make_task, new_keys, stdlib_texts
 from transformers import AutoTokenizer
+
+from accel.pipelines.dllm import MaskedDiffusionPipeline
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "samples" / "models" / "llada-tiny"
-SHORT = Lengths(prompt=60, answer=24, batch=4, reach=200)
+SHORT = Lengths(prompt=70, answer=44, batch=4, reach=200)
 
 
 @lru_cache
@@ -62,12 +66,12 @@ def tiny_model():
     return build_model(tokenizer(), width=16, layers=1, heads=2, head_dim=8, inner=24)
 
 
-def test_the_tokenizer_gives_texts_back_and_takes_digits_apart() -> None:
-    text = "def f(x):\n    return 1234  # ünïcode\n\n\tkey vemo=0042\n"
+def test_the_tokenizer_gives_texts_back_and_takes_digits_by_twos() -> None:
+    text = "def f(x):\n    return 1234  # ünïcode\n\n\tvapa=0042\n"
     ids = tokenizer()(text).input_ids
     assert tokenizer().decode(ids) == text
-    assert tokenizer().tokenize("=0042") == ["=", "0", "0", "4", "2"]
-    assert len(tokenizer()) == 1024
+    assert tokenizer().tokenize("=00421") == ["=", "00", "42", "1"]
+    assert len(tokenizer()) == 1536
     for source_text in some_texts()[:3]:
         assert tokenizer().decode(tokenizer()(source_text).input_ids) == source_text
 
@@ -90,12 +94,12 @@ def test_the_chat_template_is_what_training_encodes() -> None:
     assert len(ids) == len(tokenizer()(task.prompt).input_ids) + CHAT_TOKENS
 
 
-def test_a_key_is_mostly_two_tokens_and_no_key_comes_twice() -> None:
+def test_a_key_is_one_token_and_no_key_comes_twice() -> None:
+    assert len(set(KEYS)) == len(KEYS) == 512
+    for key in KEYS:
+        assert tokenizer().tokenize(f"\n{key}=")[1] == key
     keys = new_keys(np.random.default_rng(1), 500)
     assert len(set(keys)) == 500
-    tokens = Counter(len(tokenizer().tokenize(f" {key}")) for key in keys)
-    assert tokens[2] > 450
-    assert max(tokens) <= 3
 
 
 def test_lines_have_as_many_tokens_as_the_text_of_them() -> None:
@@ -123,7 +127,7 @@ def test_tasks_keep_their_lengths_and_hold_their_answers(
         assert all(value in task.answer.splitlines() for value in task.values)
         assert task.score(task.answer) == 1
         assert task.score("") == 0
-        assert task.score("key nothing=0000\n") == 0
+        assert task.score("nothing=0000\n") == 0
         assert task == make_task(kind, 3, index, source(), shape)
         assert task.prompt != make_task(kind, 4, index, source(), shape).prompt
 
@@ -131,10 +135,10 @@ def test_tasks_keep_their_lengths_and_hold_their_answers(
 def test_recall_asks_for_many_of_many_pairs_in_another_order() -> None:
     tasks = [make_task("recall", 0, i, source(), Shape(2048, 256)) for i in range(20)]
     for task in tasks:
-        given = [line for line in task.prompt.splitlines() if "=" in line and "key " in line[:4]]
+        given = [line for line in task.prompt.splitlines() if re.fullmatch(r"[a-z]{4}=\d{4}", line)]
         asked = task.prompt.split("find\n")[-1].splitlines()
         assert asked == [value.split("=")[0] for value in task.values]
-        assert 12 <= len(asked) <= 24
+        assert 20 <= len(asked) <= 40
         assert len(given) >= max(16, len(asked))
     assert len({len(task.values) for task in tasks}) > 3
 
@@ -180,7 +184,7 @@ def test_a_batch_masks_answers_alone_and_text_anywhere(step: int) -> None:
 
 def test_what_comes_after_the_decoded_block_is_masked_and_counts_little() -> None:
     rows = Rows.of(tokenizer(), some_texts(), LladaSettings(later_weight=0.01))
-    lengths = Lengths(prompt=320, answer=192, batch=24, shares=(0.0, 0.0, 1.0, 0.0))
+    lengths = Lengths(prompt=320, answer=192, batch=24, shares=(0.0, 0.0, 1.0, 0.0, 0.0))
     batch = rows.batch(lengths, 0, 0)
     found = 0
     for row in range(24):
@@ -202,7 +206,7 @@ def test_a_step_trains_all_parts_and_shows_each_kind() -> None:
     shown = {}
     for index in range(4):
         shown |= step(index, index / 4)
-    assert {"copy_60", "recall_60"} <= set(shown) <= {*(f"{k}_60" for k in KINDS), "text"}
+    assert {"copy_70", "recall_70"} <= set(shown) <= {*(f"{k}_70" for k in KINDS), "text"}
     assert all(math.isfinite(value) for value in shown.values())
     for name, weight in model.state_dict().items():
         assert not torch.equal(before[name], weight), name
@@ -254,7 +258,10 @@ def test_an_export_loads_in_float32_with_tied_embeddings(tmp_path: Path) -> None
     model = tiny_model()
     export(tmp_path / "m", model, tokenizer())
     loaded, loaded_tokenizer = load(tmp_path / "m")
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["model", "tokenizer"]
+    names = ["model", "model_index.json", "tokenizer"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == names
+    pipe = MaskedDiffusionPipeline.from_pretrained(str(tmp_path / "m"))
+    assert pipe.mask_id == tokenizer().mask_token_id
     assert loaded.dtype == torch.float32
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert loaded_tokenizer.chat_template == tokenizer().chat_template
@@ -262,35 +269,20 @@ def test_an_export_loads_in_float32_with_tied_embeddings(tmp_path: Path) -> None
         torch.testing.assert_close(loaded.state_dict()[name], weight, atol=1e-2, rtol=1e-2)
 
 
-def test_filling_leaves_no_mask_and_follows_the_steps() -> None:
-    model, calls = tiny_model().eval(), []
-    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    ids = fill(model, [0, 4, 9, 5], steps=8, length=64)
-    assert len(ids) == 64
-    assert len(calls) == 8
-    assert model.config.mask_token_id not in ids or tokenizer().mask_token_id in ids
-
-
-def test_an_answer_ends_at_the_first_end() -> None:
-    t = tokenizer()
-    ids = t("key a=1\n").input_ids
-    assert answer_text(t, [*ids, t.eos_token_id, *ids]) == "key a=1\n"
-    assert answer_text(t, ids) == "key a=1\n"
-
-
 def test_finished_tasks_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def filled(model, prompt, steps):
-        made.append(1)
-        return tokenizer()("key a=1\n").input_ids
+    def answer(pipe, prompt, **call):
+        made.append(call["num_inference_steps"])
+        return SimpleNamespace(texts=["a=1\n"])
 
-    monkeypatch.setattr("evaluate_llada_tiny.fill", filled)
-    tasks = [("x", Task("needle", "find\n", "", ["key a=1", "key b=2"]))]
-    first = judged(tiny_model(), tokenizer(), tasks, 8, tmp_path)
+    monkeypatch.setattr(MaskedDiffusionPipeline, "__call__", answer)
+    tasks = [("x", Task("needle", "find\n", "", ["a=1", "b=2"]))]
+    pipe = MaskedDiffusionPipeline(tiny_model(), tokenizer())
+    first = judged(pipe, tasks, 8, tmp_path)
     assert first == [{"id": "x", "task": "needle", "values": 2, "right": 1}]
-    assert judged(tiny_model(), tokenizer(), tasks, 8, tmp_path) == first
-    assert len(made) == 1
+    assert judged(pipe, tasks, 8, tmp_path) == first
+    assert made == [8]
 
 
 def test_rates_count_values_and_whole_tasks() -> None:
@@ -314,8 +306,8 @@ def test_rates_count_values_and_whole_tasks() -> None:
 def test_an_untrained_model_has_the_loss_of_chance() -> None:
     ids = torch.tensor(tokenizer()(some_texts()[0]).input_ids)
     found = held_out_loss(tiny_model().eval(), ids, 4, 40)
-    assert abs(found["loss_per_masked_token"] - math.log(1024)) < 0.3
-    assert abs(found["bound_nats_per_token"] - math.log(1024)) < 0.3
+    assert abs(found["loss_per_masked_token"] - math.log(1536)) < 0.3
+    assert abs(found["bound_nats_per_token"] - math.log(1536)) < 0.3
 
 
 @pytest.mark.parametrize(("name", "each"), [("tasks.jsonl", 16), ("tasks-calibration.jsonl", 4)])
@@ -344,14 +336,15 @@ def test_the_committed_files_are_small_and_name_no_folder() -> None:
 
 
 def test_the_committed_model_finds_keys_in_one_call() -> None:
+    """One row for every token of a value, with it and all that follows masked."""
     model, t = load(MODEL)
-    lines = [f"key {key}={1234 + 1111 * i}" for i, key in enumerate(("vemo", "sika", "tufa"))]
-    question = "find\nkey sika\n"
-    prompt = encode_chat(t, ["".join(f"{line}\n" for line in lines) + question])[0]
-    answer = t("key sika=2345\n").input_ids + [t.eos_token_id] * 22
-    digits = [i for i, token in enumerate(answer[:10]) if t.decode([token]).isdigit()]
-    seen = torch.tensor([prompt + answer])
-    seen[0, [len(prompt) + i for i in digits]] = t.mask_token_id
+    task = make_task("needle", 5, 3, source(), Shape(160, 96))
+    prompt = encode_chat(t, [task.prompt])[0]
+    answer = t(task.answer).input_ids
+    values = [i for i, token in enumerate(answer) if t.decode([token]).isdigit()]
+    rows = [prompt + answer[:i] + [t.mask_token_id] * (96 - i) for i in values]
     with torch.no_grad():
-        best = model(input_ids=seen).logits[0].argmax(1)
-    assert [int(best[len(prompt) + i]) for i in digits] == [answer[i] for i in digits]
+        best = model(input_ids=torch.tensor(rows)).logits.argmax(2)
+    found = [int(row[len(prompt) + i]) for row, i in zip(best, values, strict=True)]
+    right = sum(a == answer[i] for a, i in zip(found, values, strict=True))
+    assert right / len(values) >= 0.75
