@@ -94,7 +94,7 @@ The Python standard library without its tests; about one file in twenty, by a ha
 held out. Over windows of it `samples/retrieval_tasks.py` lays three kinds of tasks, task
 `(seed, index)` always the same:
 
-- `needle`: one to eight lines such as `vapa=4821` at random places; up to three are asked for.
+- `needle`: one to eight lines such as `bake=4821` at random places; up to three are asked for.
 - `copy`: one to three marked passages, one of which is to be copied, up to 200 tokens.
 - `recall`: 16 to 128 such lines, up to 40 of which are asked for in an order of their own.
 
@@ -106,7 +106,8 @@ has `id`, `task`, `prompt`, `answer` and `values`: the lines of the answer that 
 {parameters_of(network) / 1e6:.2f} M parameters, {size:.1f} MiB in bfloat16. `EuroBertForMaskedLM`,
 which transformers loads without code: {layers} of width {c.hidden_size}, {heads} of {c.head_dim},
 gated layers of {c.intermediate_size}, RMSNorm, rotary positions of base {base:g}, tied embeddings
-of {c.vocab_size} tokens. The tokenizer is a byte-level BPE of the same text; a key is a token, and so are two digits.
+of {c.vocab_size} tokens. The tokenizer is a byte-level BPE of the same text; a key is a token, and
+so are two digits.
 
 ## Training
 

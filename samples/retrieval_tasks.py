@@ -1,10 +1,10 @@
 """Questions about long texts whose right answers are known: a few keys in much text, many keys at
 once, and marked passages to copy. A task is a pure function of its seed, index and source.
 
-    text ... vemo=4821 ... text              lines strewn through the source text
+    text ... bake=4821 ... text              lines strewn through the source text
     find                                     the question, at the end
-    vemo
-    vemo=4821                                the answer
+    bake
+    bake=4821                                the answer
 """
 
 import hashlib
@@ -24,7 +24,7 @@ FIRST = tuple(c + v for c in "bdfghklmnprstvwz" for v in "aeiou")
 SECOND = tuple(c + v for c in "bfghkmpvwz" for v in "aeiou")
 # so few that a small vocabulary has each as a token, far from each other among all pairs
 KEYS = tuple(FIRST[7 * n // len(SECOND)] + SECOND[7 * n % len(SECOND)] for n in range(512))
-KEY_TOKENS, LINE_TOKENS = 1, 5  # of "vemo" and of "vemo=4821\n" in the sample's tokenizer
+KEY_TOKENS, LINE_TOKENS = 1, 5  # of "vemo" and of "bake=4821\n" in the sample's tokenizer
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings"}
 Count = Callable[[Sequence[str]], list[int]]
 

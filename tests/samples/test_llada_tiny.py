@@ -67,7 +67,7 @@ def tiny_model():
 
 
 def test_the_tokenizer_gives_texts_back_and_takes_digits_by_twos() -> None:
-    text = "def f(x):\n    return 1234  # ünïcode\n\n\tvapa=0042\n"
+    text = "def f(x):\n    return 1234  # ünïcode\n\n\tbake=0042\n"
     ids = tokenizer()(text).input_ids
     assert tokenizer().decode(ids) == text
     assert tokenizer().tokenize("=00421") == ["=", "00", "42", "1"]
