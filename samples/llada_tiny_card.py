@@ -94,7 +94,7 @@ The Python standard library without its tests; about one file in twenty, by a ha
 held out. Over windows of it `samples/retrieval_tasks.py` lays three kinds of tasks, task
 `(seed, index)` always the same:
 
-- `needle`: one to eight lines such as `bake=4821` at random places; up to three are asked for.
+- `needle`: one to eight lines such as `bake 4821` at random places; up to three are asked for.
 - `copy`: one to three marked passages, one of which is to be copied, up to 200 tokens.
 - `recall`: 16 to 128 such lines, up to 40 of which are asked for in an order of their own.
 

@@ -56,7 +56,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 # a line break, a word with the space before it, one or two digits, signs, spaces but the last
-PIECES = r"\n| ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
+PIECES = r"\n| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
 
 
 def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -78,7 +78,8 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     # often enough that keys and pairs of digits become tokens
-    lines = [*KEYS] + [f"{n:02d}" for n in range(100)]
+    numbers = [f"{n:02d}" for n in range(100)]
+    lines = [*KEYS, *numbers, *(f" {n}" for n in numbers), " ? ?"]
     practice = ["\n".join(lines)] * PRACTICE
     tokenizer.train_from_iterator([*texts, *practice], trainer)
     return PreTrainedTokenizerFast(
@@ -174,7 +175,7 @@ def _initialise(model: EuroBertForMaskedLM) -> None:
     def orthogonal(size: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(size, size))[0]
 
-    offsets = (-1, -2, -3, 1)
+    offsets = (-1, -2, -3, -4)
     fast, slow = 3 * dim // 16, 7 * dim // 32  # of the dim // 2 turns
     places = [slice(half + part * i, half + part * (i + 1)) for i in range(heads)]
     for number, layer in enumerate(model.model.layers):

@@ -1,10 +1,13 @@
 """Questions about long texts whose right answers are known: a few keys in much text, many keys at
 once, and marked passages to copy. A task is a pure function of its seed, index and source.
 
-    text ... bake=4821 ... text              lines strewn through the source text
+    text ... bake 4821 ... text              lines strewn through the source text
     find                                     the question, at the end
-    bake
-    bake=4821                                the answer
+    bake ? ?
+    bake 4821                                the answer
+
+Lines of question and answer have one number of tokens, so that what stands after a key in either is
+found by what stands as far behind it.
 """
 
 import hashlib
@@ -17,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["KEYS", "KINDS", "Shape", "Source", "Task", "make_task", "new_keys", "stdlib_texts"]
+__all__ = ["KEYS", "KINDS", "LINE_TOKENS", "Shape", "Source", "Task", "make_task", "new_keys", "stdlib_texts"]
 
 KINDS = ("needle", "copy", "recall")
 FIRST = tuple(c + v for c in "bdfghklmnprstvwz" for v in "aeiou")
 SECOND = tuple(c + v for c in "bfghkmpvwz" for v in "aeiou")
 # so few that a small vocabulary has each as a token, far from each other among all pairs
 KEYS = tuple(FIRST[7 * n // len(SECOND)] + SECOND[7 * n % len(SECOND)] for n in range(512))
-KEY_TOKENS, LINE_TOKENS = 1, 5  # of "vemo" and of "bake=4821\n" in the sample's tokenizer
+LINE_TOKENS = 4  # of "bake 4821\n" and of "bake ? ?\n" in the sample's tokenizer
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings"}
 Count = Callable[[Sequence[str]], list[int]]
 
@@ -149,9 +152,9 @@ def _pairs_task(
 ) -> Task:
     keys = new_keys(rng, pairs)
     numbers = rng.integers(0, 10_000, pairs).tolist()
-    lines = [f"{key}={number:04d}" for key, number in zip(keys, numbers, strict=True)]
+    lines = [f"{key} {number:04d}" for key, number in zip(keys, numbers, strict=True)]
     asked = rng.choice(pairs, queries, replace=False).tolist()
-    question = ["find", *(keys[i] for i in asked)]
+    question = ["find", *(f"{keys[i]} ? ?" for i in asked)]
     values = [lines[i] for i in asked]
     return _laid_out(kind, rng, source, shape, [[x] for x in lines], question, values, values)
 
@@ -193,7 +196,7 @@ def make_task(kind: str, seed: int, index: int, source: Source, shape: Shape) ->
     if kind == "copy":
         return _copy_task(rng, source, shape)
     room = shape.prompt - shape.extra - 4
-    line, asked = LINE_TOKENS + 1, KEY_TOKENS + 2  # with something to spare
+    line = asked = LINE_TOKENS + 1  # with something to spare
     if kind == "needle":
         most = max(1, min(shape.needles, (room // 2 - asked * shape.needle_queries) // line))
         pairs = int(rng.integers(1, most + 1))

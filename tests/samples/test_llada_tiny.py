@@ -34,7 +34,7 @@ from llada_tiny_model import (
     load,
     load_tasks,
 )
-from retrieval_tasks import KEYS, KINDS, Shape, Source, Task, make_task, new_keys, stdlib_texts
+from retrieval_tasks import KEYS, KINDS, LINE_TOKENS, Shape, Source, Task, make_task, new_keys, stdlib_texts
 from transformers import AutoTokenizer
 
 from accel.pipelines.dllm import MaskedDiffusionPipeline
@@ -70,7 +70,7 @@ def test_the_tokenizer_gives_texts_back_and_takes_digits_by_twos() -> None:
     text = "def f(x):\n    return 1234  # ünïcode\n\n\tbake=0042\n"
     ids = tokenizer()(text).input_ids
     assert tokenizer().decode(ids) == text
-    assert tokenizer().tokenize("=00421") == ["=", "00", "42", "1"]
+    assert tokenizer().tokenize("= 00421") == ["=", "Ġ00", "42", "1"]
     assert len(tokenizer()) == 1536
     for source_text in some_texts()[:3]:
         assert tokenizer().decode(tokenizer()(source_text).input_ids) == source_text
@@ -97,7 +97,8 @@ def test_the_chat_template_is_what_training_encodes() -> None:
 def test_a_key_is_one_token_and_no_key_comes_twice() -> None:
     assert len(set(KEYS)) == len(KEYS) == 512
     for key in KEYS:
-        assert tokenizer().tokenize(f"\n{key}=")[1] == key
+        assert tokenizer().tokenize(f"\n{key} 0123\n")[1:] == [key, "Ġ01", "23", "Ċ"]
+        assert len(tokenizer().tokenize(f"{key} ? ?\n")) == LINE_TOKENS
     keys = new_keys(np.random.default_rng(1), 500)
     assert len(set(keys)) == 500
 
@@ -127,7 +128,7 @@ def test_tasks_keep_their_lengths_and_hold_their_answers(
         assert all(value in task.answer.splitlines() for value in task.values)
         assert task.score(task.answer) == 1
         assert task.score("") == 0
-        assert task.score("nothing=0000\n") == 0
+        assert task.score("nothing 0000\n") == 0
         assert task == make_task(kind, 3, index, source(), shape)
         assert task.prompt != make_task(kind, 4, index, source(), shape).prompt
 
@@ -135,9 +136,9 @@ def test_tasks_keep_their_lengths_and_hold_their_answers(
 def test_recall_asks_for_many_of_many_pairs_in_another_order() -> None:
     tasks = [make_task("recall", 0, i, source(), Shape(2048, 256)) for i in range(20)]
     for task in tasks:
-        given = [line for line in task.prompt.splitlines() if re.fullmatch(r"[a-z]{4}=\d{4}", line)]
+        given = [line for line in task.prompt.splitlines() if re.fullmatch(r"[a-z]{4} \d{4}", line)]
         asked = task.prompt.split("find\n")[-1].splitlines()
-        assert asked == [value.split("=")[0] for value in task.values]
+        assert asked == [f"{value.split()[0]} ? ?" for value in task.values]
         assert 20 <= len(asked) <= 40
         assert len(given) >= max(16, len(asked))
     assert len({len(task.values) for task in tasks}) > 3
