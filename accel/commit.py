@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from accel.decoding import Decoding
+from accel.errors import AccelError
 
 __all__ = ["Generators", "Sampling", "candidates", "committed", "even_split", "uniform"]
 
@@ -37,6 +38,14 @@ class Sampling:
     top_p: float | None = None
     never: tuple[int, ...] = ()
     last: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise AccelError(f"temperature is a number of at least 0, got {self.temperature!r}")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise AccelError(f"top_k is a number of tokens, at least 1, got {self.top_k!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise AccelError(f"top_p is a share in (0, 1], got {self.top_p!r}")
 
 
 def even_split(tokens: int, steps: int) -> list[int]:

@@ -184,7 +184,7 @@ class Taken:
     @property
     def parallel_config(self) -> Any:
         """diffusers' settings for this module's processor, None where it is not parallel."""
-        return getattr(self.module().processor, "_parallel_config", None)  # type: ignore[union-attr]
+        return getattr(getattr(self.module(), "processor", None), "_parallel_config", None)
 
     def own(self, q: Tensor, k: Tensor, v: Tensor, how: How, tokens_first: bool) -> Tensor:
         """The dense attention the user chose for this module, for calls from a compiled graph."""

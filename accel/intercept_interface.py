@@ -67,7 +67,7 @@ class InterfaceInterception:
             copy_plainly(module, SITE)
         for key, config in self._configs.items():
             _register(self._before[key])
-            config._attn_implementation = PREFIX + self._before[key]
+            config._attn_implementation = _Name(PREFIX + self._before[key])
 
     def serve(self, session: Session) -> None:
         """Hand the sites to another session."""
@@ -88,6 +88,17 @@ class InterfaceInterception:
         return all(
             c._attn_implementation == PREFIX + self._before[key] for key, c in self._configs.items()
         )
+
+
+class _Name(str):
+    """The name that a taken model's configuration has. Of a copy or a pickle, which may be read
+    where accel is not, it is that of the attention below.
+    """
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return str, (self.removeprefix(PREFIX),)
 
 
 def _base(config: Any) -> str:

@@ -159,16 +159,13 @@ class Session:
             self.probe[site.name] += beside or q.shape[2] == k.shape[2]
             return dense()
         run = self.run
-        if run.text is not None and obstacle is not None and run.text.cached:
-            raise AccelError(
-                f"the cache of plan {self.plan.name!r} cannot honour the attention of {site.name}:"
-                f" {obstacle}; take a plan without a cache"
-            )
-        if run.text is not None and run.text.fed is not None:
-            return self.text.fed(site, run, run.text, self.records, q, k, v, self._kernel(site, q))
-        if run.text is not None and run.text.beside:
+        if run.text is not None:
             kernel = self._kernel(site, q)
-            return self.text.beside(site, run, self.records, q, k, v, valid, dense, kernel)
+            found = self.text.attend(
+                site, run, run.text, self.records, q, k, v, valid, dense, obstacle, kernel
+            )
+            if found is not None:
+                return found
         square = q.shape[2] == k.shape[2]
         if run.calls[site.name] and not square:
             return dense()  # after its self-attention a processor attends to an image (IP-Adapter)

@@ -98,8 +98,10 @@ class Run:
     token_bytes: int = 0
 
     def take(self, where: Where) -> None:
-        """Note `where`; the second call of a step under one name is the branch "name#2"."""
-        if self.said is None or self.said.step != where.step:
+        """Note `where`; the second call of a step under one name is the branch "name#2", but of a
+        text, which has every branch in one call and may take more steps than were asked for.
+        """
+        if self.said is None or self.said.step != where.step or where.block is not None:
             self.outputs.next_step()
             self.turns.clear()
         self.said = where
@@ -122,7 +124,7 @@ class Run:
         last = self.said
         if where is not None and where.block is not None:
             # a text: its loop tells, and what a call computes may change with every block
-            return last is not None and where.run is not last.run
+            return last is None or where.run is not last.run
         if layouts is not None and self.layouts.grids not in (set(), layouts.grids):
             return True
         if where is None or last is None:

@@ -30,7 +30,36 @@ class TextCalls:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def fed(
+    def attend(
+        self,
+        site: Site,
+        run: Run,
+        step: TextStep,
+        records: dict[tuple[str, str], Record],
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        valid: Bool[Tensor, "batch kv_tokens"] | None,
+        dense: Callable[[], Heads],
+        obstacle: str | None,
+        kernel: str,
+    ) -> Heads | None:
+        """The output of a call that sees a cache, or keys that the model keeps itself; None for one
+        with all tokens. dense, obstacle, valid: as the router has them; kernel: the name of
+        accel's own.
+        """
+        if step.cached and obstacle is not None:
+            raise AccelError(
+                f"the cache of plan {self._plan.name!r} cannot honour the attention of {site.name}:"
+                f" {obstacle}; take a plan without a cache"
+            )
+        if step.fed is not None:
+            return self._fed(site, run, step, records, q, k, v, kernel)
+        if step.beside:
+            return self._beside(site, run, step, records, q, k, v, valid, dense, kernel)
+        return None
+
+    def _fed(
         self,
         site: Site,
         run: Run,
@@ -41,7 +70,7 @@ class TextCalls:
         v: KeyHeads,
         kernel: str,
     ) -> Heads:
-        """The output of a call that feeds some of the tokens; kernel: the name of accel's own."""
+        """The output of a call that feeds some of the tokens."""
         if site.name not in run.tokens:
             raise AccelError(
                 f"{site.name} is called with some of the tokens before a call with all of them"
@@ -58,10 +87,11 @@ class TextCalls:
         record.kernels.add(kernel if own else "dense")
         return out
 
-    def beside(
+    def _beside(
         self,
         site: Site,
         run: Run,
+        step: TextStep,
         records: dict[tuple[str, str], Record],
         q: Heads,
         k: KeyHeads,
@@ -71,14 +101,13 @@ class TextCalls:
         kernel: str,
     ) -> Heads:
         """The output of a call whose keys begin with those that the model keeps itself."""
-        assert run.text is not None
         own = q.shape[2]
         places = torch.arange(k.shape[2] - own, k.shape[2], device=k.device)[None]
         live = (k.shape[2] - own, k.shape[2])
-        step = replace(run.text, live=live, fed=places, valid=valid)
-        if run.text.beside == "thinned":
+        step = replace(step, live=live, fed=places, valid=valid)
+        if step.beside == "thinned":
             fresh = k[:, :, -own:], v[:, :, -own:]
-            return self.fed(site, run, step, records, q, *fresh, kernel)
+            return self._fed(site, run, step, records, q, *fresh, kernel)
         record = records.setdefault((site.name, DENSE_LABEL), Record())
         watch = Stopwatch(record, q.device)
         out = dense()

@@ -4,24 +4,23 @@
 does not say otherwise.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from accel.commit import Generators, Sampling, candidates, committed, even_split
-from accel.context import Where, standing
+from accel.commit import Generators, Sampling
 from accel.decoding import Decoding
 from accel.errors import AccelError
-from accel.pipelines.enable import plan_of, untouched
+from accel.pipelines.enable import plan_of
+from accel.pipelines.text_generation import Asked, Generation
 from accel.pipelines.text_host import TextHost
-from accel.pipelines.token_feed import TokenFeed
-from accel.text_step import text_step
+from accel.pipelines.text_prompts import encoded, left_padded, together
 
 __all__ = ["MaskedDiffusionOutput", "MaskedDiffusionPipeline"]
 
@@ -75,8 +74,8 @@ class MaskedDiffusionPipeline(_Pipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         messages: Sequence[Any] | None = None,
-        input_ids: Tokens | None = None,
-        attention_mask: Bool[Tensor, "batch tokens"] | Tokens | None = None,
+        input_ids: Int[Tensor, "*batch tokens"] | None = None,
+        attention_mask: Shaped[Tensor, "*batch tokens"] | None = None,
         *,
         gen_length: int = 128,
         block_length: int | None = None,
@@ -133,7 +132,7 @@ class MaskedDiffusionPipeline(_Pipeline):
             raise AccelError(f"output_type is 'text' or 'ids', got {output_type!r}")
         ids, real = self._prompts(prompt, messages, input_ids, attention_mask, use_chat_template)
         batch, prompt_length = ids.shape
-        self._check(gen_length, prompt_length, temperature, top_k, top_p, guidance_scale, eos)
+        self._check(gen_length, prompt_length, guidance_scale, eos)
         if isinstance(generator, Sequence) and len(generator) != batch:
             raise AccelError(f"{len(generator)} generators for {batch} prompts; give one for each")
         mask_id, ends = self.mask_id, self._ends()
@@ -155,11 +154,9 @@ class MaskedDiffusionPipeline(_Pipeline):
                 f"callback_on_step_end_tensor_inputs knows {list(self._callback_tensor_inputs)},"
                 f" got {sorted(unknown)}"
             )
-        blocks = _blocks(prompt_length, gen_length, decoding.block_length)
-        steps = _steps([stop - start for start, stop in blocks], decoding, num_inference_steps)
-        run = _Generation(
-            self, plan, decoding, sampling, ids, real, gen_length, blocks, steps, mask_id, ends
-        )
+        shift = self.config.shift_logits
+        asked = Asked(gen_length, decoding, sampling, num_inference_steps, mask_id, ends, shift)
+        run = Generation(self.host, plan, asked, ids, real)
         with self.progress_bar(total=gen_length) as bar:
             for step, block, done in run.go(guidance_scale, generator):
                 bar.update(done)
@@ -169,9 +166,9 @@ class MaskedDiffusionPipeline(_Pipeline):
                     found = callback_on_step_end(self, step, block, given) or {}
                     run.tokens = found.get("tokens", run.tokens)
                 if streamer is not None:
-                    for part in run.finished():
-                        streamer.put(part.cpu())
+                    run.stream(streamer)
         if streamer is not None:
+            run.stream(streamer)
             streamer.end()
         sequences = run.tokens[:, prompt_length:]
         texts = self._texts(sequences, ends) if output_type == "text" else None
@@ -201,19 +198,10 @@ class MaskedDiffusionPipeline(_Pipeline):
             raise AccelError("give one of prompt, messages and input_ids")
         device = self._execution_device
         if input_ids is not None:
-            return _left_padded(input_ids.to(device), attention_mask)
+            return left_padded(input_ids.to(device), attention_mask)
         if attention_mask is not None:
             raise AccelError("attention_mask belongs to input_ids; texts are padded here")
-        if self.tokenizer is None:
-            raise AccelError("this pipeline has no tokenizer; give input_ids")
-        rows = self.prompt_ids(prompt, messages, use_chat_template)
-        longest = max(map(len, rows), default=0)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        real = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for row, (to, on) in zip(rows, zip(ids, real, strict=True), strict=True):
-            to[longest - len(row) :] = torch.tensor(row, dtype=torch.long)
-            on[longest - len(row) :] = True
-        return _left_padded(ids.to(device), real)
+        return together(self.prompt_ids(prompt, messages, use_chat_template), device)
 
     def prompt_ids(
         self,
@@ -222,33 +210,11 @@ class MaskedDiffusionPipeline(_Pipeline):
         use_chat_template: bool = True,
     ) -> list[list[int]]:
         """Token ids of every prompt, as a call has them before what it generates."""
-        if messages is not None:
-            several = bool(messages) and not isinstance(messages[0], Mapping)
-            talks = list(messages) if several else [messages]
-        else:
-            texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-            if not texts or any(not isinstance(text, str) for text in texts):
-                raise AccelError(f"prompt is a text, or a list of texts, got {prompt!r:.80}")
-            if not (use_chat_template and getattr(self.tokenizer, "chat_template", None)):
-                return [self.tokenizer(text).input_ids for text in texts]
-            talks = [[{"role": "user", "content": text}] for text in texts]
-        return [
-            self.tokenizer.apply_chat_template(
-                talk, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-            for talk in talks
-        ]
+        if self.tokenizer is None:
+            raise AccelError("this pipeline has no tokenizer; give input_ids")
+        return encoded(self.tokenizer, prompt, messages, use_chat_template)
 
-    def _check(
-        self,
-        gen_length: int,
-        prompt_length: int,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        guidance_scale: float,
-        eos: str,
-    ) -> None:
+    def _check(self, gen_length: int, prompt_length: int, guidance_scale: float, eos: str) -> None:
         if type(gen_length) is not int or gen_length < 1:
             raise AccelError(f"gen_length is a number of tokens, at least 1, got {gen_length!r}")
         longest = self.host.longest
@@ -257,12 +223,6 @@ class MaskedDiffusionPipeline(_Pipeline):
                 f"{prompt_length} tokens of prompt and gen_length {gen_length} are more than the"
                 f" {longest} that the model was made for; shorten either"
             )
-        if not temperature >= 0:
-            raise AccelError(f"temperature is a number of at least 0, got {temperature!r}")
-        if top_k is not None and (type(top_k) is not int or top_k < 1):
-            raise AccelError(f"top_k is a number of tokens, at least 1, got {top_k!r}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise AccelError(f"top_p is a share in (0, 1], got {top_p!r}")
         if not guidance_scale >= 0:
             raise AccelError(f"guidance_scale is a number of at least 0, got {guidance_scale!r}")
         if eos not in EOS_WORDS:
@@ -302,237 +262,9 @@ class MaskedDiffusionPipeline(_Pipeline):
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-class _Generation:
-    """The loop: calls the model block by block until nothing is masked."""
-
-    def __init__(
-        self,
-        pipe: MaskedDiffusionPipeline,
-        plan: Any,
-        decoding: Decoding,
-        sampling: Sampling,
-        ids: Tokens,
-        real: Bool[Tensor, "batch tokens"] | None,
-        gen_length: int,
-        blocks: list[tuple[int, int]],
-        steps: list[int],
-        mask_id: int,
-        ends: tuple[int, ...],
-    ) -> None:
-        self._host, self._plan = pipe.host, plan
-        self._decoding, self._sampling = decoding, sampling
-        self._blocks, self._steps = blocks, steps
-        self._mask_id, self._ends = mask_id, ends
-        self._prompt = ids.shape[1]
-        self._shift = pipe.config.shift_logits
-        fresh = ids.new_full((ids.shape[0], gen_length), mask_id)
-        self.tokens = torch.cat([ids, fresh], 1)
-        self.committed = torch.zeros_like(self.tokens, dtype=torch.bool)
-        self.calls = 0
-        self._over = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        self._real: Tensor | None = None
-        self._positions: Tensor | None = None
-        if real is not None:
-            more = torch.ones_like(fresh, dtype=torch.bool)
-            self._real = torch.cat([real, more], 1)
-            self._positions = (self._real.cumsum(1) - 1).clamp(min=0)
-        self._told, self._filled = 0, 0
-
-    def go(self, guidance: float, generator: Generators) -> Iterator[tuple[int, int, int]]:
-        """Every step: its number, its block's, and how many tokens it committed in the mean."""
-        with untouched(self._host.model):
-            self._host.check(self._real is not None)
-        cache = None if self._plan is None else self._plan.cache
-        twice = guidance > 0
-        real = self._real
-        feed = TokenFeed(
-            cache,
-            prompt=self._prompt,
-            blocks=self._blocks,
-            real=torch.cat([real, real]) if twice and real is not None else real,
-            shift=self._shift,
-            device=self.tokens.device,
-        )
-        run, number, total = object(), 0, sum(self._steps)
-        before = self.tokens[:, self._prompt :] == self._mask_id
-        for index, ((start, stop), steps) in enumerate(zip(self._blocks, self._steps, strict=True)):
-            quotas = self._quotas(start, stop, steps)
-            turn = 0
-            while True:
-                open_ = (self.tokens[:, start:stop] == self._mask_id) & ~self._over[:, None]
-                if not bool(open_.any()):
-                    break
-                undecided = torch.cat([before, before]) if twice else before
-                fed = feed.next(index, turn == 0, undecided)
-                before = self.tokens[:, self._prompt :] == self._mask_id
-                done_steps, step_of_block = sum(self._steps[:index]), min(turn, steps - 1)
-                place = (index, step_of_block, steps)
-                where = Where(done_steps + step_of_block, total, run=run, block=place)
-                with standing(where), text_step(fed.step):
-                    logits = self._logits(fed, start, stop, guidance)
-                self.calls += 1
-                done = self._commit(
-                    logits, start, stop, open_, quotas[:, min(turn, steps - 1)], generator
-                )
-                turn += 1
-                yield number, index, done
-                number += 1
-            self._told = index + 1
-            if self._decoding.stop_at_eos and self._ends:
-                self._stop(start, stop)
-                if bool(self._over.all()):
-                    break
-        self._fill()
-
-    def finished(self) -> list[Tokens]:
-        """Blocks that were finished since the last time."""
-        parts = [self.tokens[:, a:b] for a, b in self._blocks[self._filled : self._told]]
-        self._filled = self._told
-        return parts
-
-    def _quotas(self, start: int, stop: int, steps: int) -> Int[Tensor, "batch steps"]:
-        counts = (self.tokens[:, start:stop] == self._mask_id).sum(1).tolist()
-        return torch.tensor([even_split(n, steps) for n in counts], device=self.tokens.device)
-
-    def _logits(
-        self, fed: Any, start: int, stop: int, guidance: float
-    ) -> Float[Tensor, "batch block vocabulary"]:
-        tokens = self.tokens
-        if guidance > 0:
-            blank = tokens.clone()
-            hidden = blank[:, : self._prompt]
-            hidden[:] = self._mask_id
-            tokens = torch.cat([tokens, blank])
-        slots = fed.slots.expand(len(tokens), -1)
-        positions = self._positions
-        if positions is None and (fed.step.fed is not None or slots.shape[1] < tokens.shape[1]):
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        if positions is not None:
-            if positions.shape[0] > 1 and guidance > 0:
-                positions = torch.cat([positions, positions])
-            positions = positions.expand(len(tokens), -1).gather(1, slots)
-        real = fed.step.valid if fed.step.fed is None else None
-        logits = self._host.logits(tokens.gather(1, slots), positions, real, fed.rows)
-        if fed.rows is None:
-            logits = _looked_up(logits, slots, start - self._back, stop)
-        if self._shift:
-            first = [] if self._back else [logits[:, :1]]
-            logits = torch.cat([*first, logits[:, :-1]], 1)
-        if guidance > 0:
-            with_prompt, without = logits.chunk(2)
-            logits = without + (guidance + 1) * (with_prompt - without)
-        return logits
-
-    @property
-    def _back(self) -> int:
-        return int(self._shift and self._prompt > 0)
-
-    def _commit(
-        self,
-        logits: Float[Tensor, "batch block vocabulary"],
-        start: int,
-        stop: int,
-        open_: Bool[Tensor, "batch block"],
-        quota: Int[Tensor, " batch"],
-        generator: Generators,
-    ) -> int:
-        logits = logits.clone() if self._mask_id < logits.shape[-1] else logits
-        if self._mask_id < logits.shape[-1]:
-            logits[..., self._mask_id] = -torch.inf  # a mask is no token to commit
-        if isinstance(generator, Sequence):
-            # a sample that waits for others draws nothing, as it would alone
-            going = open_.any(1).tolist()
-            generator = [g if on else None for g, on in zip(generator, going, strict=True)]
-        found, shares = candidates(logits, self._sampling, generator)
-        chosen = committed(
-            self._decoding,
-            found,
-            shares,
-            open_,
-            quota,
-            last=self._sampling.last,
-            generator=generator,
-        )
-        tokens = self.tokens.clone()
-        tokens[:, start:stop] = torch.where(chosen, found, tokens[:, start:stop])
-        self.tokens = tokens
-        self.committed = torch.zeros_like(self.committed)
-        self.committed[:, start:stop] = chosen
-        return int(chosen.sum()) // len(chosen)
-
-    def _stop(self, start: int, stop: int) -> None:
-        ends = torch.tensor(self._ends, device=self.tokens.device)
-        self._over |= torch.isin(self.tokens[:, start:stop], ends).any(1)
-
-    def _fill(self) -> None:
-        """What was not gone on with ends."""
-        if self._ends:
-            left = (self.tokens == self._mask_id) & self._over[:, None]
-            left[:, : self._prompt] = False
-            self.tokens = self.tokens.masked_fill(left, self._ends[0])
-
-
 def _with(base: Decoding, **given: Any) -> Decoding:
     """`base` with what a call says; another rule does not take over the bound."""
     said = {name: value for name, value in given.items() if value is not None}
     if said.get("rule", base.rule) != base.rule and "bound" not in said:
         said["bound"] = None
     return replace(base, **said)
-
-
-def _blocks(prompt: int, length: int, block: int | None) -> list[tuple[int, int]]:
-    size = min(block or length, length)
-    starts = range(prompt, prompt + length, size)
-    return [(start, min(start + size, prompt + length)) for start in starts]
-
-
-def _steps(lengths: list[int], decoding: Decoding, total: int | None) -> list[int]:
-    """Steps of every block: at least one, at most one a token."""
-    if total is None:
-        return [-(-n // decoding.tokens_per_step) for n in lengths]
-    if type(total) is not int or total < 1:
-        raise AccelError(f"num_inference_steps is a whole number of at least 1, got {total!r}")
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    marks = [round(total * end / ends[-1]) for end in ends]
-    asked = [b - a for a, b in zip([0, *marks], marks, strict=False)]
-    return [max(1, min(n, steps)) for n, steps in zip(lengths, asked, strict=True)]
-
-
-def _left_padded(
-    ids: Tensor, mask: Tensor | None
-) -> tuple[Tokens, Bool[Tensor, "batch tokens"] | None]:
-    """The ids with what is real at the right end, cut to the longest."""
-    if ids.ndim == 1:
-        ids = ids[None]
-    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise AccelError(
-            f"input_ids are whole numbers [batch, tokens], got {ids.dtype} {tuple(ids.shape)}"
-        )
-    if len(ids) == 0:
-        raise AccelError("there is no prompt")
-    if mask is None:
-        return ids.long(), None
-    mask = mask[None] if mask.ndim == 1 else mask
-    if mask.shape != ids.shape:
-        raise AccelError(f"attention_mask is {tuple(mask.shape)}, input_ids are {tuple(ids.shape)}")
-    real = mask.to(ids.device) != 0
-    if bool(real.all()):
-        return ids.long(), None
-    place = torch.sort(real.long(), dim=1, stable=True).indices
-    longest = int(real.sum(1).max())
-    ids, real = (x.gather(1, place)[:, x.shape[1] - longest :] for x in (ids, real))
-    return ids.long(), None if bool(real.all()) else real
-
-
-def _looked_up(
-    logits: Float[Tensor, "batch fed vocabulary"],
-    slots: Int[Tensor, "batch fed"],
-    start: int,
-    stop: int,
-) -> Float[Tensor, "batch block vocabulary"]:
-    """Logits of the slots of a block; of those that were not fed, zeros."""
-    inside = (slots >= start) & (slots < stop)
-    place = torch.where(inside, slots - start, stop - start)
-    made = logits.new_zeros(len(logits), stop - start + 1, logits.shape[2])
-    made.scatter_(1, place[..., None].expand_as(logits), logits)
-    return made[:, : stop - start]

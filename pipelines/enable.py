@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from inspect import signature
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from accel.context import locate
 from accel.entry import Entry
-from accel.errors import AccelError, MissedSiteError, PlanError, nearest
+from accel.errors import AccelError, MissedSiteError, PlanError
 from accel.geometry import Geometry
 from accel.intercept import REDUCE, copy_plainly
 from accel.layouts import Layouts, LayoutsLike
@@ -32,11 +31,11 @@ from accel.pipelines.announce import announce
 from accel.pipelines.call_reader import CallReader
 from accel.pipelines.clocks import Clocks
 from accel.pipelines.context_parallel import alone, check_parallel, streams_reader
+from accel.pipelines.plan_like import resolved
 from accel.pipelines.prefix_feed import PrefixFeed, has_prefix
 from accel.pipelines.window_feed import WindowFeed, feeds_windows
 from accel.plan import Plan
-from accel.plan_hub import HUB_FILE, looks_like_repository
-from accel.recipes import RECIPES, recipe
+from accel.plan_hub import HUB_FILE
 from accel.router import Session
 from accel.run_summary import Summary, summarise
 from accel.text_step import current
@@ -102,7 +101,7 @@ def enable(
     if isinstance(plan, Mapping) and sorted(plan) != sorted(named):
         raise PlanError(f"plans must be given for {sorted(named)}, got {sorted(plan)}")
     chosen = [
-        _resolve(plan[name] if isinstance(plan, Mapping) else plan, model)
+        resolved(plan[name] if isinstance(plan, Mapping) else plan, model)
         for name, model in named.items()
     ]
     undo: list[Callable[[], None]] = []
@@ -173,14 +172,8 @@ def summary(target: Any) -> Summary:
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan of an enabled model; None where accel is not enabled."""
-    session = session_if_any(model)
-    return None if session is None else session.plan
-
-
-def session_if_any(model: nn.Module) -> Session | None:
-    """The session of an enabled model; None where accel is not enabled."""
     handle = getattr(getattr(model, "_orig_mod", model), HANDLE, None)
-    return None if handle is None else handle.session
+    return None if handle is None else handle.session.plan
 
 
 @contextmanager
@@ -304,13 +297,19 @@ class Handle:
             layouts = _layouts(given(self._model, call) if callable(given) else given)
         timestep = call.get(self._timestep)
         where = locate(self._context, self.settings.clocks.running(), timestep, self._counter)
-        if torch.is_grad_enabled() and getattr(self._model, "is_gradient_checkpointing", False):
+        if torch.is_grad_enabled() and _checkpoints(self._model):
             # a checkpoint may run its part without gradients first, and again with them
             layouts = GRADIENTS
         if isinstance(layouts, str):
             self.session.begin(None, where, layouts)
         else:
             self.session.begin(layouts, where)
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether parts of the model are computed again for gradients; transformers renames this."""
+    found = getattr(model, "is_activation_checkpointing", None)
+    return getattr(model, "is_gradient_checkpointing", False) if found is None else found
 
 
 def _layouts(given: Any) -> Layouts:
@@ -388,24 +387,3 @@ def _self_check(handle: Handle, model: nn.Module) -> None:
             " Reset it with model.set_default_attn_processor(), or leave the sites out of the plan"
             " and pass check=False"
         )
-
-
-def _resolve(plan: Any, model: nn.Module) -> Plan:
-    if isinstance(plan, str) and plan in RECIPES:
-        plan = recipe(plan, Geometry(type(model).__name__, tuple(sites_of(model))))
-    elif isinstance(plan, (str, os.PathLike)):
-        plan = _loaded(plan)
-    if not isinstance(plan, Plan):
-        raise PlanError(f"a plan is a Plan, a path, a recipe or a hub name, not {plan!r:.80}")
-    return plan.check(Geometry(type(model).__name__, tuple(sites_of(model))))
-
-
-def _loaded(name: str | os.PathLike[str]) -> Plan:
-    path = Path(name)
-    if path.is_file() or (path.suffix == ".json" and not path.is_dir()):
-        return Plan.load(path)
-    if path.is_dir() or looks_like_repository(name):
-        return Plan.from_pretrained(name)
-    raise PlanError(
-        f"there is no recipe and no plan file {str(name)!r}; {nearest(str(name), RECIPES)}"
-    )

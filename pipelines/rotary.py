@@ -39,13 +39,17 @@ def placed(model: nn.Module, positions: Int[Tensor, "batch fed"] | None) -> Iter
         yield
         return
     modules = _counting(model)
+    # offloading also puts a forward on the module itself
+    before = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:
             module.forward = partial(_at, module.forward, positions)
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, own in zip(modules, before, strict=True):
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own
 
 
 def _at(own: Any, positions: Tensor, q: Tensor, k: Tensor, *more: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """A masked diffusion language model as the pipeline calls it, whatever its class takes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from accel.errors import AccelError, UnsupportedModelError
-from accel.pipelines.enable import session_if_any
+from accel.pipelines.enable import untouched
 from accel.pipelines.rotary import can_place, placed
 
 __all__ = ["TextHost"]
@@ -150,9 +150,7 @@ class TextHost:
         if real is not None:
             real = real.to(device).expand(3, -1)
             positions = (real.cumsum(1) - 1).clamp(min=0)
-        session = session_if_any(self._own)
-        # with a plan these calls belong to no run
-        with nullcontext() if session is None else session.probing():
+        with untouched(self._own):
             found = self.logits(tokens, positions, real, None)[:, 1]
         return not torch.equal(found[0], found[1]), torch.equal(found[0], found[2])
 

@@ -5,6 +5,7 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items):
 def unjudged(monkeypatch):
     """No tiny model's attention is turned off for being slow, which no test could foresee."""
     monkeypatch.setattr("accel.guard.LEAST_S", 5e-3)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As users have it: no types are checked but by accel itself."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """What tests of sessions share."""
 
-import jaxtyping
 import pytest
 
 import accel.run_masks
@@ -18,9 +17,3 @@ def looks(monkeypatch):
 
     monkeypatch.setattr(accel.run_masks, "site_mask", spy)
     return made
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """As users have it: no types are checked but by accel itself."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

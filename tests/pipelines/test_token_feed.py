@@ -1,5 +1,7 @@
 """Which slots each call feeds, and what it says of them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
