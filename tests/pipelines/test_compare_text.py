@@ -106,6 +106,7 @@ def test_every_arm_is_measured(compared):
         assert 0 <= arm["accuracy"] <= 1
         assert set(arm["accuracy_by_task"]) == {"needle", "recall"}
         assert arm["loss"] > 0
+        assert arm["notices"] == {}
     assert arms["dense"]["calls"] == arms["full"]["calls"] == CALL["gen_length"]
     assert arms["ours"]["calls"] < CALL["gen_length"]
     assert arms["dense"]["agreement"] is None
