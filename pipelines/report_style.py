@@ -65,5 +65,6 @@ figure.answer pre { max-height: 440px; overflow-y: auto; }
 @media (max-width: 640px) {
   .strips { grid-template-columns: 1fr; } .strips > span { display: none; }
 }
-@media print { figure.answer pre { max-height: none; } body { background: white; } section { break-inside: avoid; } }
+@media print { body { background: white; } figure.answer pre { max-height: none; }
+  section { break-inside: avoid; } }
 """
