@@ -22,9 +22,10 @@ MAX = 1 << 20
 class TokenCache:
     """Keys and values are kept from whole calls, so that the calls between feed fewer tokens.
 
-    A group is `blocks` blocks of the decoding. Its first `delay + 1` steps are whole calls; the
-    last of them fills the cache. The steps after it feed some tokens, which see each other and what
-    the cache holds.
+    A group is `blocks` blocks of the decoding. Its first `delay + 1` steps are whole calls, which
+    fill the cache. The steps after them feed some tokens, which see each other and what the cache
+    holds. Steps are those that the decoding's quota asks for: where a rule commits more at once,
+    some of a block's last ones are not taken, so that samples of a batch do not depend on others.
 
     feed: the tokens that calls between feed. `block`: the current one (Fast-dLLM's DualCache, arXiv
         2505.22618; Sparse-dLLM, arXiv 2508.02558). `suffix`: it and all that follow (Fast-dLLM's
@@ -35,8 +36,9 @@ class TokenCache:
         largest q̄·k, where q̄ is the mean of the block's queries; at least one. 1: all.
     pool: maximum over so many neighbours before tokens are ranked; odd, 1 for none.
     by_head: every key head ranks for itself; else one ranking for all heads of a site.
-    delay: whole calls before the one that fills the cache.
-    refresh: steps between whole calls in a group; None: only at its start. 1: every call is whole.
+    delay: whole calls after the first, before what the cache holds is used.
+    refresh: every so many steps of a group are whole calls, from its first on; None: only at its
+        start. 1: every call is whole.
     blocks: blocks of a group; None: all of them are one. The first call of a block inside a group
         also feeds the block before it, whose last tokens were committed since.
     external: what fed tokens see of the cache. `attend`: its keys and values; `frozen`: what the
@@ -89,11 +91,12 @@ class TokenCache:
         """Whether step `step` (from 0) of a group is a whole call."""
         if step <= self.delay:
             return True
-        return self.refresh is not None and (step - self.delay) % self.refresh == 0
+        return self.refresh is not None and step % self.refresh == 0
 
-    def fills(self, step: int) -> bool:
-        """Whether the whole call of this step fills the cache: one that a fed call follows."""
-        return step >= self.delay and not self.whole(step + 1)
+    @property
+    def holds(self) -> bool:
+        """Whether whole calls fill a cache: not where every call is whole."""
+        return self.refresh != 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -67,7 +67,7 @@ class PrefixFeed:
             (Layout.of((1, 1, length)),),
             (0, length),
             (0, length),
-            fills=cache is not None and whole and cache.fills(self._turn),
+            fills=cache is not None and whole and cache.holds,
             beside="whole" if whole else "thinned",
         )
         steps = self._scheduler.num_inference_steps

@@ -85,6 +85,7 @@ class Generation:
             blocks=self._blocks,
             real=torch.cat([real, real]) if twice and real is not None else real,
             shift=self._shift,
+            steps=self._steps,
             device=self.tokens.device,
         )
         run, number, total = object(), 0, sum(self._steps)
@@ -99,7 +100,7 @@ class Generation:
                 now = self.tokens[:, self._prompt :] == self._mask_id
                 undecided = before | now  # a callback may mask what was decided
                 fed = feed.next(
-                    index, turn == 0, torch.cat([undecided, undecided]) if twice else undecided
+                    index, turn, torch.cat([undecided, undecided]) if twice else undecided
                 )
                 before = now
                 done_steps, step_of_block = sum(self._steps[:index]), min(turn, steps - 1)

@@ -38,7 +38,8 @@ class TokenFeed:
     """The calls of one generation.
 
     prompt: slots before the generated tokens; blocks: slots [start, stop) of each block; real:
-    slots that are no padding, None where all are. shift: the logits of a token are those of the
+    slots that are no padding, None where all are. steps: that the quota asks for in each block, 1
+    for each of its tokens where that is None. shift: the logits of a token are those of the
     slot before it (Dream), which is fed as well.
     """
 
@@ -50,33 +51,35 @@ class TokenFeed:
         blocks: Sequence[tuple[int, int]],
         real: Bool[Tensor, "batch tokens"] | None,
         shift: bool,
+        steps: Sequence[int] | None = None,
         device: torch.device,
     ) -> None:
         self._cache = cache or WHOLE
         self._prompt, self._blocks, self._real = prompt, list(blocks), real
         self._shift = shift
         self._device = device
-        self._group, self._turn = -1, 0
+        self._steps = [b - a for a, b in self._blocks] if steps is None else list(steps)
+        self._group = -1
         self._slots = torch.arange(0)
         self._layouts: tuple[Layout, ...] = ()
         self._valid: Tensor | None = None
 
-    def next(self, index: int, first: bool, undecided: Bool[Tensor, "batch tokens"]) -> Fed:
-        """The next call, for block `index`; first: of the block.
+    def next(self, index: int, turn: int, undecided: Bool[Tensor, "batch tokens"]) -> Fed:
+        """The next call, for block `index`; turn: the block's calls before it.
 
         undecided: which generated tokens were masked before the last step.
         """
         size = self._cache.blocks or len(self._blocks)
         if index // size != self._group:
             self._begin(index // size, size)
-        turn = self._turn
-        self._turn += 1
+        before = self._steps[index - index % size : index]
+        step_of_group = sum(before) + min(turn, self._steps[index] - 1)
         start, stop = self._blocks[index]
         block = (self._before(start), stop)
         step = TextStep(self._layouts, block, self._live(), valid=self._valid)
-        if self._cache.whole(turn):
+        if self._cache.whole(step_of_group):
             step = TextStep(
-                self._layouts, block, self._live(), None, self._valid, self._cache.fills(turn)
+                self._layouts, block, self._live(), None, self._valid, self._cache.holds
             )
             return Fed(step, self._slots[None], block)
         kind = self._cache.feed
@@ -90,7 +93,7 @@ class TokenFeed:
             )
         begin = self._before(self._prompt) if kind == "generated" else block[0]
         end = stop if kind == "block" else len(self._slots)
-        if first and inside and kind != "generated":
+        if turn == 0 and inside and kind != "generated":
             begin = self._before(self._blocks[index - 1][0])
         places = torch.arange(begin, end, device=self._device)[None]
         rows = (block[0] - begin, block[1] - begin)
@@ -98,7 +101,7 @@ class TokenFeed:
         return Fed(fed, self._slots[places], rows)
 
     def _begin(self, group: int, size: int) -> None:
-        self._group, self._turn = group, 0
+        self._group = group
         length = self._blocks[-1][1]
         self._first = self._blocks[group * size][0]
         self._end = self._blocks[min((group + 1) * size, len(self._blocks)) - 1][1]

@@ -95,7 +95,7 @@ class WindowFeed:
         real = None if mask is None or bool((mask != 0).all()) else mask != 0
         again = cache is not None and cache.refresh is not None and self._turn % cache.refresh == 0
         if cache is None or not self._held or (again and self._turn):
-            filled = cache is not None and cache.refresh != 1
+            filled = cache is not None and cache.holds
             self._held = window if filled else 0
             block, live = (start, window), (0, window)
             whole = TextStep(layouts, block, live, valid=real, fills=filled, ordered=True)

@@ -192,7 +192,7 @@ class TestPublishedMethods:
             step = len(steps)
             steps.append(turn)
             masked.append((at.x == MASK).nonzero()[:, 0].tolist())
-            if step <= 1 or (step - 1) % refresh == 0:
+            if step <= 1 or step % refresh == 0:
                 return layers.whole(at.x)[start:stop]
             fed = masked[step - 1]  # still masked before the last step
             logits = layers.some(at.x, fed)
@@ -211,7 +211,7 @@ class TestPublishedMethods:
         def logits_of(at, index, turn, start, stop):
             step = len(steps)
             steps.append(turn)
-            if step <= 1 or (step - 1) % 5 == 0:
+            if step <= 1 or step % 5 == 0:
                 return layers.whole(at.x)[start:stop]
             logits = layers.some(at.x, range(at.start, len(at.x)))
             return logits[start - at.start : stop - at.start]

@@ -16,9 +16,9 @@ PROMPT = 5
 BLOCKS = [(5, 9), (9, 13), (13, 16)]
 
 
-def feed_of(cache, blocks=BLOCKS, real=None, shift=False):
-    prompt = blocks[0][0]
-    return TokenFeed(cache, prompt=prompt, blocks=blocks, real=real, shift=shift, device=CPU)
+def feed_of(cache, blocks=BLOCKS, real=None, shift=False, steps=None):
+    settings = {"prompt": blocks[0][0], "blocks": blocks, "real": real, "shift": shift}
+    return TokenFeed(cache, **settings, steps=steps, device=CPU)
 
 
 def masked_of(*rows, length=11):
@@ -33,17 +33,17 @@ ALL = masked_of(range(11))
 
 
 def slots_of(cache, calls, **settings):
-    """For every call (block, first of it): the slots that are fed, None for a whole call."""
+    """For every call (block, calls of it before): the slots that are fed, None for a whole call."""
     feed, found = feed_of(cache, **settings), []
-    for index, first in calls:
-        fed = feed.next(index, first, ALL)
+    for index, turn in calls:
+        fed = feed.next(index, turn, ALL)
         found.append(None if fed.step.fed is None else fed.slots[0].tolist())
     return found
 
 
 def turns(*steps):
     """Calls of a run whose blocks take so many steps."""
-    return [(index, turn == 0) for index, n in enumerate(steps) for turn in range(n)]
+    return [(index, turn) for index, n in enumerate(steps) for turn in range(n)]
 
 
 def r(start, stop):
@@ -73,12 +73,12 @@ CASES = {
     "a refresh": (
         TokenCache(refresh=2),
         turns(5, 1),
-        [None, r(5, 9), None, r(5, 9), None, None],
+        [None, r(5, 9), None, r(5, 9), r(5, 9), None],
     ),
     "delay and refresh": (
-        TokenCache(delay=1, refresh=2),
+        TokenCache(delay=1, refresh=3),
         turns(6),
-        [None, None, r(5, 9), None, r(5, 9), None],
+        [None, None, r(5, 9), None, None, None],
     ),
     # the first call of a block in a group also feeds the block before it
     "groups of two": (
@@ -99,7 +99,7 @@ CASES = {
     "a group refreshed at a block's start": (
         TokenCache(blocks=None, refresh=3),
         THREE,
-        [None, r(5, 9), r(5, 9), None, r(9, 13), r(9, 16), None],
+        [None, r(5, 9), r(5, 9), r(5, 13), r(9, 13), r(9, 16), None],
     ),
     "blocks of one step": (TokenCache(), turns(1, 1, 1), [None] * 3),
     "one group, blocks of one step": (
@@ -139,7 +139,7 @@ def test_shifted_logits_after_an_empty_prompt():
     blocks = [(0, 4), (4, 7)]
     feed = feed_of(TokenCache(), blocks=blocks, shift=True)
     masked = masked_of(range(7), length=7)
-    found = [feed.next(index, first, masked) for index, first in turns(2, 2)]
+    found = [feed.next(index, turn, masked) for index, turn in turns(2, 2)]
     assert [fed.step.block for fed in found] == [(0, 4), (0, 4), (3, 7), (3, 7)]
     assert [fed.slots[0].tolist() for fed in found] == [r(0, 7), r(0, 4), r(0, 7), r(3, 7)]
 
@@ -150,10 +150,10 @@ class TestUndecided:
     CACHE = TokenCache(feed="undecided", delay=1, refresh=4, blocks=None)
 
     def calls(self, rows, shift=False, real=None):
-        feed = feed_of(self.CACHE, shift=shift, real=real)
+        feed = feed_of(self.CACHE, [(5, 16)], shift=shift, real=real)
         found = []
         for turn, masked in enumerate(rows):
-            fed = feed.next(0, turn == 0, masked)
+            fed = feed.next(0, turn, masked)
             found.append(None if fed.step.fed is None else fed.slots.tolist())
             assert fed.step.fed is None or fed.rows is None
         return found
@@ -164,8 +164,8 @@ class TestUndecided:
             ALL.expand(2, -1),
             masked_of(r(0, 11), r(1, 11)),
             masked_of([0, 2, 10], [1]),
-            masked_of([], [1, 2]),
             ALL.expand(2, -1),
+            masked_of([], [1, 2]),
             masked_of([4], [4]),
         ]
         assert self.calls(rows) == [
@@ -173,9 +173,9 @@ class TestUndecided:
             None,
             [r(5, 16), [*r(6, 16), 15]],
             [[5, 7, 15], [6, 6, 6]],
+            None,
             # a sample that is done feeds its first
             [[5, 5], [6, 7]],
-            None,
             [[9], [9]],
         ]
 
@@ -191,7 +191,7 @@ class TestStep:
     def test_places_of_a_window(self):
         """Places count the tokens that are computed at all; the last of them is the last slot."""
         feed = feed_of(TokenCache(feed="suffix", window=2))
-        whole, fed = feed.next(0, True, ALL), feed.next(0, False, ALL)
+        whole, fed = feed.next(0, 0, ALL), feed.next(0, 1, ALL)
         assert whole.slots.tolist() == [[*r(0, 11), 15]]
         assert whole.step.layouts == (Layout.join([(1, 1, 5), (1, 1, 7)]),)
         assert fed.step.fed.tolist() == [r(5, 12)]
@@ -213,20 +213,35 @@ class TestStep:
     @pytest.mark.parametrize("shift", [False, True])
     def test_what_may_be_fed_again(self, cache, live, shift):
         feed = feed_of(cache, shift=shift)
-        found = [feed.next(index, first, ALL).step for index, first in THREE if first]
+        found = [feed.next(index, turn, ALL).step for index, turn in THREE if turn == 0]
         assert [step.live for step in found] == [(a - shift, b) for a, b in live]
         assert [step.block for step in found] == [(a - shift, b) for a, b in BLOCKS]
 
-    def test_a_whole_call_fills_where_a_fed_one_follows(self):
+    def test_whole_calls_fill_a_cache_that_is_used(self):
         feed = feed_of(TokenCache(delay=1, refresh=2))
-        found = [feed.next(0, turn == 0, ALL).step for turn in range(6)]
-        assert [step.fills for step in found] == [False, True, False, True, False, True]
-        without = feed_of(None)
-        assert not any(without.next(0, turn == 0, ALL).step.fills for turn in range(3))
+        found = [feed.next(0, turn, ALL).step for turn in range(4)]
+        assert [step.fills for step in found] == [True, True, True, False]
+        for cache in (None, TokenCache(refresh=1)):
+            without = feed_of(cache)
+            assert not any(without.next(0, turn, ALL).step.fills for turn in range(3))
+
+    def test_steps_are_those_that_the_quota_asks_for(self):
+        """What other samples of a batch still need does not move the whole calls of a group."""
+        cache = TokenCache(blocks=None, refresh=6)
+        calls = [turns(1, 4, 2), turns(4, 4, 2)]
+        wholes = []
+        for of in calls:
+            found = slots_of(cache, of)
+            wholes.append({at for at, slots in zip(of, found, strict=True) if slots is None})
+        assert wholes[0] == wholes[1] == {(0, 0), (1, 2)}
+        assert slots_of(cache, turns(3, 3, 1), steps=[2, 2, 3])[3:] == [
+            *(r(5, 13), r(9, 13), r(9, 13)),
+            r(9, 16),
+        ]
 
     def test_padding_is_told(self):
         real = torch.arange(16) >= torch.tensor([[0], [2], [5]])
-        whole = feed_of(TokenCache(), real=real).next(0, True, ALL.expand(3, -1))
+        whole = feed_of(TokenCache(), real=real).next(0, 0, ALL.expand(3, -1))
         assert torch.equal(whole.step.valid, real)
         assert [layout.valid().tolist() for layout in whole.step.layouts] == real.tolist()
         assert whole.step.layouts == (
@@ -238,7 +253,7 @@ class TestStep:
     def test_padding_of_a_window(self):
         real = torch.arange(16) >= torch.tensor([[0], [2]])
         feed = feed_of(TokenCache(feed="suffix", window=1), real=real)
-        step = feed.next(0, True, ALL.expand(2, -1)).step
+        step = feed.next(0, 0, ALL.expand(2, -1)).step
         assert torch.equal(step.valid, real[:, [*r(0, 10), 15]])
 
 
@@ -273,9 +288,9 @@ def test_whatever_is_decided_has_logits_and_whatever_changed_is_fed(run):
     before = masked.clone()
     stale = set()  # committed since the model saw them last
     for index, (start, stop) in enumerate(blocks):
-        first = True
+        turn = 0
         while masked[0, start:stop].any():
-            fed = feed.next(index, first, before[:, prompt:])
+            fed = feed.next(index, turn, before[:, prompt:])
             slots = fed.slots[0].tolist()
             whole = fed.step.fed is None
             open_ = [i for i in range(start, stop) if masked[0, i]]
@@ -297,4 +312,4 @@ def test_whatever_is_decided_has_logits_and_whatever_changed_is_fed(run):
             picked = random.sample(open_, random.randint(1, len(open_)))
             masked[0, picked] = False
             stale.update(picked)
-            first = False
+            turn += 1
