@@ -137,8 +137,8 @@ def test_the_report_shows_answers_and_both_trade_offs(compared):
         "Speed, memory and quality",
         "Trade-off",
         "Accuracy by task",
-        "Prompt 1: recall",
-        "Prompt 2: needle",
+        "Prompt 1: needle",
+        "Prompt 2: recall",
         "What is computed, and what it holds",
         "How it was measured",
     ]
