@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from accel.geometry import Site
-from accel.intercept import REDUCE, How, Taken, copy_plainly
+from accel.how import How
+from accel.intercept import REDUCE, Taken, copy_plainly
 from accel.router import Session
 
 __all__ = ["CallInterception", "callers"]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from accel.errors import UnsupportedModelError
 from accel.geometry import Site
-from accel.intercept import REDUCE, SITE, How, Taken, copy_plainly, taken_of
+from accel.how import How
+from accel.intercept import REDUCE, SITE, Taken, copy_plainly, taken_of
 from accel.router import Session
 
 __all__ = ["InterfaceInterception", "uses_interface"]

@@ -26,13 +26,14 @@ from accel.kernels.attention import resolve_backend, resolve_precision, sparse_a
 from accel.layouts import Layouts, LayoutsLike, Part, parts_of
 from accel.masks import SiteMask
 from accel.obstacles import misfit, missed, refusal, unexplained
+from accel.own_dense import OwnDense
 from accel.plan import Plan
 from accel.ranks import Ranks
 from accel.records import Record, Stopwatch, phase_label
 from accel.run_state import Run
 from accel.schedule import Phase
 from accel.shared_calls import SharedCalls
-from accel.text_calls import TextCalls, full_mask
+from accel.text_calls import TextCalls
 from accel.text_step import current
 
 logger = logging.getLogger("accel")
@@ -74,6 +75,7 @@ class Session:
         self.observer: Observer | None = None
         self.shared = SharedCalls(plan)
         self.text = TextCalls(plan)
+        self._own_dense = OwnDense(plan)
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
@@ -188,7 +190,7 @@ class Session:
         label = phase_label(run.phase.band)
         record = self.records.setdefault((site.name, label), Record())
         kernel = "dense"
-        if self._is_own(site, run, whole[0], obstacle, valid):
+        if self._own_dense.makes(site, run, whole[0], obstacle, valid):
             own = partial(self._own_dense, site, run, valid is not None)
             if run.spread is not None:
                 own = partial(self.shared.dense, run, own)
@@ -227,30 +229,6 @@ class Session:
         if self.observer is not None:
             out = self.observer(site, run, q, k, v, out)
         return out
-
-    def _is_own(
-        self, site: Site, run: Run, q: Heads, obstacle: str | None, valid: Valid | None
-    ) -> bool:
-        """Whether dense calls are made by accel's own kernel."""
-        if self.plan.dense != "kernel" or run.where is None or obstacle is not None:
-            return False
-        if run.spread is not None and run.spread.pieces is None:
-            return False
-        if valid is None:
-            return True
-        # the layout says what an attention mask hides
-        plain = run.layout is not None and not run.layout.padded_inside
-        return plain and misfit(site, run.here, q) is None and unexplained(site, run, valid) is None
-
-    def _own_dense(
-        self, site: Site, run: Run, masked: bool, q: Heads, k: KeyHeads, v: KeyHeads
-    ) -> Heads:
-        mask, length = full_mask(run, self.plan.block, q, k), None
-        if masked:
-            assert run.layout is not None
-            length = run.layout.valid_length
-        precision = self.plan.precision_of(site.name)
-        return sparse_attention(q, k, v, mask, kv_length=length, precision=precision)
 
     def _kind(self, site: Site, q: Heads, k: KeyHeads) -> Kind:
         own = self.plan.dense == "kernel"

@@ -12,7 +12,7 @@ from accel.cached_tokens import SiteTokens, host_attention
 from accel.errors import AccelError
 from accel.geometry import Site
 from accel.kernels.attention import sparse_attention
-from accel.kernels.block_mask import BlockMask
+from accel.own_dense import full_mask
 from accel.plan import Plan
 from accel.records import CACHED_LABEL, DENSE_LABEL, Record, Stopwatch
 from accel.run_state import Run
@@ -154,14 +154,3 @@ class TextCalls:
             precision=self._plan.precision_of(site.name),
             return_lse=return_lse,
         )
-
-
-def full_mask(run: Run, block: tuple[int, int], q: Heads, k: KeyHeads) -> BlockMask:
-    """The mask of a call that keeps everything; made once for each size of a run."""
-    lengths = (q.shape[1], q.shape[2], k.shape[2])
-    key = (lengths, q.device)
-    if key not in run.full:
-        run.full[key] = BlockMask.full(
-            lengths[0], block=block, q_length=lengths[1], kv_length=lengths[2], device=q.device
-        )
-    return run.full[key]

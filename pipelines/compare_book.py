@@ -12,7 +12,6 @@ by the arm, and a comparison may be killed before it has noted them.
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from accel.files import write_atomically
 from accel.pipelines.compare_arms import ArmSpec
 from accel.pipelines.host import ModelConfig
 from accel.pipelines.model_files import files_of
+from accel.pipelines.output import Output
 from accel.pipelines.paths import find_path
 from accel.pipelines.provenance import code_digest, device_name, versions
 
@@ -99,7 +99,7 @@ class Book:
         self._judge = model.kind.judges(model)
         self._model: dict[str, Any] = {
             "versions": versions(),
-            "code": code_digest(*_files((*CODE, *model.kind.code))),
+            "code": code_digest(*code_of(model.kind)),
             "pipeline": model.pipeline,
             "files": files_of(find_path(model.path)),
             "call": dict(model.call),
@@ -188,5 +188,6 @@ class Book:
         return made
 
 
-def _files(names: Sequence[str]) -> list[Path]:
-    return [Path(__file__).parent / f"{name}.py" for name in names]
+def code_of(kind: Output) -> list[Path]:
+    """The files that run an arm of this kind of output, besides what all measurements depend on."""
+    return [Path(__file__).parent / f"{name}.py" for name in (*CODE, *kind.code)]

@@ -5,7 +5,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #f8fafc; color: var(--ink); line-height: 1.5;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 32px 20px 64px; }
+main { max-width: 1360px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 30px; margin: 0; letter-spacing: -0.02em; }
 h2 { font-size: 18px; margin: 0 0 14px; letter-spacing: -0.01em; }
 p { max-width: 76ch; color: var(--soft); margin: 12px 0 0; }
@@ -61,8 +61,10 @@ pre { background: #0f172a; color: #e2e8f0; padding: 14px 18px; border-radius: 8p
   white-space: pre-wrap; font-size: 13px; }
 pre.quiet, figure.answer pre { background: #f1f5f9; color: #475569; margin: 4px 0 0;
   font-size: 12px; padding: 10px 12px; overflow-wrap: anywhere; }
+figure.answer pre { max-height: 440px; overflow-y: auto; }
 @media (max-width: 640px) {
   .strips { grid-template-columns: 1fr; } .strips > span { display: none; }
 }
-@media print { body { background: white; } section { break-inside: avoid; } }
+@media print { body { background: white; } figure.answer pre { max-height: none; }
+  section { break-inside: avoid; } }
 """

@@ -107,7 +107,7 @@ def _scores(one: Mapping[str, Any]) -> str:
 def _tail(prompt: str) -> str:
     """The last lines of a prompt; what was left out is marked."""
     tail = "\n".join(prompt.splitlines()[-TAIL_LINES:])[-TAIL_CHARACTERS:]
-    return ("" if tail == prompt.rstrip("\n") else "… ") + escape(tail)
+    return ("" if tail == prompt.rstrip("\n") else "…\n") + escape(tail)
 
 
 def marked(text: str, task: Task) -> str:

@@ -47,7 +47,9 @@ class TextOutput(Output):
 
     name = "text"
     one, many = "text", "texts"
-    code = ("dllm", "text_host", "text_loss", "text_models", "text_output", "token_feed")
+    code = (
+        *("dllm", "rotary", "text_host", "text_loss", "text_models", "text_output", "token_feed"),
+    )
     caches = False
     priced = False
     mapped = False

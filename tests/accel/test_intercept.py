@@ -16,7 +16,8 @@ from accel.context import Where
 from accel.errors import UnsupportedModelError
 from accel.estimators import BlockMassTopK
 from accel.geometry import Geometry, Site
-from accel.intercept import DISPATCH, How, Interception
+from accel.how import How
+from accel.intercept import DISPATCH, Interception
 from accel.layout import Layout
 from accel.plan import Plan
 from accel.router import Session

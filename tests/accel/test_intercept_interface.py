@@ -10,7 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import accel
 from accel.choice import DENSE, Choice
-from accel.intercept import How, Taken
+from accel.how import How
+from accel.intercept import Taken
 from accel.pattern import Window
 from accel.pipelines.adapters import geometry_of
 from accel.plan import Plan

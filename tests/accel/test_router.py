@@ -9,7 +9,7 @@ import torch
 from sessions import LAYOUT, ONLINE, PRICED, STATIC, A, B, attend, qkv, run, session
 from torch.nn.functional import scaled_dot_product_attention
 
-from accel import router
+from accel import own_dense, router
 from accel.choice import Choice
 from accel.context import Where
 from accel.errors import AccelError
@@ -17,6 +17,7 @@ from accel.estimators import AdaptiveBlockMass, BlockMassTopK
 from accel.kernels.attention import resolve_backend, sparse_attention
 from accel.layout import Layout
 from accel.pattern import Full, Window
+from accel.router import Session
 
 
 class TestMasks:
@@ -164,10 +165,10 @@ class TestPadding:
 class TestDenseByKernel:
     """Dense calls of a plan whose `dense` is `kernel`."""
 
-    def kernel_session(self, **schedule):
+    def kernel_session(self, precision="full", **schedule):
         one = session(STATIC, **schedule)
-        one.plan = replace(one.plan, dense="kernel")
-        return one
+        plan = replace(one.plan, dense="kernel", precision=precision)
+        return Session(plan, one.geometry)
 
     def test_they_run_in_the_kernel_with_all_blocks_and_agree(self):
         one = self.kernel_session(dense_start=0.5)
@@ -187,13 +188,12 @@ class TestDenseByKernel:
             seen.append(precision)
             return sparse_attention(*tensors, precision=precision, **options)
 
-        monkeypatch.setattr(router, "sparse_attention", spy)
-        one = self.kernel_session(dense_start=0.5)
-        one.plan = replace(one.plan, precision={"a": "half"})
-        one.begin(LAYOUT, Where(step, 10))
-        attend(one)
-        one.plan = replace(one.plan, precision={"b": "half"})
-        attend(one)
+        for module in (router, own_dense):
+            monkeypatch.setattr(module, "sparse_attention", spy)
+        for site in ("a", "b"):
+            one = self.kernel_session({site: "half"}, dense_start=0.5)
+            one.begin(LAYOUT, Where(step, 10))
+            attend(one)
         assert seen == ["half", "full"]
 
     def test_other_lengths_of_queries_and_keys(self):

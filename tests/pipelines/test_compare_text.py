@@ -106,6 +106,7 @@ def test_every_arm_is_measured(compared):
         assert 0 <= arm["accuracy"] <= 1
         assert set(arm["accuracy_by_task"]) == {"needle", "recall"}
         assert arm["loss"] > 0
+        assert arm["notices"] == {}
     assert arms["dense"]["calls"] == arms["full"]["calls"] == CALL["gen_length"]
     assert arms["ours"]["calls"] < CALL["gen_length"]
     assert arms["dense"]["agreement"] is None
@@ -136,8 +137,8 @@ def test_the_report_shows_answers_and_both_trade_offs(compared):
         "Speed, memory and quality",
         "Trade-off",
         "Accuracy by task",
-        "Prompt 1: recall",
-        "Prompt 2: needle",
+        "Prompt 1: needle",
+        "Prompt 2: recall",
         "What is computed, and what it holds",
         "How it was measured",
     ]

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from accel.errors import AccelError, PlanError
 from accel.pipelines.compare_arms import recipe_arm
@@ -77,3 +79,14 @@ def test_caches_of_diffusers_are_none_of_a_text_model():
 
     with pytest.raises(AccelError, match=r"caches and combined are for diffusers' caches"):
         settings(caches={"pab": CacheSpec("pab")}, output="text")
+
+
+@pytest.mark.parametrize("experiment", ["llada-tiny", "llada-tiny-ablations"])
+def test_the_experiments_of_text_are_arms(experiment):
+    with initialize_config_module("accel.configs", version_base="1.3"):
+        config = OmegaConf.to_container(compose("compare", [f"experiment={experiment}"]))
+    assert config["model"]["output"] == "text"
+    asked = settings(recipes=config["recipes"], output="text")
+    arms = {arm.name: arm for arm in asked.arms}
+    assert len(arms) > 8
+    assert {arms[name].plan for name in arms} >= {None, "half", "sparsed", "sparse_dllm"}

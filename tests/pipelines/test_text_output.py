@@ -115,7 +115,7 @@ def test_a_text_comes_back_as_it_was_kept(host, tmp_path):
 
 def test_texts_are_judged_by_their_tasks_and_by_dense(host):
     judge = TEXT.judge(host.config)
-    recall, needle, _ = host.config.prompts
+    needle, recall, _ = host.config.prompts
     right = "key vemo=0000\nkey tiba=0000\n"
     dense = Text(np.array([1, 2, 3, 4]), "key tiba=0000", 4, 0.5)
     plan = Text(np.array([1, 2, 0, 4]), right, 4, 0.75)
