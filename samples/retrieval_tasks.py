@@ -20,7 +20,17 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["KEYS", "KINDS", "LINE_TOKENS", "Shape", "Source", "Task", "make_task", "new_keys", "stdlib_texts"]
+__all__ = [
+    "KEYS",
+    "KINDS",
+    "LINE_TOKENS",
+    "Shape",
+    "Source",
+    "Task",
+    "make_task",
+    "new_keys",
+    "stdlib_texts",
+]
 
 KINDS = ("needle", "copy", "recall")
 FIRST = tuple(c + v for c in "bdfghklmnprstvwz" for v in "aeiou")

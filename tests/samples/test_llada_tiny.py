@@ -34,7 +34,17 @@ from llada_tiny_model import (
     load,
     load_tasks,
 )
-from retrieval_tasks import KEYS, KINDS, LINE_TOKENS, Shape, Source, Task, make_task, new_keys, stdlib_texts
+from retrieval_tasks import (
+    KEYS,
+    KINDS,
+    LINE_TOKENS,
+    Shape,
+    Source,
+    Task,
+    make_task,
+    new_keys,
+    stdlib_texts,
+)
 from transformers import AutoTokenizer
 
 from accel.pipelines.dllm import MaskedDiffusionPipeline
