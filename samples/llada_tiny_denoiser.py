@@ -49,7 +49,8 @@ class Phase:
     lengths: tuple[Lengths, ...]
 
 
-# retrieval is learned among few tokens, many of which are answers, and carried to longer prompts
+# retrieval is learned among few tokens, many of which are answers, and carried to longer prompts;
+# without short ones beside them it is forgotten on the way
 ECHO = Lengths(prompt=96, answer=64, batch=24, reach=0, shares=(0.0, 0.15, 0.3, 0.05, 0.5))
 TINY = Lengths(prompt=96, answer=64, batch=24, reach=0, shares=(0.05, 0.25, 0.5, 0.1, 0.1))
 SHORT = Lengths(prompt=160, answer=96, batch=16)
@@ -58,12 +59,12 @@ K_ONE = Lengths(prompt=768, answer=256, batch=4)
 K_TWO = Lengths(prompt=1792, answer=256, batch=3)
 WHOLE = Lengths(prompt=4096, answer=256, batch=2)
 PHASES = (
-    Phase(0.04, (ECHO,)),
-    Phase(0.25, (TINY,)),
-    Phase(0.45, (SHORT, TINY, K_HALF)),
-    Phase(0.6, (SHORT, K_HALF, K_ONE)),
-    Phase(0.75, (K_HALF, K_ONE, K_TWO)),
-    Phase(1.0, (K_ONE, K_TWO, K_HALF, WHOLE)),
+    Phase(0.02, (ECHO,)),
+    Phase(0.12, (TINY,)),
+    Phase(0.25, (TINY, SHORT, K_HALF)),
+    Phase(0.45, (TINY, SHORT, K_HALF, K_ONE)),
+    Phase(0.65, (SHORT, K_HALF, K_ONE, K_TWO)),
+    Phase(1.0, (SHORT, K_HALF, K_ONE, K_TWO, WHOLE)),
 )
 
 
