@@ -14,6 +14,7 @@ from accel.estimators import BlockMassTopK
 from accel.layout import Layout
 from accel.layouts import Layouts, parts_of, valid_keys
 from accel.pattern import Identity, Window
+from accel.router import Session
 
 NEAR = Choice(Window(t=0, h=0), order="hwt")
 TOP = Choice(BlockMassTopK(keep=0.4))
@@ -152,7 +153,7 @@ def test_the_dense_kernel_honours_a_mask_that_is_explained():
 
     def dense_of(layouts, valid):
         one = session(Choice(BlockMassTopK(keep=0.4)), dense_start=1.0)
-        one.plan = replace(one.plan, dense="kernel")
+        one = Session(replace(one.plan, dense="kernel"), one.geometry)
         one.begin(layouts, Where(0, 4))
         host = scaled_dot_product_attention(q, k, v, valid[:, None, None])
         out = one.attend(A, q, k, v, lambda: host, None, valid)
