@@ -162,10 +162,8 @@ class Session:
             return dense()
         run = self.run
         if run.text is not None:
-            kernel = self._kernel(site, q)
-            found = self.text.attend(
-                site, run, run.text, self.records, q, k, v, valid, dense, obstacle, kernel
-            )
+            how = (valid, dense, obstacle, self._kernel(site, q))
+            found = self.text.attend(site, run, run.text, self.records, q, k, v, *how)
             if found is not None:
                 return found
         square = q.shape[2] == k.shape[2]
@@ -200,8 +198,7 @@ class Session:
             out = self._sparse(site, run, choices, record, q, k, v)
             if out is not None and self.guard and ranks is None:
                 time_dense(run, site, self._kind(site, q, k), self.records, dense)
-        if out is None:
-            out = self._dense(site, run, record, q, k, v, dense, kernel)
+        out = self._dense(site, run, record, q, k, v, dense, kernel) if out is None else out
         if run.placed:
             self._keep(site, run, out)
         if run.text is not None and run.text.fills:

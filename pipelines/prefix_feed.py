@@ -7,13 +7,13 @@ what the canvas saw of it is merged with what it sees of itself (`external: froz
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
 from accel.context import Where, standing
 from accel.layout import Layout
+from accel.pipelines.call_feed import CallFeed
 from accel.text_step import TextStep, current, text_step
 from accel.token_cache import TokenCache
 
@@ -25,7 +25,7 @@ def has_prefix(pipeline: Any) -> bool:
     return any(cls.__name__ == "DiffusionGemmaPipeline" for cls in type(pipeline).__mro__)
 
 
-class PrefixFeed:
+class PrefixFeed(CallFeed):
     """Follows the calls of one model. `undo` takes all of it away.
 
     plan_cache: the cache of the plan that is enabled at the moment.
@@ -34,21 +34,9 @@ class PrefixFeed:
     def __init__(self, model: nn.Module, pipeline: Any, plan_cache: Callable[[], Any]) -> None:
         self._scheduler, self._plan_cache = pipeline.scheduler, plan_cache
         self._run, self._index = object(), 0
-        self._stack = ExitStack()
         self._canvas: tuple[int, int] | None = None
         self._turn = 0
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
-
-    @property
-    def hook_ids(self) -> tuple[int, ...]:
-        return tuple(hook.id for hook in self._hooks)
-
-    def undo(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        super().__init__(model)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         keys, canvas = kwargs.get("past_key_values"), kwargs.get("decoder_input_ids")
@@ -75,6 +63,3 @@ class PrefixFeed:
         where = Where(at, steps, run=self._run, block=(self._index, at, steps), endless=True)
         self._stack.enter_context(standing(where))
         self._stack.enter_context(text_step(step))
-
-    def _after(self, *_: Any) -> None:
-        self._stack.close()

@@ -8,7 +8,6 @@ approximation, as Fast-dLLM's prefix cache is.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from accel.context import Where, standing
 from accel.errors import AccelError
 from accel.layout import Layout
+from accel.pipelines.call_feed import CallFeed
 from accel.pipelines.text_models import layouts_of
 from accel.text_step import TextStep, current, text_step
 from accel.token_cache import TokenCache
@@ -29,7 +29,7 @@ def feeds_windows(pipeline: Any) -> bool:
     return any(cls.__name__ == "LLaDA2Pipeline" for cls in type(pipeline).__mro__)
 
 
-class WindowFeed:
+class WindowFeed(CallFeed):
     """Follows the calls of one model by one pipeline. `undo` takes all of it away.
 
     plan_cache: the cache of the plan that is enabled at the moment; None: every call is whole.
@@ -37,7 +37,6 @@ class WindowFeed:
 
     def __init__(self, model: nn.Module, pipeline: Any, plan_cache: Callable[[], Any]) -> None:
         self._scheduler, self._plan_cache = pipeline.scheduler, plan_cache
-        self._stack = ExitStack()
         self._inside = False
         self._run: object = object()
         self._steps: int = self._scheduler.config.num_inference_steps
@@ -45,19 +44,11 @@ class WindowFeed:
         self._restart()
         self._set_timesteps = self._scheduler.set_timesteps
         self._scheduler.set_timesteps = self._begin
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
-
-    @property
-    def hook_ids(self) -> tuple[int, ...]:
-        return tuple(hook.id for hook in self._hooks)
+        super().__init__(model)
 
     def undo(self) -> None:
         self._scheduler.__dict__.pop("set_timesteps", None)
-        for hook in self._hooks:
-            hook.remove()
+        super().undo()
 
     def _begin(self, num_inference_steps: int, *args: Any, **kwargs: Any) -> None:
         """`set_timesteps`, which a run begins with: it says how long blocks are."""
@@ -140,4 +131,4 @@ class WindowFeed:
 
     def _after(self, *_: Any) -> None:
         if not self._inside:
-            self._stack.close()
+            super()._after()

@@ -18,8 +18,29 @@ MAX_GENES = 100
 Genome = tuple[int, ...]
 
 
+class GeneNumbers:
+    """Genomes as numbers of values, by the genes' sizes."""
+
+    __slots__ = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The name of every gene and how many values it has, in the order of a genome."""
+        raise NotImplementedError
+
+    def to_params(self, genome: Genome) -> dict[str, int]:
+        """By gene name, as a study has it."""
+        return dict(zip(self.sizes, genome, strict=True))
+
+    def from_params(self, params: Mapping[str, int]) -> Genome:
+        return tuple(params[name] for name in self.sizes)
+
+    def random(self, rng: Random) -> Genome:
+        return tuple(rng.randrange(size) for size in self.sizes.values())
+
+
 @dataclass(frozen=True, slots=True)
-class Genes:
+class Genes(GeneNumbers):
     """The genes of one search.
 
     groups: names of the sites of each group of layers. dense_starts: fractions of a run after which
@@ -98,16 +119,6 @@ class Genes:
 
     def dense_start(self, genome: Genome) -> float:
         return self.dense_starts[genome[-1] if len(self.dense_starts) > 1 else 0]
-
-    def to_params(self, genome: Genome) -> dict[str, int]:
-        """By gene name, as a study has it."""
-        return dict(zip(self.sizes, genome, strict=True))
-
-    def from_params(self, params: Mapping[str, int]) -> Genome:
-        return tuple(params[name] for name in self.sizes)
-
-    def random(self, rng: Random) -> Genome:
-        return tuple(rng.randrange(size) for size in self.sizes.values())
 
     def child(self, one: Genome, other: Genome, rng: Random) -> Genome:
         """Uniform crossover of two parents, then a mutation.

@@ -17,7 +17,7 @@ from accel.geometry import Geometry
 from accel.kernels.arguments import PRECISIONS
 from accel.plan import DENSE_BY, Plan
 from accel.schedule import Schedule
-from accel.search.genome import Genome
+from accel.search.genome import GeneNumbers, Genome
 from accel.token_cache import TokenCache
 
 __all__ = ["GENES", "TextGenes"]
@@ -37,7 +37,7 @@ GENES: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class TextGenes:
+class TextGenes(GeneNumbers):
     """The genes of one search: name -> its values, in an order in which neighbours are alike.
 
     commit: fields of a `Decoding` besides its block length; masks: a choice of blocks for whole
@@ -70,16 +70,6 @@ class TextGenes:
     def sizes(self) -> dict[str, int]:
         """The name of every gene with a choice, and how many values it has."""
         return {name: len(values) for name, values in self.values.items() if len(values) > 1}
-
-    def to_params(self, genome: Genome) -> dict[str, int]:
-        """By gene name, as a study has it."""
-        return dict(zip(self.sizes, genome, strict=True))
-
-    def from_params(self, params: Mapping[str, int]) -> Genome:
-        return tuple(params[name] for name in self.sizes)
-
-    def random(self, rng: Random) -> Genome:
-        return tuple(rng.randrange(size) for size in self.sizes.values())
 
     def child(self, one: Genome, other: Genome, rng: Random) -> Genome:
         """Uniform crossover of two parents; then one gene at least takes a neighbouring
