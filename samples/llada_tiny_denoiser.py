@@ -59,11 +59,11 @@ K_ONE = Lengths(prompt=768, answer=256, batch=4)
 K_TWO = Lengths(prompt=1792, answer=256, batch=3)
 WHOLE = Lengths(prompt=4096, answer=256, batch=2)
 PHASES = (
-    Phase(0.02, (ECHO,)),
-    Phase(0.12, (TINY,)),
-    Phase(0.25, (TINY, SHORT, K_HALF)),
-    Phase(0.45, (TINY, SHORT, K_HALF, K_ONE)),
-    Phase(0.65, (SHORT, K_HALF, K_ONE, K_TWO)),
+    Phase(0.03, (ECHO,)),
+    Phase(0.18, (TINY,)),
+    Phase(0.3, (TINY, SHORT, K_HALF)),
+    Phase(0.55, (TINY, SHORT, K_HALF, K_ONE)),
+    Phase(0.75, (SHORT, K_HALF, K_ONE, K_TWO)),
     Phase(1.0, (SHORT, K_HALF, K_ONE, K_TWO, WHOLE)),
 )
 

@@ -38,6 +38,9 @@ VOCABULARY = 1536
 PRACTICE = 3000  # how often keys and pairs of digits are shown to what learns the tokens
 GEN_LENGTH = 256  # the longest answer that was trained
 LONGEST = 16_384
+# the slowest half of the turns stays below half a radian over the longest context, so that what
+# matches near by matches far away too
+ROPE_BASE = 1e8
 # tasks of the committed files, laid over held-out text
 TASK_SHAPE = Shape(prompt=4096, answer=GEN_LENGTH)
 TASK_SEED = 1_000_000  # seeds below are of training
@@ -117,7 +120,7 @@ def build_model(
     layers: int = 4,
     heads: int = 4,
     head_dim: int = 64,
-    inner: int = 768,
+    inner: int = 512,
 ) -> EuroBertForMaskedLM:
     """The model before training: Llama's layers without a causal mask, two key and value heads."""
     config = EuroBertConfig(
@@ -129,7 +132,7 @@ def build_model(
         num_key_value_heads=2,
         head_dim=head_dim,
         max_position_embeddings=LONGEST,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         tie_word_embeddings=True,
         rms_norm_eps=1e-5,
         bos_token_id=tokenizer.bos_token_id,
