@@ -23,13 +23,22 @@ from accel.made_at import MadeAt
 from accel.plan_file import read_plan, write_plan
 from accel.schedule import Schedule
 from accel.token_cache import TokenCache
+from accel.token_reduction import TokenReduction
 from accel.untrusted import finite, table, typed
+from accel.window_keeps import WindowKeeps
 
 SCHEMA = 1
 MAX_SITES = 4096
 MAX_HEADS = 4096
 MAX_BLOCK = 1024
 DENSE_BY = ("host", "kernel")
+# what only some kinds of model have
+PARTS: dict[str, Any] = {
+    "cache": TokenCache,
+    "decoding": Decoding,
+    "windows": WindowKeeps,
+    "tokens": TokenReduction,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,8 @@ class Plan:
         dense for as long as it lives; None: whatever they keep. Heads without blocks do not count.
     cache, decoding: of a text model, which tokens its calls compute and remember, and how tokens
         are committed; None: all of them, and as the pipeline is called.
+    windows, tokens: of a vision model, which windows its blocks compute, and how many tokens are
+        left behind each block; None: all of them.
     grid: the visual grid (t, h, w) the plan was made at, or None when it was made for any.
     expected: what was predicted or measured when the plan was made, by name (see `accel.cost`).
     provenance: how it was made: recipe or search settings, versions, device, scheduler, steps.
@@ -65,6 +76,8 @@ class Plan:
     recall_floor: float | None = None
     cache: TokenCache | None = None
     decoding: Decoding | None = None
+    windows: WindowKeeps | None = None
+    tokens: TokenReduction | None = None
     grid: Grid | None = None
     expected: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -201,11 +214,16 @@ class Plan:
                     f"plan {self.name!r}: sites[{site!r}] is for {len(bands[0])} heads, the model"
                     f" has {heads}"
                 )
-        if isinstance(self.precision, Mapping):
-            for site in self.precision:
+        named = {
+            "precision": self.precision if isinstance(self.precision, Mapping) else (),
+            "windows.keeps": () if self.windows is None else self.windows.keeps,
+            "tokens.keeps": () if self.tokens is None else self.tokens.keeps,
+        }
+        for field_, keys in named.items():
+            for site in keys:
                 if site not in names:
                     raise PlanError(
-                        f"plan {self.name!r}: precision has {site!r}, which the model does not"
+                        f"plan {self.name!r}: {field_} has {site!r}, which the model does not"
                         f" have; {nearest(site, names[:12])}"
                     )
         if self.head_dim != target.sites[0].head_dim:
@@ -223,8 +241,9 @@ class Plan:
             for site, bands in self.sites.items()
         }
         parts: dict[str, Any] = {"recall_floor": self.recall_floor}
-        parts |= {"cache": None if self.cache is None else self.cache.to_dict()}
-        parts |= {"decoding": None if self.decoding is None else self.decoding.to_dict()}
+        for part in PARTS:
+            value = getattr(self, part)
+            parts[part] = None if value is None else value.to_dict()
         return {
             "schema": SCHEMA,
             "name": self.name,
@@ -253,8 +272,7 @@ class Plan:
                 f"the plan has schema {data['schema']!r}, this accel reads {SCHEMA};"
                 " update accel, or make the plan again with accel-search"
             )
-        optional = {"dense", "precision", "recall_floor", "cache", "decoding", "grid", "expected"}
-        optional |= {"provenance"}
+        optional = {"dense", "precision", "recall_floor", "grid", "expected", "provenance", *PARTS}
         data = table("the plan", data, required | optional, required)
         choices = [Choice.from_dict(c) for c in typed("choices", data["choices"], list)]
         sites = {}
@@ -275,8 +293,11 @@ class Plan:
             dense=typed("dense", data.get("dense", "host"), str),
             precision=_precision(data.get("precision", "full")),
             recall_floor=None if data.get("recall_floor") is None else _floor(data["recall_floor"]),
-            cache=None if data.get("cache") is None else TokenCache.from_dict(data["cache"]),
-            decoding=None if data.get("decoding") is None else Decoding.from_dict(data["decoding"]),
+            **{
+                part: read.from_dict(data[part])
+                for part, read in PARTS.items()
+                if data.get(part) is not None
+            },
             grid=None if grid is None else guard(as_grid, typed("grid", grid, list)),
             expected=typed("expected", data.get("expected", {}), dict),
             provenance=typed("provenance", data.get("provenance", {}), dict),

@@ -61,6 +61,10 @@ class Adapter:
     heads, projection: (heads, head dim) of a site's module, and the weight that follows it.
     vector_masks: its processors make matrices of masks of keys (`accel.key_padding`).
     intercept: how its sites are taken, from a session and the sites' modules.
+    package: the classes are those of this package alone, where others have some of the same name.
+    entry: the module of a model whose call begins a run; the model's own unless given.
+    single: a call is a whole run of one step; `intercept` also gets the `model`, whose blocks may
+        compute less.
     """
 
     classes: tuple[str, ...]
@@ -74,6 +78,9 @@ class Adapter:
     projection: Callable[[nn.Module, str], Tensor] = output_projection
     vector_masks: bool = False
     intercept: Callable[..., Any] = Interception
+    package: str = ""
+    entry: Callable[[nn.Module], nn.Module] = lambda model: model
+    single: bool = False
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -82,20 +89,20 @@ class Adapter:
 
 
 _ADAPTERS: list[Adapter] = []
-_REFUSED: dict[str, str] = {}
+_REFUSED: dict[tuple[str, str], str] = {}  # by package ("" any) and class
 
 
 def register(adapter: Adapter) -> Adapter:
     for name in adapter.classes:
-        if any(name in known.classes for known in _ADAPTERS):
+        if any(name in known.classes and known.package == adapter.package for known in _ADAPTERS):
             raise ValueError(f"a model class {name!r} has an adapter already")
     _ADAPTERS.append(adapter)
     return adapter
 
 
-def refuse(reason: str, *classes: str) -> None:
-    """Name classes of models that accel has nothing for, and why."""
-    _REFUSED.update(dict.fromkeys(classes, reason))
+def refuse(reason: str, *classes: str, package: str = "") -> None:
+    """Name classes of models (of one package) that accel has nothing for, and why."""
+    _REFUSED.update({(package, name): reason for name in classes})
 
 
 def known_classes() -> tuple[str, ...]:
@@ -112,14 +119,10 @@ def adapter_of(model: nn.Module) -> Adapter:
     from accel.pipelines.generic import guess
     from accel.pipelines.text_models import guess_text
 
-    known = known_classes()
-    names = [cls.__name__ for cls in type(model).__mro__]
-    for name in names:
-        if name in _REFUSED:
-            raise UnsupportedModelError(f"accel does nothing for a {names[0]}: {_REFUSED[name]}")
-        for adapter in _ADAPTERS:
-            if name in adapter.classes:
-                return adapter
+    found = _by_class(model)
+    if found is not None:
+        return found
+    known, names = known_classes(), [type(model).__name__]
     guessed = guess_text(model) or guess(model)
     if guessed is None:
         raise UnsupportedModelError(
@@ -128,8 +131,24 @@ def adapter_of(model: nn.Module) -> Adapter:
     return guessed
 
 
+def _by_class(model: nn.Module) -> Adapter | None:
+    _register_all()
+    name = type(model).__name__
+    for cls in type(model).__mro__:
+        package = cls.__module__.partition(".")[0]
+        for where in ("", package):
+            if (where, cls.__name__) in _REFUSED:
+                reason = _REFUSED[where, cls.__name__]
+                raise UnsupportedModelError(f"accel does nothing for a {name}: {reason}")
+            for adapter in _ADAPTERS:
+                if cls.__name__ in adapter.classes and adapter.package == where:
+                    return adapter
+    return None
+
+
 def _register_all() -> None:
     import accel.pipelines.dit
+    import accel.pipelines.image_models
     import accel.pipelines.text_models
     import accel.pipelines.video_dit  # noqa: F401  all register their adapters
 
@@ -144,13 +163,23 @@ def named_denoisers(target: Any) -> dict[str, nn.Module]:
     found = {name: getattr(target, name, None) for name in DENOISERS}
     if isinstance(target, nn.Module):
         found = {"transformer": target}
-    models = {n: getattr(m, "_orig_mod", m) for n, m in found.items() if isinstance(m, nn.Module)}
+    models = {
+        n: _core(getattr(m, "_orig_mod", m)) for n, m in found.items() if isinstance(m, nn.Module)
+    }
     if not models:
         raise UnsupportedModelError(
             f"a {type(target).__name__} has no denoiser that accel knows; give a diffusers"
             " pipeline with a `transformer` or a `model`, or the model itself"
         )
     return models
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """The model of timm in a wrapper of it (`features_only`, a segmenter); else the model itself."""
+    if not type(model).__module__.startswith(("timm.", "accel.")) or _by_class(model) is not None:
+        return model
+    found = [m for m in model.modules() if (a := _by_class(m)) is not None and a.package == "timm"]
+    return found[0] if len(found) == 1 else model
 
 
 def by_denoiser(target: Any, values: Sequence[T]) -> dict[str, T]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from accel.context import locate
+from accel.context import Where, locate
 from accel.entry import Entry
 from accel.errors import AccelError, MissedSiteError, PlanError
 from accel.geometry import Geometry
@@ -109,7 +109,9 @@ def enable(
         for model, one in zip(models, chosen, strict=True):
             announce(one, target, model)
             geometry = Geometry(type(model).__name__, tuple(sites_of(model)))
-            session = Session(one, geometry, strict=strict, guard=guard)
+            # a run of one call has none to time others by
+            guarded = guard and not adapter_of(model).single
+            session = Session(one, geometry, strict=strict, guard=guarded)
             check_parallel(model)
             session.shared.by_streams = streams_reader(model)
             handle: Handle | None = getattr(model, HANDLE, None)
@@ -219,24 +221,27 @@ class Handle:
         self._feed: WindowFeed | PrefixFeed | None = None
         self._counter = StepCounter()
         self.first = self._adapter.first
-        self.names = tuple(n for n in signature(type(model).forward).parameters if n != "self")
+        self._root = self._adapter.entry(model)
+        self.names = tuple(n for n in signature(type(self._root).forward).parameters if n != "self")
         self._timestep = next((n for n in TIMESTEPS if n in self.names), "")
         self._settings(settings)
         self._reader = CallReader(self._adapter)
         self.entry = Entry(self._begin)
         self._interception = self._intercept()
-        self._pre_hook = model.register_forward_pre_hook(_on_call, with_kwargs=True)
+        self._pre_hook = self._root.register_forward_pre_hook(_on_call, with_kwargs=True)
         if hasattr(model, CONTEXT):
             model.__dict__[CONTEXT] = self._listening(getattr(model, CONTEXT))
-        model.__dict__[HANDLE] = self
-        copy_plainly(model, HANDLE, CONTEXT, hooks=(self._pre_hook.id,))
+        for module in dict.fromkeys((self._root, model)):
+            module.__dict__[HANDLE] = self
+            copy_plainly(module, HANDLE, CONTEXT, hooks=(self._pre_hook.id,))
 
     @property
     def session(self) -> Session:
         return self.settings.session
 
     def _intercept(self) -> Any:
-        more = {"vector_masks": True} if self._adapter.vector_masks else {}
+        more: dict[str, Any] = {"vector_masks": True} if self._adapter.vector_masks else {}
+        more |= {"model": self._model} if self._adapter.single else {}
         return self._adapter.intercept(self.session, self._sites, **more)
 
     def _settings(self, settings: Settings) -> None:
@@ -261,8 +266,9 @@ class Handle:
     def remove(self) -> None:
         if self._feed is not None:
             self._feed.undo()
-        for name in (HANDLE, CONTEXT, REDUCE):
-            self._model.__dict__.pop(name, None)
+        for module in (self._root, self._model):
+            for name in (HANDLE, CONTEXT, REDUCE):
+                module.__dict__.pop(name, None)
         self._pre_hook.remove()
         self._interception.undo()
 
@@ -296,7 +302,12 @@ class Handle:
         else:
             layouts = _layouts(given(self._model, call) if callable(given) else given)
         timestep = call.get(self._timestep)
-        where = locate(self._context, self.settings.clocks.running(), timestep, self._counter)
+        where: Where | None
+        if self._adapter.single:
+            where = Where(0, 1, run=object())
+        else:
+            clock = self.settings.clocks.running()
+            where = locate(self._context, clock, timestep, self._counter)
         if torch.is_grad_enabled() and _checkpoints(self._model):
             # a checkpoint may run its part without gradients first, and again with them
             layouts = GRADIENTS

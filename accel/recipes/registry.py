@@ -89,13 +89,15 @@ class Recipe:
     plan: (geometry, **parameters), or (geometry, profile, **parameters) of one with a demand.
     demand: (geometry, **those of the parameters that it names), which all have their defaults from
         the plan; None for a method that needs no calibration.
-    vision, text: what kinds of model it is for.
+    vision, text, images: what kinds of model it is for: what generates frames or texts, and what
+        sees images.
     """
 
     plan: Callable[..., Plan]
     demand: Callable[..., Demand] | None = None
     vision: bool = True
     text: bool = False
+    images: bool = False
 
 
 RECIPES: dict[str, Recipe] = {}
@@ -107,13 +109,14 @@ def published(
     demand: Callable[..., Demand] | None = None,
     vision: bool = True,
     text: bool = False,
+    images: bool = False,
 ) -> Callable[..., Any]:
     """Decorator: the recipe is called like its function."""
 
     def add(function: Callable[..., Plan]) -> Callable[..., Plan]:
         if function.__name__ in RECIPES:
             raise ValueError(f"there is a recipe {function.__name__!r} already")
-        RECIPES[function.__name__] = Recipe(function, demand, vision, text)
+        RECIPES[function.__name__] = Recipe(function, demand, vision, text, images)
         return function
 
     return add if function is None else add(function)
