@@ -21,6 +21,7 @@ from accel.kernels.arguments import PRECISIONS
 from accel.layout import Grid, as_grid
 from accel.made_at import MadeAt
 from accel.plan_file import read_plan, write_plan
+from accel.plan_fit import check_fit
 from accel.schedule import Schedule
 from accel.token_cache import TokenCache
 from accel.token_reduction import TokenReduction
@@ -191,46 +192,7 @@ class Plan:
             from accel.pipelines.adapters import geometry_of
 
             target = geometry_of(target)
-        if self.model != target.model:
-            raise PlanError(
-                f"plan {self.name!r}: model is {self.model!r}, but this is a {target.model!r};"
-                " make a plan for this model with accel-search"
-            )
-        if self.n_sites != len(target.sites):
-            raise PlanError(
-                f"plan {self.name!r}: n_sites is {self.n_sites}, but the model has"
-                f" {len(target.sites)} sites; make a plan for this model with accel-search"
-            )
-        names = [s.name for s in target.sites]
-        for site, bands in self.sites.items():
-            if site not in names:
-                raise PlanError(
-                    f"plan {self.name!r}: sites has {site!r}, which the model does not have;"
-                    f" {nearest(site, names[:12])}"
-                )
-            heads = target.site(site).heads
-            if len(bands[0]) != heads:
-                raise PlanError(
-                    f"plan {self.name!r}: sites[{site!r}] is for {len(bands[0])} heads, the model"
-                    f" has {heads}"
-                )
-        named = {
-            "precision": self.precision if isinstance(self.precision, Mapping) else (),
-            "windows.keeps": () if self.windows is None else self.windows.keeps,
-            "tokens.keeps": () if self.tokens is None else self.tokens.keeps,
-        }
-        for field_, keys in named.items():
-            for site in keys:
-                if site not in names:
-                    raise PlanError(
-                        f"plan {self.name!r}: {field_} has {site!r}, which the model does not"
-                        f" have; {nearest(site, names[:12])}"
-                    )
-        if self.head_dim != target.sites[0].head_dim:
-            raise PlanError(
-                f"plan {self.name!r}: head_dim is {self.head_dim}, the model's is"
-                f" {target.sites[0].head_dim}"
-            )
+        check_fit(self, target)
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def named_denoisers(target: Any) -> dict[str, nn.Module]:
 
 
 def _core(model: nn.Module) -> nn.Module:
-    """The model of timm in a wrapper of it (`features_only`, a segmenter); else the model itself."""
+    """The model of timm in a wrapper (`features_only`, a segmenter), or the model itself."""
     if not type(model).__module__.startswith(("timm.", "accel.")) or _by_class(model) is not None:
         return model
     found = [m for m in model.modules() if (a := _by_class(m)) is not None and a.package == "timm"]
