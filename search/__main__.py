@@ -18,9 +18,10 @@ from accel.schedule import Schedule
 from accel.search.finish import describe
 from accel.search.run import Search
 from accel.search.settings import Budget, Evolution, SearchSettings
+from accel.search.task_search import TaskSettings
+from accel.search.task_search import describe as describe_tasks
 from accel.search.text_genes import TextGenes
-from accel.search.text_search import TextSearch, TextSettings
-from accel.search.text_search import describe as describe_text
+from accel.search.text_search import TextSearch
 
 
 def settings_of(config: Mapping[str, Any]) -> SearchSettings:
@@ -71,7 +72,7 @@ def search(config: dict[str, Any]) -> None:
     print(f"what every head does: {folder / 'heads.png'}")
 
 
-def text_settings_of(config: Mapping[str, Any]) -> TextSettings:
+def text_settings_of(config: Mapping[str, Any]) -> TaskSettings:
     """The settings that a configuration describes for a text model."""
     space = config["space"]
     if "genes" not in space:
@@ -79,7 +80,7 @@ def text_settings_of(config: Mapping[str, Any]) -> TextSettings:
             f"space {space.get('name')!r} has no genes, which a text model needs: take space=text"
         )
     budget = Budget(**config["budget"])
-    return TextSettings(
+    return TaskSettings(
         genes=TextGenes.of(space["genes"], check_block(config["block"])),
         first=space.get("first", ()),
         evolution=Evolution(**config["search"]),
@@ -92,7 +93,7 @@ def text_settings_of(config: Mapping[str, Any]) -> TextSettings:
 def _search_text(config: Mapping[str, Any], model: ModelConfig, folder: Path) -> None:
     settings = text_settings_of(config)
     outcome = TextSearch(model, settings, folder).run()
-    for line in describe_text(outcome, settings):
+    for line in describe_tasks(outcome, settings):
         print(line)
     print(f"plan: {_save(outcome.chosen.plan, config, folder / 'plan.json')}")
     print(f"front: {folder / 'front.json'}\ntrade-off: {folder / 'front.png'}")

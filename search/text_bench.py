@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,29 +21,12 @@ from accel.pipelines.enable import enabled
 from accel.pipelines.host import Host
 from accel.pipelines.tasks import Task
 from accel.plan import Plan
+from accel.search.worth import Worth
 from accel.untrusted import finite, table, typed
 
-__all__ = ["TextBench", "Worth"]
+__all__ = ["TextBench"]
 
 ENTRY = {"seconds", "score", "agreement", "calls"}
-
-
-@dataclass(frozen=True, slots=True)
-class Worth:
-    """What a plan was measured at over some tasks.
-
-    time: its seconds over those of dense decoding, in the mean over tasks; accuracy: share of the
-    tasks' values that are right; agreement: share of tokens that dense decoding has too; calls: of
-    the model, a task.
-    """
-
-    time: float
-    accuracy: float
-    agreement: float
-    calls: float
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 class TextBench:
@@ -62,6 +44,10 @@ class TextBench:
         for task in tqdm(missing, desc="dense decoding", unit="text", disable=not missing):
             self._reference(task)
         return self._worth("dense", tasks)
+
+    def trial(self, plan: Plan, tasks: Sequence[Task]) -> Worth:
+        """What evolution goes by: here a measurement."""
+        return self.measure(plan, tasks)
 
     def measure(self, plan: Plan, tasks: Sequence[Task]) -> Worth:
         """Of a plan on tasks whose dense decoding is known."""

@@ -1,300 +1,32 @@
-"""One search for a text model: evolve genomes of caches and decodings on calibration tasks, measure
-the front on all of them, and choose.
-"""
+"""The search for a text model: genomes of caches and decodings, judged by calibration tasks."""
 
-import hashlib
-import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from random import Random
-from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from tqdm import tqdm
+from typing import ClassVar
 
 from accel.errors import AccelError
-from accel.files import write_atomically
-from accel.geometry import Geometry
-from accel.pipelines.adapters import denoisers_of, geometry_of
-from accel.pipelines.calibration import fingerprint
 from accel.pipelines.host import Host, ModelConfig
-from accel.pipelines.provenance import code_digest, device_name, versions
-from accel.pipelines.tasks import Task, by_turns, read_tasks
-from accel.plan import Plan
-from accel.search.front import spread
-from accel.search.genome import Genome
-from accel.search.settings import Evolution
-from accel.search.study import (
-    ATTEMPTS,
-    MAXIMIZE,
-    Done,
-    Trials,
-    one_at_a_time,
-    open_storage,
-)
-from accel.search.text_bench import TextBench, Worth
-from accel.search.text_genes import TextGenes
+from accel.pipelines.tasks import by_turns, read_tasks
+from accel.search.task_search import TaskSearch, TaskSettings
+from accel.search.text_bench import TextBench
 
-__all__ = ["TextOutcome", "TextSearch", "TextSettings", "describe"]
-
-HERE = Path(__file__).parent
-CODE = tuple(HERE / f"{name}.py" for name in ("study", "text_bench", "text_genes", "text_search"))
+__all__ = ["TextSearch"]
 
 
-@dataclass(frozen=True, slots=True)
-class TextSettings:
-    """What a search for a text model is asked for.
+class TextSearch(TaskSearch):
+    """The search of one text model: a trial generates some tasks of each kind."""
 
-    genes: of the space; first: settings that the first generation has; evolution.prompts:
-    calibration tasks of each kind that a trial generates. loss: how much of the accuracy of dense
-    decoding the chosen plan may lose at most; points: plans of the front that are measured on all
-    calibration tasks.
-    """
+    code: ClassVar[tuple[str, ...]] = (*TaskSearch.code, "text_bench", "text_genes", "text_search")
 
-    genes: TextGenes
-    first: Sequence[Mapping[str, Any]]
-    evolution: Evolution
-    loss: float = 0.01
-    points: int = 6
-    seed: int = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A plan that was measured on all calibration tasks."""
-
-    plan: Plan
-    worth: Worth
-    trial: int
-
-
-@dataclass(frozen=True, slots=True)
-class TextOutcome:
-    """What a search found. points: the front, by falling time; chosen: one of them; dense: of the
-    vanilla sampler on the same tasks.
-    """
-
-    chosen: Point
-    points: tuple[Point, ...]
-    dense: Worth
-    trials: int
-
-
-class TextSearch:
-    """The search of one text model; what each stage makes is kept in `folder`."""
-
-    def __init__(self, model: ModelConfig, settings: TextSettings, folder: Path) -> None:
+    def __init__(self, model: ModelConfig, settings: TaskSettings, folder: Path) -> None:
         if not model.calibration_tasks:
             raise AccelError(
                 f"model {model.name!r} has no calibration_tasks, by whose answers plans are judged"
             )
-        self.settings, self.folder = settings, folder
-        self.host = Host(model)
-        self.tasks = by_turns(read_tasks(model.calibration_tasks))
-        denoiser = denoisers_of(self.host.pipe)[0]
-        self.geometry: Geometry = geometry_of(denoiser)
-        told = {
-            "device": device_name(self.host.device),
-            "versions": versions("optuna"),
-            "code": code_digest(*CODE),
-            "model": {**asdict(model), "prompts": (), "calibration": ()},
-            "tasks": [asdict(task) for task in self.tasks],
-            "weights": fingerprint(denoiser),
-            "seed": settings.seed,
-        }
-        text = json.dumps(told, sort_keys=True, default=str)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.bench = TextBench(self.host, folder, self.key, settings.seed)
+        tasks = by_turns(read_tasks(model.calibration_tasks))
+        some = len({task.task for task in tasks}) * settings.evolution.prompts
+        told = {"tasks": [asdict(task) for task in tasks]}
+        super().__init__(Host(model), settings, folder, tasks, some, **told)
 
-    def run(self) -> TextOutcome:
-        """Decode densely once, evolve together with other workers, and finish."""
-        kinds = len({task.task for task in self.tasks})
-        some = self.tasks[: kinds * self.settings.evolution.prompts]
-        with one_at_a_time(self.folder / ".prepare.lock"):
-            self.bench.dense(some)
-        trials = self._trials()
-        self._evolve(trials, some)
-        with one_at_a_time(self.folder / ".finish.lock"):
-            return self._finish(trials.finished)
-
-    def plan(self, genome: Genome, name: str) -> Plan:
-        """The plan of a genome, with how it was made."""
-        model = self.host.config
-        plan = self.settings.genes.plan(
-            genome,
-            self.geometry,
-            name,
-            made_by="accel-search",
-            model_path=model.path,
-            call=dict(model.call),
-            seed=self.settings.seed,
-            dtype=model.dtype,
-            device=device_name(self.host.device),
-            versions=versions("optuna"),
-        )
-        return plan
-
-    def _trials(self) -> Trials:
-        evolution, genes = self.settings.evolution, self.settings.genes
-        first = [genes.repaired(genes.nearest(wanted)) for wanted in self.settings.first]
-        rng = Random(f"{self.settings.seed} first")
-        if not evolution.warm:
-            first = []
-        for _ in range(ATTEMPTS):  # a small space may not have so many
-            if len(set(first)) >= evolution.population:
-                break
-            first.append(genes.repaired(genes.random(rng)))
-        name = evolution.study or self.host.config.name
-        return Trials(
-            open_storage(evolution.storage, self.folder),
-            f"{name}-{self.key[:8]}" if evolution.fresh else name,
-            genes,
-            {"key": self.key, "prompts": evolution.prompts, "genes": repr(genes.values)},
-            list(dict.fromkeys(first)),
-            repair=genes.repaired,
-            seed=self.settings.seed,
-            lock=self.folder / ".study.lock",
-            third=MAXIMIZE,
-        )
-
-    def _evolve(self, trials: Trials, tasks: Sequence[Task]) -> None:
-        wanted, finished = self.settings.evolution.trials, len(trials.finished)
-
-        def evaluate(genome: Genome) -> list[float]:
-            worth = self.bench.measure(self.plan(genome, "trial"), tasks)
-            return [worth.time, worth.accuracy, worth.agreement]
-
-        with tqdm(
-            total=max(wanted, finished),
-            initial=finished,
-            desc="evolving",
-            unit="trial",
-            disable=finished >= wanted,
-        ) as bar:
-
-            def told(done: Done) -> None:
-                found = trials.finished
-                bar.update(len(found) - bar.n)
-                most = max(d.values[1] for d in found)
-                good = [d for d in found if d.values[1] >= most - self.settings.loss]
-                best = min(good, key=lambda d: d.values[0])
-                bar.set_postfix_str(f"best {1 / best.values[0]:.1f}x at {best.values[1]:.1%}")
-
-            trials.run(wanted, evaluate, told)
-
-    def _finish(self, found: Sequence[Done]) -> TextOutcome:
-        if not found:
-            raise AccelError("the study has no finished trial; search.trials is at least 1")
-        front = sorted(undominated(found), key=lambda d: -d.values[0])
-        good = max(d.values[1] for d in found) - self.settings.loss
-        # the fast ones that are good are what is asked for; the others show the trade-off
-        asked = [d for d in front if d.values[1] >= good][-self.settings.points :]
-        tried = {d.number: d for d in [*asked, *spread(front, self.settings.points, _time)]}
-        dense = self.bench.dense(self.tasks)
-        points = []
-        for done in tqdm(sorted(tried.values(), key=lambda d: -d.values[0]), desc="measuring"):
-            plan = self.plan(done.genome, f"{self.host.config.name}-{done.number:03d}")
-            worth = self.bench.measure(plan, self.tasks)
-            told = {**plan.provenance, "measured": worth.to_dict(), "tasks": len(self.tasks)}
-            points.append(Point(replace(plan, provenance=told), worth, done.number))
-        points.sort(key=lambda p: -p.worth.time)
-        least = dense.accuracy - self.settings.loss
-        right = [p for p in points if p.worth.accuracy >= least]
-        if right:
-            chosen = min(right, key=lambda p: p.worth.time)
-        else:
-            chosen = max(points, key=lambda p: p.worth.accuracy)
-        outcome = TextOutcome(chosen, tuple(points), dense, len(found))
-        self._write(outcome)
-        return outcome
-
-    def _write(self, outcome: TextOutcome) -> None:
-        """front.json, the plan files it names, and the picture."""
-        listed = []
-        for point in outcome.points:
-            path = point.plan.save(self.folder / "plans" / f"{point.plan.name}.json")
-            listed.append(
-                {"plan": f"plans/{path.name}", "trial": point.trial, **point.worth.to_dict()}
-            )
-        front = {
-            "schema": 1,
-            "model": self.host.config.name,
-            "points": listed,
-            "dense": outcome.dense.to_dict(),
-            "trials": outcome.trials,
-            "chosen": outcome.chosen.plan.name,
-            "tasks": len(self.tasks),
-            "seed": self.settings.seed,
-            "device": device_name(self.host.device),
-            "versions": versions("optuna"),
-        }
-        write_atomically(self.folder / "front.json", json.dumps(front, indent=1))
-        _draw(outcome, self.folder / "front.png")
-
-
-def undominated(found: Iterable[Done]) -> list[Done]:
-    """Trials that no other one equals or beats in time, accuracy and agreement at once."""
-    unique = {done.values: done for done in reversed(list(found))}
-
-    def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-        return one[0] <= other[0] and one[1] >= other[1] and one[2] >= other[2]
-
-    return [
-        done
-        for values, done in unique.items()
-        if not any(beats(other, values) for other in unique if other != values)
-    ]
-
-
-def _time(done: Done) -> float:
-    return done.values[0]
-
-
-def _draw(outcome: TextOutcome, path: Path) -> None:
-    """A PNG: accuracy and agreement over the speed-up, the chosen plan by name."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    faster = [1 / p.worth.time for p in outcome.points]
-    for name, colour in (("accuracy", "#0f766e"), ("agreement", "#94a3b8")):
-        values = [100 * getattr(p.worth, name) for p in outcome.points]
-        axes.plot(faster, values, "o-", color=colour, label=f"{name}, {outcome.trials} trials")
-    axes.axhline(100 * outcome.dense.accuracy, color="#1e293b", lw=1, label="accuracy of dense")
-    chosen = outcome.chosen
-    axes.annotate(
-        chosen.plan.name,
-        (1 / chosen.worth.time, 100 * chosen.worth.accuracy),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="center",
-    )
-    axes.set(xlabel="times as fast as dense decoding", ylabel="%")
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
-
-
-def describe(outcome: TextOutcome, settings: TextSettings) -> Iterable[str]:
-    """What a person wants to know of a finished search, line by line."""
-    chosen, dense = outcome.chosen, outcome.dense
-    slow, fast = outcome.points[0].worth, outcome.points[-1].worth
-    yield (
-        f"front: {len(outcome.points)} plans measured, of {outcome.trials} trials:"
-        f" {1 / slow.time:.1f}x at {slow.accuracy:.1%} to {1 / fast.time:.1f}x at"
-        f" {fast.accuracy:.1%}; dense decoding has {dense.accuracy:.1%}"
-    )
-    worth = chosen.worth
-    yield (
-        f"plan {chosen.plan.name!r} ({chosen.plan.digest}): {1 / worth.time:.1f} times as fast as"
-        f" dense decoding, {worth.accuracy:.1%} right, {worth.agreement:.1%} of its tokens,"
-        f" {worth.calls:.0f} calls"
-    )
-    if worth.accuracy < dense.accuracy - settings.loss:
-        yield (
-            f"no plan loses at most {settings.loss:.1%}: this is the best of the front; add values"
-            " to the space that compute more, or take more trials"
-        )
+    def _bench(self) -> TextBench:
+        return TextBench(self.host, self.folder, self.key, self.settings.seed)

@@ -9,13 +9,14 @@ from tiny_llada import build_tiny_llada, tiny_llada_config
 from accel.errors import AccelError
 from accel.pipelines.compare_arms import read_front
 from accel.pipelines.host import Host, ModelConfig
-from accel.pipelines.tasks import Task, read_tasks
+from accel.pipelines.tasks import Task, by_turns, read_tasks
 from accel.plan import Plan
 from accel.search.settings import Evolution
 from accel.search.study import Done
+from accel.search.task_search import TaskSettings, describe, undominated
 from accel.search.text_bench import TextBench
 from accel.search.text_genes import TextGenes
-from accel.search.text_search import TextSearch, TextSettings, by_turns, describe, undominated
+from accel.search.text_search import TextSearch
 from accel.token_cache import TokenCache
 
 GENES = TextGenes.of(
@@ -27,7 +28,7 @@ GENES = TextGenes.of(
     },
     (16, 16),
 )
-SETTINGS = TextSettings(
+SETTINGS = TaskSettings(
     genes=GENES,
     first=({"keep": 1.0, "block_length": 8},),
     evolution=Evolution(trials=5, population=3),
