@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -44,6 +44,7 @@ __all__ = ["Outcome", "Point", "TaskBench", "TaskGenes", "TaskSearch", "TaskSett
 HERE = Path(__file__).parent
 
 
+@runtime_checkable
 class TaskGenes(Protocol):
     """What genomes mean: `text_genes` and `image_genes` have it."""
 
@@ -68,6 +69,7 @@ class TaskGenes(Protocol):
     def plan(self, genome: Genome, geometry: Geometry, name: str, **provenance: Any) -> Plan: ...
 
 
+@runtime_checkable
 class TaskBench(Protocol):
     """What plans are worth on tasks; nothing is generated twice."""
 

@@ -25,7 +25,7 @@ class TextSearch(TaskSearch):
             )
         tasks = by_turns(read_tasks(model.calibration_tasks))
         some = len({task.task for task in tasks}) * settings.evolution.prompts
-        told = {"tasks": [asdict(task) for task in tasks]}
+        told = {"answers": [asdict(task) for task in tasks]}
         super().__init__(Host(model), settings, folder, tasks, some, **told)
 
     def _bench(self) -> TextBench:
