@@ -63,9 +63,8 @@ class KeepGenes(GeneNumbers):
             tuple(tuple(stage[i : i + size]) for i in range(0, len(stage), size))
             for stage in stages
         )
-        hows: tuple[dict[str, Any], ...] = tuple(
-            dict(fields) for fields in space.get("how") or ({},)
-        )
+        listed: Sequence[Mapping[str, Any]] = space.get("how") or ({},)
+        hows = tuple(dict(how) for how in listed)
         for how in hows:
             try:
                 PARTS[part].from_dict({"keeps": {}, **how})
