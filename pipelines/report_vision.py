@@ -141,7 +141,7 @@ def _classified(
 ) -> str:
     """The first images with the class that each arm found; wrong ones are marked."""
     arms = list(seen)
-    rows = []
+    rows: list[str] = []
     for prompt, first in seen["dense"].items():
         folder, group = _folder(settings, prompt)
         right = folder.right(group, classes, "classification")

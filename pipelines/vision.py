@@ -236,7 +236,7 @@ def _changed(config: VisionConfig, changes: dict[str, Any]) -> VisionConfig:
                 f"model.load.{name}: a vision model has no such setting;"
                 f" {nearest(name, VisionConfig.__dataclass_fields__)}"
             )
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(config, **plain)
 
 

@@ -104,9 +104,8 @@ class ClassesOutput(Output):
         return torch.from_numpy(np.ascontiguousarray(pixels)).to(host.device)
 
     def setup(self, name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-        return {"fused": {"fused": True}, "compiled": {"fused": True, "compile": dict(options)}}[
-            name
-        ]
+        fused: dict[str, Any] = {"fused": True}
+        return {"fused": fused, "compiled": {**fused, "compile": dict(options)}}.get(name)
 
     def set_up(self, host: Any, setup: Mapping[str, Any]) -> None:
         if setup.get("fused"):
@@ -161,7 +160,7 @@ class ClassesOutput(Output):
 
     def save(self, path: Path, generation: Seen, host: Any, prompt: str) -> None:
         buffer = io.BytesIO()
-        arrays = {f"{WINDOWS}{k}": v for k, v in _windows(host, prompt).items()}
+        arrays: dict[str, Any] = {f"{WINDOWS}{k}": v for k, v in _windows(host, prompt).items()}
         np.savez_compressed(
             buffer, labels=generation.labels.astype(np.uint16), calls=generation.calls, **arrays
         )
