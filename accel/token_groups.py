@@ -75,7 +75,9 @@ class Groups:
         """Tokens that stand for patches."""
         return self.size.shape[1]
 
-    def split(self, x: Tokens) -> tuple[Tokens, Tokens]:
+    def split(
+        self, x: Tokens
+    ) -> tuple[Float[Tensor, "batch prefix dim"], Float[Tensor, "batch rest dim"]]:
         """Prefix and the others."""
         return x[:, : self.prefix], x[:, self.prefix :]
 
@@ -88,11 +90,11 @@ class Groups:
             self.prefix,
         )
 
-    def taken(self, x: Tokens) -> Tokens:
+    def taken(self, x: Tokens) -> Float[Tensor, "batch fewer dim"]:
         """Of all patches those whose places the tokens have: undoes `spread`, exactly."""
         return _rows(x, self.place, self.prefix)
 
-    def spread(self, x: Tokens) -> Tokens:
+    def spread(self, x: Tokens) -> Float[Tensor, "batch more dim"]:
         """Every patch as its token is, in the order of the image: unmerging, exact where the
         members of a group are equal.
         """

@@ -1,7 +1,7 @@
 """How much attention each token of an image gets: what fusion and selection rank tokens by."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from accel.errors import AccelError
@@ -11,7 +11,8 @@ __all__ = ["class_scores", "mass_scores"]
 
 Heads = Float[Tensor, "batch heads tokens dim"]
 Scores = Float[Tensor, "batch tokens"]
-Bias = Float[Tensor, "batch heads queries tokens"]
+# as masks of `scaled_dot_product_attention` are: added to logits, or False where a key is hidden
+Bias = Float[Tensor, "*any tokens"] | Bool[Tensor, "*any tokens"]
 
 
 def class_scores(q: Heads, k: Heads, *, scale: float, bias: Bias | None = None) -> Scores:
@@ -43,7 +44,7 @@ def mass_scores(
     """
     q, k = q.detach(), k.detach()
     if bias is not None:
-        if bias.shape[-2] != 1 or (bias.ndim == 4 and bias.shape[1] != 1):
+        if bias.ndim > 1 and (bias.shape[-2] != 1 or (bias.ndim == 4 and bias.shape[1] != 1)):
             raise AccelError(
                 "tokens.score 'mass' sums over all queries, and this call has an attention mask"
                 " that differs between them; use tokens.score 'class', or a mask of keys"

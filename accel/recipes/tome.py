@@ -12,7 +12,7 @@ from accel.token_reduction import TokenReduction
 def tome(
     geometry: Geometry,
     *,
-    r: float | None = None,
+    r: int | float | None = None,
     patches: int = 196,
     inflection: float = 0.0,
     proportional: bool = True,
