@@ -212,8 +212,7 @@ class TestArguments:
 def test_architectures_at_their_own_size(name, size):
     """Logits and all taps, with every block on the way of reduced ones."""
     torch.manual_seed(0)
-    more = {} if size[0] == size[1] else {"dynamic_img_pad": True}
-    model = timm.create_model(name, img_size=size, **more).eval()
+    model = timm.create_model(name, dynamic_img_size=True, dynamic_img_pad=True).eval()
     x = torch.randn(1, 3, *size)
     expected, (last, taps) = model(x), model.forward_intermediates(x)
     enable(model, (1 - 1e-6,) * len(model.blocks))
