@@ -37,7 +37,8 @@ def hierarchical(
     anchors.scatter_(1, _ranked(objects)[:, : round(alpha * budget / 5)], True)
     # anchors before buffers before registers, then by score
     order = _ranked(output)
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(rows * columns).expand_as(order))
+    places = torch.arange(rows * columns, device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter(1, order, places)
     kind = 2 - anchors.long() - _with_neighbours(anchors, grid).long()
     first = (kind * rows * columns + rank).argsort(dim=1)[:, :budget]
     return first.sort(dim=1).values

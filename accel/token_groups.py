@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Groups", "Step", "fuse", "left", "match"]
+__all__ = ["Groups", "Step", "added", "fuse", "left", "match"]
 
 Tokens = Float[Tensor, "batch tokens dim"]
 Patches = Float[Tensor, "batch patches"]
@@ -23,32 +23,52 @@ class Step(NamedTuple):
     """One reduction of `n` tokens to `m`: token i goes to group `into[i]`.
 
     into: [batch, n], below m. first: [batch, m], the token whose place in the image a group has.
-    weight: [batch, n], the part that a token has in the mean of its group; those of one group sum
-    up to 1.
+    others: [batch, n - m], the tokens that are no group's first. alone: so many groups, before all
+    others, have no token but their first. weight: [batch, n], the part that a token has in the mean
+    of its group; those of one group sum up to 1.
     """
 
     into: Int[Tensor, "batch n"]
     first: Int[Tensor, "batch m"]
+    others: Int[Tensor, "batch gone"]
+    alone: int
     weight: Float[Tensor, "batch n"]
 
     def reduce(self, x: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch m dim"]:
-        """``y[g] = Σ_{i in g} weight_i x_i``.
+        """``y[g] = Σ_{i in g} weight_i x_i``."""
+        first, more = (self._weighted(x, index) for index in (self.first, self.others))
+        into = self.into.gather(1, self.others) - self.alone
+        grown = added(first[:, self.alone :], more, into, in_any_order=x.device.type != "cpu")
+        return torch.cat([first[:, : self.alone], grown], 1)
 
-        Summed by a product with the groups' weights on devices where additions to one address come
-        in any order, so that equal calls give equal tokens.
-        """
-        weighted = x * self.weight[..., None].to(x.dtype)
-        count = self.first.shape[1]
-        if x.device.type == "cpu":
-            index = self.into[..., None].expand_as(x)
-            return x.new_zeros(x.shape[0], count, x.shape[2]).scatter_add(1, index, weighted)
-        groups = torch.arange(count, device=x.device)
-        return (self.into[:, None] == groups[:, None]).to(x.dtype) @ weighted
+    def _weighted(
+        self, x: Float[Tensor, "batch n dim"], index: Int[Tensor, "batch some"]
+    ) -> Float[Tensor, "batch some dim"]:
+        weight = self.weight.gather(1, index)[..., None].to(x.dtype)
+        return x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) * weight
 
     def total(self, size: Float[Tensor, "batch n"]) -> Float[Tensor, "batch m"]:
         """Sums over groups of whole numbers, exact in any order."""
         zeros = size.new_zeros(size.shape[0], self.first.shape[1])
         return zeros.scatter_add(1, self.into, size)
+
+
+def added(
+    groups: Float[Tensor, "batch groups dim"],
+    more: Float[Tensor, "batch some dim"],
+    into: Int[Tensor, "batch some"],
+    *,
+    in_any_order: bool,
+) -> Float[Tensor, "batch groups dim"]:
+    """Each of `more` added to its group.
+
+    in_any_order: the device adds to one address in any order; then a product with ones and zeros
+    takes the place of additions, so that equal calls give equal sums.
+    """
+    if not in_any_order:
+        return groups.scatter_add(1, into[..., None].expand_as(more), more)
+    numbers = torch.arange(groups.shape[1], device=groups.device)
+    return groups + (into[:, None] == numbers[:, None]).to(more.dtype) @ more
 
 
 @dataclass(frozen=True)
@@ -174,7 +194,7 @@ def match(metric: Tokens, size: Patches, count: int) -> Step:
     into[:, 1::2] = proposers
     into[:, 0::2] = kept + rank[:, : n - n // 2]
     first = torch.cat([2 * stay + 1, 2 * rank[:, : n - n // 2]], 1)
-    step = Step(into, first, size)
+    step = Step(into, first, 2 * gone + 1, kept, size)
     return step._replace(weight=size / step.total(size).gather(1, into))
 
 
@@ -193,7 +213,8 @@ def fuse(score: Patches, count: int) -> Step:
     # scores that are all zero weigh equally
     shares = score.gather(1, others) + torch.finfo(torch.float32).tiny
     weight = torch.ones_like(score).scatter(1, others, shares / shares.sum(1, keepdim=True))
-    return Step(into, torch.cat([kept, others[:, :1]], 1), weight)
+    first = torch.cat([kept, others[:, :1]], 1)
+    return Step(into, first, others[:, 1:], count - 1, weight)
 
 
 def _indices(index: Int[Tensor, "batch tokens"], prefix: int) -> Int[Tensor, "batch all"]:

@@ -46,7 +46,7 @@ class ReducedBlocks:
     """The blocks of one model whose tokens a plan reduces. `undo` puts everything back.
 
     always: blocks take the way of reduced ones even where every patch stands for itself (a check of
-    exactness).
+    exactness). The summary knows eager calls; of a compiled graph nothing is told.
     """
 
     def __init__(self, session: Session, modules: dict[Site, nn.Module], model: Any) -> None:

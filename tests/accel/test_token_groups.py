@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from accel.errors import AccelError
-from accel.token_groups import Groups, fuse, match
+from accel.token_groups import Groups, added, fuse, match
 from accel.token_scores import class_scores, mass_scores
 
 
@@ -71,9 +71,16 @@ class TestMerging:
     def test_equal_calls_give_equal_tokens_whichever_way_they_are_summed(self):
         x, metric, size = random(2, 40, 6), random(2, 40, 4, seed=1), torch.ones(2, 40)
         step = match(metric, size, 22)
-        groups = torch.arange(22)[:, None]
-        by_product = (step.into[:, None] == groups).float() @ (x * step.weight[..., None])
-        assert torch.allclose(step.reduce(x), by_product, atol=1e-6)
+        assert torch.equal(step.reduce(x), step.reduce(x))
+        groups, more = x[:, :13], x[:, 13:]
+        into = torch.randint(13, (2, 27), generator=torch.Generator().manual_seed(3))
+        found = [added(groups, more, into, in_any_order=which) for which in (False, True)]
+        expected = groups.double().clone()
+        for b in range(2):
+            for i, g in enumerate(into[b].tolist()):
+                expected[b, g] += more[b, i]
+        for one in found:
+            assert torch.allclose(one.double(), expected, atol=1e-5)
 
 
 class TestFusion:
