@@ -68,10 +68,15 @@ def halves_of(name: str, block: nn.Module) -> Halves:
             f" MLP; {nearest(cls.__qualname__, known)}"
         )
     attention: Any = block.attn
-    if type(attention).__name__ not in _ATTENTION or not attention.fused_attn:
+    kind = type(attention).__name__
+    if kind not in _ATTENTION:
         raise UnsupportedModelError(
-            f"the attention of {name}, a {type(attention).__name__}, does not call"
-            " scaled_dot_product_attention once; build the model with"
-            " timm.layers.set_fused_attn(True), or leave `tokens` out of the plan"
+            f"the attention of {name} is a {kind}, which is none with one map of queries and keys"
+            f" ({', '.join(_ATTENTION)}); leave `tokens` out of the plan"
+        )
+    if not attention.fused_attn:
+        raise UnsupportedModelError(
+            f"the attention of {name} does not call scaled_dot_product_attention; build the model"
+            " with timm.layers.set_fused_attn(True), or leave `tokens` out of the plan"
         )
     return found

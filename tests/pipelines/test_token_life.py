@@ -253,6 +253,20 @@ class TestRefusals:
         with pytest.raises(PlanError, match="`tokens`, which accel does not reduce in a Swin"):
             accel.enable(swin, Plan.uniform("t", geometry, DENSE, tokens=tokens))
 
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("beit_base_patch16_224", "bias for every pair of places"),
+            ("vit_relpos_small_patch16_224", "bias for every pair of places"),
+            ("vit_dwee_patch16_reg1_gap_256", "is a DiffAttention"),
+        ],
+    )
+    def test_other_kinds_of_blocks(self, name, said):
+        model = timm.create_model(name, depth=2, embed_dim=24, num_heads=3)
+        with pytest.raises(UnsupportedModelError, match=said):
+            accel.enable(model, "tome")
+        assert not any("forward" in m.__dict__ for m in model.modules())
+
     def test_attention_that_is_not_fused(self):
         model = build()
         model.blocks[1].attn.fused_attn = False
