@@ -316,7 +316,11 @@ def _forget(namespaces: dict[str, types.ModuleType]) -> None:
 
 
 def copy_plainly(module: nn.Module, *names: str, hooks: tuple[int, ...] = ()) -> None:
-    """Make copies and pickles of `module` without its attributes `names` and some forward hooks."""
+    """Make copies and pickles of `module` without its attributes `names` and some forward hooks,
+    nor what earlier calls named.
+    """
+    before = getattr(module.__dict__.get(REDUCE), "without", ((), ()))
+    names, hooks = (*before[0], *names), (*before[1], *hooks)
 
     def reduce(protocol):
         parts = list(type(module).__reduce_ex__(module, protocol))
@@ -326,6 +330,7 @@ def copy_plainly(module: nn.Module, *names: str, hooks: tuple[int, ...] = ()) ->
             parts[2][kind] = OrderedDict(kept)
         return tuple(parts)
 
+    reduce.without = (names, hooks)  # type: ignore[attr-defined]
     module.__dict__[REDUCE] = reduce
 
 

@@ -1,6 +1,7 @@
 """Plans on disk: one JSON file, and beside it one safetensors file where they hold block sets.
 
-    plan.json            everything but the bits of block sets (`accel.pattern_blocks`)
+    plan.json            everything but the bits of block sets (`accel.pattern_blocks`), and of
+                         trained estimators (`accel.estimators.connectivity`), which are kept alike
     plan.safetensors     the bits: one uint8 vector for each set, named by its number
 
 The JSON names the second file, with its size and hash, and a set by its number. Both are read as
@@ -27,6 +28,7 @@ from accel.untrusted import bare_name, bounded_int, refuse_constant, table, type
 MAX_FILE_BYTES = 16 * 2**20
 MAX_SET_BYTES = 256 * 2**20
 SETS = "sets"
+KINDS = ("blocks", "connectivity")  # what has bits
 SUFFIX = ".safetensors"
 
 
@@ -140,9 +142,9 @@ def _bits(sets: Mapping[str, bytes], number: Any) -> bytes | str:
 
 
 def _block_sets(data: Any) -> Iterator[dict[str, Any]]:
-    """Every table of the kind `blocks`, wherever it stands."""
+    """Every table of a kind that has bits, wherever it stands."""
     if isinstance(data, dict):
-        if data.get("kind") == "blocks":
+        if data.get("kind") in KINDS:
             yield data
         else:
             for value in data.values():

@@ -46,6 +46,8 @@ def check_fit(plan: Any, target: Geometry) -> None:
                     f"plan {plan.name!r}: {field_} has {site!r}, which the model does not"
                     f" have; {nearest(site, names[:12])}"
                 )
+    if plan.tokens is not None:
+        plan.tokens.check(names)
     if plan.head_dim != target.sites[0].head_dim:
         raise PlanError(
             f"plan {plan.name!r}: head_dim is {plan.head_dim}, the model's is"

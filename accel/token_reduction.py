@@ -4,7 +4,7 @@ Token merging (ToMe; Bolya et al., ICLR 2023, arXiv 2210.09461) and inattentive-
 Liang et al., ICLR 2022, arXiv 2202.07800).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,28 @@ class TokenReduction:
                 raise PlanError(f"tokens.{name} {value!r} is unknown; {nearest(str(value), known)}")
         if type(self.proportional) is not bool:
             raise PlanError(f"tokens.proportional is true or false, got {self.proportional!r}")
+
+    def check(self, sites: Sequence[str]) -> None:
+        """Refuse keeps that grow from block to block, or that one block cannot merge down to.
+
+        sites: of all blocks, in their order.
+        """
+        before, where = 1.0, "the patches"
+        for site in sites:
+            keep = self.keeps.get(site, before)
+            if keep > before:
+                raise PlanError(
+                    f"tokens.keeps[{site!r}] is {keep}, more than the {before} that {where} leave:"
+                    f" tokens do not come back; give at most {before}"
+                )
+            if self.method == "merge" and keep < before / 2 - 1e-9:
+                raise PlanError(
+                    f"tokens.keeps[{site!r}] is {keep}, less than half of the {before} that {where}"
+                    f" leave: one block merges pairs; give at least {before / 2}, or merge in"
+                    " earlier blocks as well"
+                )
+            if site in self.keeps:
+                before, where = keep, repr(site)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -318,9 +318,9 @@ class Handle:
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Whether parts of the model are computed again for gradients; transformers renames this."""
-    found = getattr(model, "is_activation_checkpointing", None)
-    return getattr(model, "is_gradient_checkpointing", False) if found is None else found
+    """Whether parts of the model are computed again for gradients, by the names that hosts have."""
+    hosts = ("is_activation_checkpointing", "is_gradient_checkpointing", "grad_checkpointing")
+    return next((x for n in hosts if (x := getattr(model, n, None)) is not None), False)
 
 
 def _layouts(given: Any) -> Layouts:

@@ -27,6 +27,13 @@ refuse(
     "VisionTransformer",
     package="torchvision",
 )
+refuse(
+    "its attention has a bias for every pair of places, which sparse kernels and merged tokens have"
+    " not; take VisionTransformer or Eva",
+    "Beit",
+    "VisionTransformerRelPos",
+    package=PACKAGE,
+)
 
 
 def _heads(module: Any) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What `accel.enable` takes for a plan: a `Plan`, a file, a recipe, a folder or a repository."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,53 @@ from torch import nn
 
 from accel.errors import PlanError, nearest
 from accel.geometry import Geometry
-from accel.pipelines.adapters import sites_of
+from accel.pipelines.adapters import Adapter, adapter_of, sites_of
+from accel.pipelines.token_blocks import TokenInterception
+from accel.pipelines.window_blocks import WindowInterception
 from accel.plan import Plan
 from accel.plan_hub import looks_like_repository
 from accel.recipes import RECIPES, recipe
+from accel.schedule import Schedule
 
 __all__ = ["resolved"]
 
+# parts of a plan that only one kind of interception looks at
+_REDUCED = {"windows": WindowInterception, "tokens": TokenInterception}
+
 
 def resolved(plan: Any, model: nn.Module) -> Plan:
-    """The plan that is meant, checked against the model. Raises PlanError."""
+    """The plan that is meant, checked against the model. Raises PlanError.
+
+    A recipe for a model of which a call is a whole run is that of its first sparse step.
+    """
+    adapter = adapter_of(model)
     geometry = Geometry(type(model).__name__, tuple(sites_of(model)))
     if isinstance(plan, str) and plan in RECIPES:
         plan = recipe(plan, geometry)
+        plan = _at_once(plan) if adapter.single else plan
     elif isinstance(plan, (str, os.PathLike)):
         plan = _loaded(plan)
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a Plan, a path, a recipe or a hub name, not {plan!r:.80}")
+    _refuse_parts(plan, adapter, geometry.model)
     return plan.check(geometry)
+
+
+def _at_once(plan: Plan) -> Plan:
+    """The plan with the choices of its first band, and no dense step before it."""
+    sites = {site: bands[:1] for site, bands in plan.sites.items()}
+    dense = plan.schedule.dense_start == 1
+    return replace(plan, sites=sites, schedule=Schedule(dense_start=1.0 if dense else 0.0))
+
+
+def _refuse_parts(plan: Plan, adapter: Adapter, model: str) -> None:
+    """Refuse a plan that asks for fewer windows or tokens of a model without them."""
+    for part, interception in _REDUCED.items():
+        if getattr(plan, part) is not None and adapter.intercept is not interception:
+            raise PlanError(
+                f"plan {plan.name!r} has `{part}`, which accel does not reduce in a {model};"
+                f" leave `{part}` out"
+            )
 
 
 def _loaded(name: str | os.PathLike[str]) -> Plan:

@@ -5,6 +5,7 @@ A file for each idea; the contract that all of them share is in `contract`.
 
 from accel.estimators.antidiagonal import Antidiagonal
 from accel.estimators.columns import ColumnMass
+from accel.estimators.connectivity import Connectivity
 from accel.estimators.contract import (
     ESTIMATORS,
     Call,
@@ -26,6 +27,7 @@ __all__ = [
     "BlockMassTopK",
     "Call",
     "ColumnMass",
+    "Connectivity",
     "Estimator",
     "Joined",
     "Pooled",

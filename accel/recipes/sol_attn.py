@@ -11,7 +11,7 @@ from accel.recipes.registry import behind, published
 from accel.schedule import Schedule
 
 
-@published
+@published(images=True)
 def sol_attn(
     geometry: Geometry,
     *,

@@ -8,7 +8,7 @@ from accel.recipes.registry import published
 from accel.schedule import Schedule
 
 
-@published
+@published(images=True)
 def subblock(
     geometry: Geometry,
     *,

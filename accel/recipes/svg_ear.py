@@ -8,7 +8,7 @@ from accel.recipes.registry import behind, published
 from accel.schedule import Schedule
 
 
-@published
+@published(images=True)
 def svg_ear(
     geometry: Geometry,
     *,

@@ -9,7 +9,7 @@ from accel.recipes.registry import published
 from accel.schedule import Schedule
 
 
-@published
+@published(images=True)
 def window(
     geometry: Geometry,
     *,

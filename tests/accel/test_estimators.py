@@ -15,6 +15,7 @@ from accel.estimators import (
     Antidiagonal,
     BlockMassTopK,
     ColumnMass,
+    Connectivity,
     Joined,
     Pooled,
     PooledMass,
@@ -50,6 +51,7 @@ ALL = [
     ColumnMass(0.3, queries=20),
     ColumnMass(0.3, queries=500),
     Joined(PooledMass(0.3), Window(1, 1, 1)),
+    Connectivity.of(torch.randn(2, 4, 36, 5, generator=torch.Generator().manual_seed(7)), 0.3),
 ]
 BY_NAME = {"argvalues": ALL, "ids": lambda estimator: estimator.name}
 
