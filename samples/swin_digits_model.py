@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from digit_canvases import CANVAS, CLASSES, make_canvas
 from PIL import Image
 from torch import Tensor

@@ -46,13 +46,12 @@ def export(out: Path, pipe: VisionPipeline) -> None:
 
 
 def write_crops(out: Path) -> None:
-    """`test` and `calibration` of the folder: crop `NNN.png`, and in `labels.json` its digit."""
+    """`test` and `calibration` of the folder: crop `NNN.png`, and in `labels.json` its class."""
     for folder, indices in FILES.items():
         (out / folder).mkdir(parents=True, exist_ok=True)
         labels = {}
         for number, index in enumerate(indices):
-            image, label = make_crop(FILE_SEED, index, split="held-out")
-            name = f"{number:03d}.png"
-            write_png(image, out / folder / name)
-            labels[name] = label
+            image, digit = make_crop(FILE_SEED, index, split="held-out")
+            write_png(image, out / folder / f"{number:03d}.png")
+            labels[f"{number:03d}"] = DIGIT_WORDS[digit]
         (out / folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
