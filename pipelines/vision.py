@@ -30,11 +30,13 @@ OUTPUT_TYPES = ("labels", "logits")
 @dataclass
 class VisionOutput:
     """labels: class numbers, [batch], or [batch, height, width] of a segmentation; logits: the same
-    with an axis of classes after the batch, None for output_type "labels". Both on the CPU.
+    with an axis of classes after the batch, None for output_type "labels". Both on the CPU. calls:
+    how often the model was called.
     """
 
     labels: Int[Tensor, "batch *pixels"]
     logits: Float[Tensor, "batch classes *pixels"] | None = None
+    calls: int = 1
 
 
 class VisionPipeline:
@@ -112,6 +114,14 @@ class VisionPipeline:
         return next(self.model.parameters()).dtype
 
     @property
+    def patch(self) -> int:
+        """Pixels of the side of what the model sees as one: inputs are whole multiples of it."""
+        if isinstance(self.model, Segmenter):
+            return self.model.stride
+        sides = getattr(getattr(self.model, "patch_embed", None), "patch_size", (1,))
+        return int(max(sides))
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the logits."""
         return self.config.classes
@@ -170,10 +180,11 @@ class VisionPipeline:
             found = self.model(some)
             if found.ndim == 4 and found.shape[2:] != own:
                 found = F.interpolate(found, size=own, mode="bilinear", align_corners=False)
-            labels.append(found.argmax(1))
+            labels.append(found.argmax(1).cpu())  # a batch is done before the next one begins
             if output_type == "logits":
                 logits.append(found.float().cpu())
-        made = VisionOutput(torch.cat(labels).cpu(), torch.cat(logits) if logits else None)
+        whole = torch.cat(logits) if logits else None
+        made = VisionOutput(torch.cat(labels), whole, len(labels))
         return made if return_dict else (made.labels, made.logits)
 
     def _prepared(

@@ -33,7 +33,7 @@ class Lengths:
     answer: int
     batch: int
     reach: int = 4352
-    shares: tuple[float, float, float, float, float] = (0.1, 0.35, 0.4, 0.15, 0.0)
+    shares: tuple[float, float, float, float, float] = (0.1, 0.3, 0.45, 0.15, 0.0)
     pairs: tuple[int, int] = (16, 128)
 
     @property
@@ -205,7 +205,7 @@ def llada_step(model: EuroBertForMaskedLM, rows: Rows, settings: LladaSettings, 
     def step(index: int, progress: float) -> dict[str, float]:
         phase = next(p for p in settings.phases if progress <= p.until)
         lengths = phase.lengths[index % len(phase.lengths)]
-        rate = min(1.0, (index + 1) / settings.warm_up) * min(1.0, 0.02 + (1 - progress) / 0.3)
+        rate = min(1.0, (index + 1) / settings.warm_up) * min(1.0, 0.02 + (1 - progress) / 0.45)
         muon.param_groups[0]["lr"] = settings.muon_rate * rate
         adam.param_groups[0]["lr"] = settings.adam_rate * rate
         batch = rows.batch(lengths, seed, index)

@@ -1,5 +1,5 @@
 """Questions about long texts whose right answers are known: a few keys in much text, many keys at
-once, and marked passages to copy. A task is a pure function of its seed, index and source.
+once, and marked passages of words to copy. A task is a pure function of its seed, index and source.
 
     text ... bake 4821 ... text              lines strewn through the source text
     find                                     the question, at the end
@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ FIRST = tuple(c + v for c in "bdfghklmnprstvwz" for v in "aeiou")
 SECOND = tuple(c + v for c in "bfghkmpvwz" for v in "aeiou")
 # so few that a small vocabulary has each as a token, far from each other among all pairs
 KEYS = tuple(FIRST[7 * n // len(SECOND)] + SECOND[7 * n % len(SECOND)] for n in range(512))
+WORD_TOKENS = 2  # of a line of a passage, "bake\n"
 LINE_TOKENS = 4  # of "bake 4821\n" and of "bake ? ?\n" in the sample's tokenizer
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings"}
 Count = Callable[[Sequence[str]], list[int]]
@@ -177,22 +179,16 @@ def _copy_task(rng: np.random.Generator, source: Source, shape: Shape) -> Task:
         passages, longest = 1, min(shape.passage, shape.answer - 16, room - 14)
     if longest < 20:
         raise ValueError(f"{shape} has no room for a passage")
-    blocks, texts = [], []
-    for key in new_keys(rng, passages):
-        tokens = int(rng.integers(max(10, longest // 2), longest + 1))
-        text: list[str] = []
-        while not text:
-            text = source.draw(rng, tokens)
-            while text and not text[-1]:
-                text.pop()
-            while text and not text[0]:
-                text.pop(0)
-            tokens = longest
-        texts.append(text)
-        blocks.append([f"begin:{key}", *text, f"end:{key}"])
+    # of all passages no two words are alike, names among them, as far as there are words
+    longest = min(longest // WORD_TOKENS, len(KEYS) // passages - 1)
+    words = iter(new_keys(rng, passages * (longest + 1)))
+    blocks = []
+    for _ in range(passages):
+        name, count = next(words), int(rng.integers(max(5, longest // 2), longest + 1))
+        blocks.append([f"begin:{name}", *islice(words, count), f"end:{name}"])
     asked = int(rng.integers(passages))
     question = ["copy", blocks[asked][0]]
-    values = [line for line in texts[asked] if line.strip()]
+    values = blocks[asked][1:-1]
     return _laid_out("copy", rng, source, shape, blocks, question, blocks[asked], values)
 
 
