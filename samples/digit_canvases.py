@@ -41,7 +41,7 @@ SIZES = (20.0, 140.0)  # pixels, the height of a digit on a canvas
 CROP_SIZES = (26.0, 76.0)
 MOST = 8  # digits on a canvas of 512 x 512 pixels, in proportion on others
 APART = 0.62  # of a size: the circle around a digit that no other digit's circle meets
-TRIES = 40  # places that are tried for a digit
+TRIES = 40  # sizes and places that are tried for a digit
 SOLID = 0.5  # opacity from which a pixel shows a digit
 Split = Literal["train", "held-out"]
 
@@ -95,20 +95,19 @@ def _ink(random: np.random.Generator, dark_paper: bool) -> tuple[float, float, f
 def _place(
     random: np.random.Generator,
     sides: tuple[int, int],
-    size: float,
+    sizes: tuple[float, float],
     taken: list[CanvasDigit],
-) -> tuple[float, float] | None:
-    """A centre whose circle is on the canvas and meets no other one, if a few tries find it."""
-    radius = APART * size
+) -> tuple[float, tuple[float, float]] | None:
+    """A size and a centre whose circle is on the canvas and meets no other one, drawn anew until
+    they fit; None where they do not in a few tries. Small and large sizes are as many by ratio.
+    """
     for _ in range(TRIES):
-        centre = tuple(
-            random.uniform(min(radius, side / 2), max(side - radius, side / 2)) for side in sides
-        )
-        if all(
-            np.hypot(centre[0] - d.centre[0], centre[1] - d.centre[1]) > radius + APART * d.size
-            for d in taken
-        ):
-            return centre
+        size = float(np.exp(random.uniform(*np.log(sizes))))
+        reach = APART * size
+        height, width = (random.uniform(reach, max(side - reach, reach)) for side in sides)
+        apart = (np.hypot(height - d.centre[0], width - d.centre[1]) for d in taken)
+        if all(a > reach + APART * d.size for a, d in zip(apart, taken, strict=True)):
+            return size, (height, width)
     return None
 
 
@@ -123,20 +122,17 @@ def _draw(
     paper = _paper(random)
     digits: list[CanvasDigit] = []
     largest = min(sizes[1], 0.7 * min(sides))
-    for number in range(count):
-        size = float(np.exp(random.uniform(*np.log((sizes[0], largest)))))
-        centre = _place(random, sides, size, digits)
+    for _ in range(count):
+        found = _place(random, sides, (min(sizes[0], largest), largest), digits)
+        if found is None:
+            break
         digit = int(random.integers(10))
-        if centre is None:
-            if number or len(digits):
-                continue
-            centre = (sides[0] / 2, sides[1] / 2)
         digits.append(
             CanvasDigit(
                 digit=digit,
                 scan=int(random.choice(np.flatnonzero(labels == digit))),
-                centre=centre,
-                size=size,
+                size=found[0],
+                centre=found[1],
                 angle=float(np.clip(random.normal(0, 0.16), -0.4, 0.4)),
                 shear=random.uniform(-0.2, 0.2),
                 stretch=random.uniform(0.8, 1.2),

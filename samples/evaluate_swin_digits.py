@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accel.pipelines.vision_images import ImageFolder
-from accel.pipelines.vision_scores import counts_of, scores_of
 from digit_canvases import APART, CANVAS, CLASSES, draw_canvas, render_canvas
 from evaluating import median_seconds
 from PIL import Image
@@ -28,6 +26,8 @@ from window_adaptation import keeps_plan, window_blocks
 from accel.pipelines.enable import enabled
 from accel.pipelines.provenance import device_name
 from accel.pipelines.vision import VisionPipeline
+from accel.pipelines.vision_images import ImageFolder
+from accel.pipelines.vision_scores import counts_of, scores_of
 from accel.window_keeps import WindowKeeps
 
 HERE = Path(__file__).parent

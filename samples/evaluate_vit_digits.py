@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accel.pipelines.vision_images import ImageFolder
 from digit_canvases import CROP, make_crop
 from evaluating import median_seconds
 from moving_digits import DIGIT_WORDS
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from accel.pipelines.provenance import device_name
 from accel.pipelines.vision import VisionPipeline
+from accel.pipelines.vision_images import ImageFolder
 
 HERE = Path(__file__).parent
 FIRST_CROP = 1000  # of the evaluation; those of the committed files come before it

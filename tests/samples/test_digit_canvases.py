@@ -99,7 +99,7 @@ def test_most_of_a_canvas_is_background_and_digits_differ_in_size() -> None:
 def test_digits_do_not_meet_and_are_as_many_as_asked() -> None:
     for index in range(20):
         canvas = draw_canvas(8, index, height=256, width=256, digits=(2, 5))
-        assert 1 <= len(canvas.digits) <= 5
+        assert 2 <= len(canvas.digits) <= 5
         for number, one in enumerate(canvas.digits):
             for other in canvas.digits[:number]:
                 distance = np.hypot(*np.subtract(one.centre, other.centre))

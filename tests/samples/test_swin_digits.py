@@ -155,7 +155,7 @@ def train(folder: Path, name: str, steps: list[int], **settings) -> dict[str, to
 
 @pytest.fixture
 def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"test": range(2), "calibration": range(100, 101)}
+    files = {"test": range(1), "calibration": range(100, 101)}
     monkeypatch.setattr(swin_digits_model, "FILES", files)
 
 
@@ -163,11 +163,11 @@ class Killed(Exception):
     """What ends a run in the middle."""
 
 
-@pytest.mark.usefixtures("few_files")
 @pytest.mark.parametrize("dies", [("dense", 3), ("adapt", 1)])
 def test_a_resumed_training_is_the_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: tuple[str, int]
 ) -> None:
+    monkeypatch.setattr(train_swin_digits, "write_canvases", lambda out: None)
     whole = train(tmp_path, "whole", [4, 2], work=tmp_path / "one")
     with pytest.raises(SystemExit, match="resume"):
         train(tmp_path, "whole", [4, 2], work=tmp_path / "one")
@@ -234,7 +234,7 @@ def test_windows_without_digits_are_counted_by_stage() -> None:
 
 
 def test_a_digit_is_right_where_most_of_it_is() -> None:
-    canvas = draw_canvas(2, 1, height=256, width=256, digits=(3, 3))
+    canvas = draw_canvas(2, 1, height=256, width=320, digits=(3, 3))
     classes = render_canvas(canvas)[1].long()
     assert [hit for _, hit in digits_right(canvas, classes, classes)] == [True] * 3
     found = classes.clone()
@@ -261,15 +261,19 @@ def test_evaluation_and_card_tell_what_was_measured(tmp_path: Path) -> None:
     told = json.loads((folder / "evaluation.json").read_text())
     assert 0 <= told["miou"] <= 1
     assert set(told["iou"]) <= set(CLASSES)
-    assert told["test_files"]["images"] == 2
+    assert told["test_files"]["images"] == 1
     assert set(told["keeps"]) == {"0.5"}
     assert set(told["background_windows"]) == {f"stage {i}" for i in (1, 2, 3, 4)}
-    card = swin_digits_card.card(folder, tmp_path / "work" / "log.jsonl", "a command", "A note.")
+    log = tmp_path / "work" / "log.jsonl"
+    with log.open("a") as file:  # a stage writes every twenty steps
+        file.write('{"stage": "adapt", "steps": 20, "seconds": 90.0, "right_96": 0.25}\n')
+    card = swin_digits_card.card(folder, log, "a command", "A note.")
     assert "    a command\n" in card
     assert "A note." in card
     assert f"{told['miou']:.1%}" in card
     assert "--canvases 2 --keeps 0.5" in card
-    assert "| adapt | 1 |" in card
+    assert "| adapt | 20 | 1.5 |" in card
+    assert "| adapt | 96 | 25.0% |" in card
 
 
 @trained

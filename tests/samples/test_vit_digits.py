@@ -194,11 +194,15 @@ def test_evaluation_and_card_tell_what_was_measured(tmp_path: Path) -> None:
     assert told["crops"] == 12
     assert 0 <= told["top1"] <= 1
     assert told["test_files"]["images"] == 3
-    card = vit_digits_card.card(folder, tmp_path / "m.work" / "log.jsonl", "a command", "A note.")
+    log = tmp_path / "m.work" / "log.jsonl"
+    with log.open("a") as file:  # a stage writes every twenty steps
+        file.write('{"stage": "classifier", "steps": 20, "seconds": 90.0, "right_6": 0.25}\n')
+    card = vit_digits_card.card(folder, log, "a command", "A note.")
     assert "    a command\n" in card
     assert f"Top-1: **{told['top1']:.1%}**" in card
     assert "--crops 12" in card
-    assert "| classifier | 4 |" in card
+    assert "| classifier | 20 | 1.5 |" in card
+    assert "| 6 | 25.0% |" in card
 
 
 @trained
