@@ -158,14 +158,16 @@ def draw_canvas(
     width: int = CANVAS,
     split: Split = "train",
     digits: tuple[int, int] | None = None,
+    sizes: tuple[float, float] = SIZES,
 ) -> Canvas:
     """Canvas `index`, of any size. digits: the least and the most of them, as far as they find
-    room; None: one to eight on 512 x 512 pixels, in proportion to the area on others.
+    room; None: one to eight on 512 x 512 pixels, in proportion to the area on others. sizes: of
+    digits, pixels.
     """
     random = np.random.default_rng([seed, index, height, width, 21])
     most = max(1, round(MOST * height * width / CANVAS**2))
     low, high = digits or (1, most)
-    return _draw(random, (height, width), int(random.integers(low, high + 1)), SIZES, split)
+    return _draw(random, (height, width), int(random.integers(low, high + 1)), sizes, split)
 
 
 def draw_crop(seed: int, index: int, *, side: int = CROP, split: Split = "train") -> Canvas:
@@ -263,9 +265,12 @@ def make_canvas(
     width: int = CANVAS,
     split: Split = "train",
     digits: tuple[int, int] | None = None,
+    sizes: tuple[float, float] = SIZES,
 ) -> tuple[UInt8[Tensor, "3 height width"], UInt8[Tensor, "height width"]]:
     """Pixels and classes of canvas `index`; see `draw_canvas`."""
-    canvas = draw_canvas(seed, index, height=height, width=width, split=split, digits=digits)
+    canvas = draw_canvas(
+        seed, index, height=height, width=width, split=split, digits=digits, sizes=sizes
+    )
     return render_canvas(canvas, split=split)
 
 

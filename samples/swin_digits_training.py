@@ -1,14 +1,15 @@
 """Training of swin-digits: classes of pixels on growing canvases, then with some of the windows.
 
-    loss = CE(weights: 1 of a digit, `background_weight` of the ground) + dice_weight * (1 - dice)
+    loss = CE(weights: 1 of a digit, `background` of the ground) + dice_weight * (1 - dice)
 
 The dice of a digit is 2 sum(p y) / (sum(p) + sum(y)) over all pixels of the batch, and counts for
 the digits that are in it: pixels of a digit are few, and small ones weigh as much as large ones.
 
 Small canvases full of digits teach most of what there is to know at a fraction of the cost, since
-windows are as large on any canvas; whole canvases, most of them empty, come at the end. In the
-stages with keeps every step runs as a plan makes it: with other keeps each time (`adapt`), or with
-those that a search has found (`tune`).
+windows are as large on any canvas. Digits of about one size come first: a model that has to tell
+them apart at all sizes from the beginning finds nothing in the time that it takes to learn one.
+Whole canvases, most of them empty, come at the end. In the stages with keeps every step runs as a
+plan makes it: with other keeps each time (`adapt`), or with those that a search has found (`tune`).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from denoising import optimisers, rate_at
-from digit_canvases import CANVAS, make_canvas
+from digit_canvases import CANVAS, SIZES, make_canvas
 from jaxtyping import Float, Int, UInt8
 from swin_digits_model import swin_of
 from torch import Tensor, nn
@@ -49,13 +50,17 @@ Around = Callable[[int], AbstractContextManager]
 @dataclass(frozen=True, slots=True)
 class SegmentationPhase:
     """Up to `until` (fraction of the stage) train on `batch` canvases of `size` pixels, high and
-    wide, with so many `digits`; None: as many as canvases of this size have.
+    wide, with so many `digits`; None: as many as canvases of this size have. sizes: of digits,
+    pixels. background: weight of its pixels in the cross-entropy; far below 1 it hastens learning,
+    and lets digits grow over their borders.
     """
 
     until: float
     size: int
     batch: int
     digits: tuple[int, int] | None = None
+    sizes: tuple[float, float] = SIZES
+    background: float = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +68,8 @@ class SegmentationSettings:
     """Numbers of a stage."""
 
     phases: tuple[SegmentationPhase, ...]
-    muon_rate: float = 3e-3
-    adam_rate: float = 1.5e-3
-    background_weight: float = 0.15
+    muon_rate: float = 5e-3
+    adam_rate: float = 2e-3
     dice_weight: float = 0.5
     average_decay: float = 0.995
     compiled: bool = False
@@ -73,16 +77,17 @@ class SegmentationSettings:
 
 DENSE = SegmentationSettings(
     phases=(
-        SegmentationPhase(0.55, 256, 6, (2, 6)),
-        SegmentationPhase(0.75, 256, 6, (1, 4)),
+        SegmentationPhase(0.3, 256, 6, (6, 14), (28.0, 64.0), 0.08),
+        SegmentationPhase(0.5, 256, 6, (4, 10), (20.0, 100.0), 0.1),
+        SegmentationPhase(0.72, 256, 6, (1, 6), background=0.2),
         SegmentationPhase(1.0, CANVAS, 2),
     )
 )
 ADAPT = SegmentationSettings(
-    phases=(SegmentationPhase(1.0, CANVAS, 2),), muon_rate=1e-3, adam_rate=5e-4
+    phases=(SegmentationPhase(1.0, CANVAS, 2),), muon_rate=1.5e-3, adam_rate=6e-4
 )
 TUNE = SegmentationSettings(
-    phases=(SegmentationPhase(1.0, CANVAS, 2),), muon_rate=5e-4, adam_rate=2.5e-4
+    phases=(SegmentationPhase(1.0, CANVAS, 2),), muon_rate=5e-4, adam_rate=2e-4
 )
 
 
@@ -92,7 +97,14 @@ def canvases(
     """Pixels and classes of a step: a function of `(seed, stage, index)` and the phase alone."""
     first = (stage * 10_000_000 + index) * 64
     drawn = [
-        make_canvas(seed, first + i, height=phase.size, width=phase.size, digits=phase.digits)
+        make_canvas(
+            seed,
+            first + i,
+            height=phase.size,
+            width=phase.size,
+            digits=phase.digits,
+            sizes=phase.sizes,
+        )
         for i in range(phase.batch)
     ]
     pixels, classes = (torch.stack(values) for values in zip(*drawn, strict=True))
@@ -102,11 +114,12 @@ def canvases(
 def segmentation_loss(
     logits: Float[Tensor, "batch classes height width"],
     classes: Int[Tensor, "batch height width"],
-    settings: SegmentationSettings,
+    background: float,
+    dice_weight: float,
 ) -> Float[Tensor, ""]:
     """See the top of the file; without digits it is the cross-entropy alone."""
     weight = torch.ones(logits.shape[1])
-    weight[0] = settings.background_weight
+    weight[0] = background
     loss = F.cross_entropy(logits, classes, weight)
     shown = F.one_hot(classes, logits.shape[1]).to(logits.dtype).flatten(0, 2)[:, 1:]
     found = logits.softmax(1).permute(0, 2, 3, 1).flatten(0, 2)[:, 1:]
@@ -114,7 +127,7 @@ def segmentation_loss(
     dice = 2 * (found * shown).sum(0) / (found.sum(0) + counts).clamp(min=1e-6)
     there = counts > 0
     missed = (there * (1 - dice)).sum() / there.sum().clamp(min=1)
-    return loss + settings.dice_weight * missed
+    return loss + dice_weight * missed
 
 
 def _right(logits: Tensor, classes: Tensor) -> float:
@@ -169,7 +182,7 @@ def segmentation_step(
         pixels, classes = canvases(phase, seed, stage, index)
         with around(index):
             logits = forward((pixels / 255 - mean) / std)
-            loss = segmentation_loss(logits, classes, settings)
+            loss = segmentation_loss(logits, classes, phase.background, settings.dice_weight)
             loss.backward()
         nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
         for optimiser in (muon, adam):

@@ -47,7 +47,7 @@ class ClassifierSettings:
     """Numbers of the stage."""
 
     phases: tuple[ClassifierPhase, ...] = (
-        ClassifierPhase(0.5, 48, 7),
+        ClassifierPhase(0.5, 48, 8),
         ClassifierPhase(0.7, 32, 10),
         ClassifierPhase(1.0, 24),
     )

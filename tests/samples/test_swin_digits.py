@@ -11,7 +11,7 @@ import swin_digits_card
 import swin_digits_model
 import torch
 import train_swin_digits
-from digit_canvases import CLASSES, draw_canvas, render_canvas
+from digit_canvases import CLASSES, SIZES, draw_canvas, render_canvas
 from evaluate_swin_digits import background_windows, digits_right, share_table
 from swin_digits_model import build_pipeline, export, swin_of
 from swin_digits_training import (
@@ -53,7 +53,6 @@ def test_the_loss_is_what_it_says_in_float64() -> None:
     random = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 11, 5, 7, generator=random, dtype=torch.float64)
     classes = torch.randint(0, 4, (3, 5, 7), generator=random)
-    settings = SegmentationSettings(phases=(), background_weight=0.2, dice_weight=0.7)
     p = logits.softmax(1)
     entropy, weights = 0.0, 0.0
     for b in range(3):
@@ -69,11 +68,11 @@ def test_the_loss_is_what_it_says_in_float64() -> None:
         dice = 2 * p[:, c][there].sum() / (p[:, c].sum() + there.sum())
         missed.append(1 - float(dice))
     expected = entropy / weights + 0.7 * sum(missed) / 3
-    found = segmentation_loss(logits.float(), classes, settings)
+    found = segmentation_loss(logits.float(), classes, 0.2, 0.7)
     assert float(found) == pytest.approx(expected, rel=1e-5)
     ground = torch.zeros_like(classes)
     entropy = F.cross_entropy(logits, ground)
-    assert float(segmentation_loss(logits.float(), ground, settings)) == pytest.approx(
+    assert float(segmentation_loss(logits.float(), ground, 0.2, 0.7)) == pytest.approx(
         float(entropy), rel=1e-5
     )
 
@@ -142,6 +141,7 @@ def test_phases_grow_to_whole_canvases() -> None:
         assert settings.phases[-1].until == 1.0
         assert settings.phases[-1].size == 512
         assert settings.phases[-1].digits is None
+        assert settings.phases[-1].sizes == SIZES
     assert DENSE.muon_rate > ADAPT.muon_rate > TUNE.muon_rate
 
 
