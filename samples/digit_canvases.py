@@ -1,8 +1,8 @@
-"""Handwritten digits on large cluttered sheets of paper: the data of swin-digits and vit-digits.
+"""Handwritten digits on large cluttered sheets of paper: the data of swin-digits.
 
 Every canvas is a pure function of `(seed, index)` and its size: `make_canvas(seed, index)` gives
-the same pixels and the same classes on every call, and `make_crop` the same small canvas with one
-digit. Scans and their split are those of `moving_digits.py`; axis order is (h, w).
+the same pixels and the same classes on every call. Scans and their split are those of
+`moving_digits.py`; axis order is (h, w).
 
 Most of a canvas is empty or cluttered (`paper_clutter.py`), and digits differ in size by a factor
 of seven: windows that hold nothing of interest are the many, and which they are differs from image
@@ -21,24 +21,24 @@ from paper_clutter import draw_rulings, draw_scribbles, draw_stains, draw_stroke
 from torch import Tensor
 
 __all__ = [
+    "APART",
     "CANVAS",
     "CLASSES",
-    "CROP",
+    "SIZES",
+    "SOLID",
     "Canvas",
     "CanvasDigit",
+    "Split",
     "draw_canvas",
-    "draw_crop",
+    "draw_digits",
     "ink_of",
     "make_canvas",
-    "make_crop",
     "render_canvas",
 ]
 
 CANVAS = 512  # pixels, height and width
-CROP = 112
 CLASSES = ("background", *DIGIT_WORDS)
 SIZES = (20.0, 140.0)  # pixels, the height of a digit on a canvas
-CROP_SIZES = (26.0, 76.0)
 MOST = 8  # digits on a canvas of 512 x 512 pixels, in proportion on others
 APART = 0.62  # of a size: the circle around a digit that no other digit's circle meets
 TRIES = 40  # sizes and places that are tried for a digit
@@ -111,13 +111,14 @@ def _place(
     return None
 
 
-def _draw(
+def draw_digits(
     random: np.random.Generator,
     sides: tuple[int, int],
     count: int,
     sizes: tuple[float, float],
     split: Split,
 ) -> Canvas:
+    """A canvas of `sides` (h, w) pixels with so many digits, as far as they find room."""
     labels = scans(split)[1].numpy()
     paper = _paper(random)
     digits: list[CanvasDigit] = []
@@ -167,14 +168,7 @@ def draw_canvas(
     random = np.random.default_rng([seed, index, height, width, 21])
     most = max(1, round(MOST * height * width / CANVAS**2))
     low, high = digits or (1, most)
-    return _draw(random, (height, width), int(random.integers(low, high + 1)), sizes, split)
-
-
-def draw_crop(seed: int, index: int, *, side: int = CROP, split: Split = "train") -> Canvas:
-    """A small square canvas with one digit, anywhere on it."""
-    random = np.random.default_rng([seed, index, side, 22])
-    sizes = (CROP_SIZES[0] * side / CROP, CROP_SIZES[1] * side / CROP)
-    return _draw(random, (side, side), 1, sizes, split)
+    return draw_digits(random, (height, width), int(random.integers(low, high + 1)), sizes, split)
 
 
 def ink_of(digit: CanvasDigit, split: Split) -> tuple[np.ndarray, int, int]:
@@ -272,11 +266,3 @@ def make_canvas(
         seed, index, height=height, width=width, split=split, digits=digits, sizes=sizes
     )
     return render_canvas(canvas, split=split)
-
-
-def make_crop(
-    seed: int, index: int, *, side: int = CROP, split: Split = "train"
-) -> tuple[UInt8[Tensor, "3 side side"], int]:
-    """Pixels of crop `index`, and its digit; see `draw_crop`."""
-    canvas = draw_crop(seed, index, side=side, split=split)
-    return render_canvas(canvas, split=split)[0], canvas.digits[0].digit

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digit_canvases import CROP, make_crop
+from digit_crops import CROP, make_crop
 from evaluating import median_seconds
 from moving_digits import DIGIT_WORDS
 from PIL import Image, ImageDraw

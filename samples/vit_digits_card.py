@@ -8,7 +8,7 @@ import json
 from datetime import date
 from pathlib import Path
 
-from digit_canvases import CROP, CROP_SIZES
+from digit_crops import CROP, CROP_SIZES
 from training import parameters_of, stages_table
 from vit_digits_model import FILES
 
@@ -77,7 +77,7 @@ The folder is also timm's: `timm.create_model("local-dir:FOLDER", pretrained=Tru
 The 8x8 scans of the UCI optical digits (Alpaydin and Kaynak, 1998) that ship with scikit-learn, one
 on a canvas of {CROP} x {CROP} pixels, {low} to {high} pixels high, turned, sheared and stretched,
 among rulings, stains, strokes and scribbles. Every fifth scan is held out.
-`samples/digit_canvases.py` makes crop `(seed, index)`.
+`samples/digit_crops.py` makes crop `(seed, index)`.
 
 Committed crops of held-out scans: {files}; `labels.json` names their digits.
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from digit_canvases import CROP, make_crop
+from digit_crops import CROP, make_crop
 from moving_digits import DIGIT_WORDS
 from swin_digits_model import FILE_SEED, write_png
 from training import save_pipeline

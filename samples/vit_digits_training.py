@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from denoising import optimisers, rate_at
-from digit_canvases import CROP, draw_crop, render_canvas
+from digit_canvases import render_canvas
+from digit_crops import CROP, draw_crop
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from training import Average

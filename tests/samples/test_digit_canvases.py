@@ -12,16 +12,14 @@ from digit_canvases import (
     APART,
     CANVAS,
     CLASSES,
-    CROP,
     SIZES,
     SOLID,
     draw_canvas,
-    draw_crop,
     ink_of,
     make_canvas,
-    make_crop,
     render_canvas,
 )
+from digit_crops import CROP, draw_crop, make_crop
 from moving_digits import scans
 
 SIDES = {"height": 96, "width": 160}

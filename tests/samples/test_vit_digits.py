@@ -14,7 +14,7 @@ import torch
 import train_vit_digits
 import vit_digits_card
 import vit_digits_model
-from digit_canvases import draw_crop, make_crop
+from digit_crops import draw_crop, make_crop
 from evaluate_vit_digits import rates
 from moving_digits import DIGIT_WORDS
 from vit_digits_model import FILE_SEED, build_pipeline, export
