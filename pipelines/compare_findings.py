@@ -14,15 +14,21 @@ Arms = Mapping[str, Mapping[str, Any]]
 
 
 def findings_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results with what the arms say together: `arms` with `against_front`, `trade_off`,
-    `prediction` and `travelled`.
+    """Results with what the arms say together: `arms` with `against_front` and `against_scaled`
+    (the fastest dense model and smaller inputs of it), `trade_off`, `prediction` and `travelled`.
     """
     arms: Arms = results["arms"]
     quality = quality_of(results)
     lines = lines_of(arms, quality)
     fronts = {name: line for name, line in lines.items() if arms[line[0]]["kind"] == "front"}
+    smaller = [name for name, arm in arms.items() if arm["kind"] == "scaled"]
+    rivals = {"scaled": [results["baseline"], *smaller]} if smaller else {}
     judged = {
-        name: {**arm, "against_front": _against(arms, name, fronts, quality)}
+        name: {
+            **arm,
+            "against_front": _against(arms, name, fronts, quality),
+            "against_scaled": _against(arms, name, rivals, quality).get("scaled"),
+        }
         for name, arm in arms.items()
     }
     return {
@@ -58,7 +64,8 @@ def point_of(arm: Mapping[str, Any], quality: Quality = PSNR) -> Point | None:
 def lines_of(arms: Arms, quality: Quality = PSNR) -> dict[str, list[str]]:
     """What is drawn as a line: by name, its arms by rising time.
 
-    Of a front that was searched, all points; of plans with caches, those that no other one beats.
+    Of a front that was searched, and of smaller inputs, all points; of plans with caches, those
+    that no other one beats.
     """
     lines: dict[str, list[str]] = {}
     for name, members in _sets(arms).items():
@@ -66,7 +73,7 @@ def lines_of(arms: Arms, quality: Quality = PSNR) -> dict[str, list[str]]:
         if name == "plan + cache":
             kept = unbeaten(made.values())
             made = {arm: p for arm, p in made.items() if p in kept}
-        elif any(arms[arm]["kind"] != "front" for arm in made):
+        elif any(arms[arm]["kind"] not in ("front", "scaled") for arm in made):
             continue
         if made:
             lines[name] = sorted(made, key=lambda arm: made[arm])
@@ -234,7 +241,7 @@ def _sets(arms: Arms) -> dict[str, list[str]]:
         front: [n for n, a in arms.items() if a["kind"] == "front" and a["front"] == front]
         for front in _fronts(arms)
     }
-    for kind in ("recipe", "cache", "plan + cache"):
+    for kind in ("recipe", "cache", "plan + cache", "scaled"):
         sets[KINDS[kind]] = [n for n, arm in arms.items() if arm["kind"] == kind]
     return {name: members for name, members in sets.items() if members}
 
@@ -248,7 +255,7 @@ def _against(
 ) -> dict[str, Any]:
     """For every front, its quality at this arm's time, and how much that is above the arm's."""
     point = point_of(arms[name], quality)
-    if point is None or arms[name]["kind"] in ("dense", "front"):
+    if point is None or arms[name]["kind"] in ("dense", "front", "scaled"):
         return {}
     found = {}
     for front, members in fronts.items():

@@ -125,7 +125,9 @@ def _trade_off(
 
 
 def _kept(arms: Mapping[str, Any]) -> str:
-    made = {n: a for n, a in arms.items() if a.get("summary") and not a["cache"]}
+    made = {
+        n: a for n, a in arms.items() if (a.get("summary") or {}).get("rows") and not a["cache"]
+    }
     if not made:
         return ""
     drawn = dict(list(made.items())[:KEPT_SHOWN])

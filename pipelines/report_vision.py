@@ -19,7 +19,7 @@ from accel.pipelines.vision_config import VisionConfig
 from accel.pipelines.vision_images import IGNORED, ImageFolder, folder_of
 from accel.pipelines.vision_output import ClassesOutput, Seen
 
-__all__ = ["by_class", "kept_over", "pictures"]
+__all__ = ["by_class", "coloured", "kept_over", "pictures", "png"]
 
 SIDE = 256  # pixels of a picture in the page, of images that are larger
 SHOWN = 3  # images of one report
@@ -63,7 +63,7 @@ def pictures(folder: Path, results: Mapping[str, Any], shown: str) -> list[str]:
     settings, seen = results["settings"], _seen(folder, results)
     if "dense" not in seen:
         return []
-    classes = VisionConfig.load(Path(find_path(settings["model_path"]))).classes
+    classes = VisionConfig.of(find_path(settings["model_path"])).classes
     (_, first), *_ = seen["dense"].items()
     if first.labels.ndim == 1:
         return [_classified(settings, seen, classes)]
@@ -157,7 +157,7 @@ def _classified(
                 word = "-" if found is None else escape(classes[found])
                 cells.append(f"<td>{word if found == known else f'<mark>{word}</mark>'}</td>")
             truth = "-" if right is None else escape(classes[known])
-            small = image(_png(np.asarray(images[number]), 48), "png", name)
+            small = image(png(np.asarray(images[number]), 48), "png", name)
             rows.append(f"<tr><td>{small} {escape(name)}</td><td>{truth}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th>{escape(arm)}</th>" for arm in arms)
     return section(
@@ -210,12 +210,12 @@ def kept_over(pixels: Pixels, kept: NDArray[np.bool_]) -> Pixels:
 
 def _figure(pixels: Pixels, told: str) -> str:
     caption = f"<figcaption>{escape(told)}</figcaption>"
-    return f"<figure>{image(_png(pixels, SIDE), 'png', told)}{caption}</figure>"
+    return f"<figure>{image(png(pixels, SIDE), 'png', told)}{caption}</figure>"
 
 
-def _png(pixels: Pixels, side: int) -> bytes:
+def png(pixels: Pixels, side: int | None = None) -> bytes:
     """At most `side` pixels high, by whole steps, so that lines and colours stay what they are."""
-    step = max(1, -(-pixels.shape[0] // side))
+    step = 1 if side is None else max(1, -(-pixels.shape[0] // side))
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels[::step, ::step])).save(buffer, "png", optimize=True)
     return buffer.getvalue()

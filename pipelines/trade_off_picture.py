@@ -25,6 +25,7 @@ MARKS = {
     "recipe": ("#64748b", "o", 6.5),
     "cache": ("#b45309", "s", 6.5),
     "plan + cache": ("#7c3aed", "^", 7.0),
+    "scaled": ("#b45309", "v", 6.5),
 }
 RADII = (7, 13, 20, 28, 38)  # how far from its point a label may stand, in points of print
 DIRECTIONS = 12

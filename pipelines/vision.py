@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from accel.errors import AccelError
+from accel.errors import AccelError, nearest
 from accel.pipelines.devices import execution_device
 from accel.pipelines.segmenter import Segmenter
 from accel.pipelines.vision_config import VisionConfig
@@ -65,14 +65,26 @@ class VisionPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+        cls, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **load: Any
     ) -> "VisionPipeline":
-        """From a folder that `save_pretrained` wrote: config.json and model.safetensors."""
+        """From a folder that `save_pretrained` wrote: config.json and model.safetensors; or a
+        classifier of timm by its name, with timm's weights.
+
+        load: what is to be otherwise than the configuration has it, as `size`, by the names of
+        `VisionConfig`; of a name of timm also `pretrained`, False for weights as they begin.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        config, name = VisionConfig.of(folder), str(folder)
         folder = Path(folder)
-        config = VisionConfig.load(folder)
+        pretrained = True if folder.exists() else load.pop("pretrained", True)
+        config = _changed(config, load)
+        if not folder.exists():
+            import timm
+
+            made = timm.create_model(name, pretrained=pretrained, **config.model_args)
+            return cls(made.to(dtype), config)
         try:
             # what a configuration asks for is made only where the file has weights of these shapes
             with torch.device("meta"):
@@ -215,6 +227,17 @@ class VisionPipeline:
             for v in (self.config.mean, self.config.std)
         )
         return ((pixels - mean) / std).to(self.dtype)
+
+
+def _changed(config: VisionConfig, changes: dict[str, Any]) -> VisionConfig:
+    for name in changes:
+        if name not in VisionConfig.__dataclass_fields__:
+            raise AccelError(
+                f"model.load.{name}: a vision model has no such setting;"
+                f" {nearest(name, VisionConfig.__dataclass_fields__)}"
+            )
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    return replace(config, **plain)
 
 
 def _pixels(image: Any) -> Tensor:

@@ -87,6 +87,12 @@ QUALITY = (
         above_front,
     ),
     Column(
+        "scaled points",
+        "what the fastest dense model is worth on inputs so small that it takes as long, above this"
+        " arm's mIoU or top-1, in points; below zero the arm is better than that",
+        number("{:+.2f}", "against_scaled", "above"),
+    ),
+    Column(
         "agreement",
         "share of pixels, of a classifier of images, that have the class that dense found: mean",
         number("{:.2%}", "agreement", "mean"),

@@ -6,6 +6,7 @@ from, and every number in it is bounded.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -146,6 +147,29 @@ class VisionConfig:
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
+    def of(cls, name: str | os.PathLike[str]) -> "VisionConfig":
+        """Of a folder with `config.json`, or of a model of timm by its name."""
+        folder = Path(name)
+        return cls.load(folder) if folder.exists() or not _is_timms(str(name)) else cls._timms(name)
+
+    @classmethod
+    def _timms(cls, name: Any) -> "VisionConfig":
+        """Of a classifier of timm, prepared as timm says; its classes are numbers."""
+        import timm
+        import torch
+
+        with torch.device("meta"):
+            model: Any = timm.create_model(name)
+        data = timm.data.resolve_model_data_config(model)
+        return cls(
+            architecture=name.partition(".")[0],
+            classes=tuple(map(str, range(model.num_classes))),
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            size=tuple(data["input_size"][1:]),
+        )
+
+    @classmethod
     def load(cls, folder: Path) -> "VisionConfig":
         """Read and check `config.json` of a folder."""
         path = folder / CONFIG
@@ -181,6 +205,12 @@ class VisionConfig:
                 f" {len(made.classes)} names"
             )
         return made
+
+
+def _is_timms(name: str) -> bool:
+    import timm
+
+    return timm.is_model(name.partition(".")[0]) and "/" not in name
 
 
 def _constant(word: str) -> None:

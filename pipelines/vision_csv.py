@@ -47,5 +47,5 @@ def as_csv(results: Mapping[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _rounded(value: float | None, digits: int, times: float = 1.0) -> float | None:
+def _rounded(value: int | float | None, digits: int, times: float = 1.0) -> float | None:
     return None if value is None else round(times * value, digits)

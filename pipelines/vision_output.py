@@ -91,7 +91,11 @@ class ClassesOutput(Output):
         return f"{prompt} {folder.digest(group)}"
 
     def given(self, host: Any, prompt: str) -> Any:
-        """A tensor where the model computes, of images of one size; else the images."""
+        """A tensor where the model computes, of images of one size; else the images. The path of
+        an image stands for itself, where it is no comparison.
+        """
+        if Path(prompt).suffix and Path(prompt).is_file():
+            return [prompt]
         folder, group = _folder(host.config, prompt)
         images = folder.images(group)
         if len({image.size for image in images}) > 1:
@@ -243,20 +247,19 @@ class ClassesOutput(Output):
         return None if out is None else Path(out)
 
     def write(self, path: Path | None, generation: Seen, *, fps: int | float, min_side: int) -> str:
-        """One map after the other from top to bottom, 8 bits a pixel; of a classifier nothing but
-        the numbers of classes.
+        """A map in colours, one after the other from top to bottom; of a classifier nothing but the
+        numbers of classes.
         """
         labels = generation.labels
         if labels.ndim == 1 or path is None:
             numbers = labels if labels.ndim == 1 else np.unique(labels)
             return f"classes {', '.join(map(str, numbers.tolist()))}"
-        from PIL import Image
+        from accel.pipelines.report_vision import coloured, png
 
-        buffer = io.BytesIO()
-        whole = labels.reshape(-1, labels.shape[-1]).astype(np.uint8)
-        Image.fromarray(whole).save(buffer, "png", optimize=True)
-        write_atomically(path, buffer.getvalue())
-        return f"{path}: classes of {len(labels)} images"
+        whole = labels.reshape(-1, labels.shape[-1])
+        write_atomically(path, png(coloured(whole, int(whole.max()) + 1)))
+        found = ", ".join(map(str, np.unique(whole).tolist()))
+        return f"{path}: classes {found} in {len(labels)} images"
 
 
 def _folder(config: Any, prompt: str) -> tuple[ImageFolder, str]:

@@ -6,7 +6,6 @@ class counts little; classes that neither has anywhere are left out.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -51,7 +50,7 @@ class Judge:
 
     def __init__(self, config: Any) -> None:
         self._config = config
-        self.model = VisionConfig.load(Path(find_path(config.path)))
+        self.model = VisionConfig.of(find_path(config.path))
 
     def right(self, prompt: str) -> Classes | None:
         """The classes of the images of a prompt, or of their pixels."""

@@ -157,6 +157,26 @@ def test_images_of_several_sizes_are_refused_where_they_must_be_one(tmp_path):
         tiny_vision.vit()(two, output_type="np")
 
 
+def test_what_is_loaded_may_be_otherwise(saved):
+    loaded = VisionPipeline.from_pretrained(saved / "vit", size=[32, 48], mean=[0.4, 0.5, 0.6])
+    assert loaded.config.mean == (0.4, 0.5, 0.6)
+    with pytest.raises(AccelError, match=r"model\.load\.sise: .*did you mean 'size'"):
+        VisionPipeline.from_pretrained(saved / "vit", sise=3)
+
+
+def test_models_of_timm_are_known_by_their_names(tmp_path):
+    name = "test_vit.r160_in1k"
+    pipe = VisionPipeline.from_pretrained(name, pretrained=False)
+    assert pipe.size == (160, 160)
+    assert pipe.classes[-1] == "999"
+    assert pipe.config.mean == (0.5, 0.5, 0.5)
+    found = pipe(tiny_vision.images(3), output_type="logits").logits
+    assert found.shape == (3, 1000)
+    pipe.save_pretrained(tmp_path)
+    again = VisionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(again(tiny_vision.images(3), output_type="logits").logits, found)
+
+
 REFUSED = [
     ({"tasc": "x"}, r"no key 'tasc'; did you mean 'task'\?"),
     ({"task": "segmentatoin"}, "did you mean 'segmentation'"),
