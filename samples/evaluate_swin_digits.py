@@ -116,8 +116,8 @@ def judged_files(pipe: VisionPipeline, folder: Path) -> dict:
     return {"images": len(counts), "miou": round(scores_of(counts, CLASSES)["miou"], 4)}
 
 
-def draw(pipe: VisionPipeline, path: Path, count: int = 4) -> None:
-    """Canvases, what is right and what is found, one below the other, in 64 colours."""
+def draw(pipe: VisionPipeline, path: Path, count: int = 3) -> None:
+    """Canvases, what is right and what is found, one below the other, in 48 colours."""
     columns = []
     for index in range(FIRST_CANVAS, FIRST_CANVAS + count):
         image, classes = render_canvas(
@@ -130,7 +130,7 @@ def draw(pipe: VisionPipeline, path: Path, count: int = 4) -> None:
     sheet = Image.fromarray(np.concatenate(columns, 1))
     small = sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
     kept = io.BytesIO()
-    small.quantize(64, dither=Image.Dither.NONE).save(kept, "png", optimize=True)
+    small.quantize(48, dither=Image.Dither.NONE).save(kept, "png", optimize=True)
     path.write_bytes(kept.getvalue())
 
 

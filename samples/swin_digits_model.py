@@ -21,7 +21,7 @@ WINDOW = 8  # tokens: 512 pixels are 16 x 16 windows in the first stage, and 2 x
 # canvases of the committed files, of held-out scans and of a seed that no training has
 FILE_SEED = 1_000_000
 FILES = {"test": range(24), "calibration": range(100, 108)}
-COLOURS = 48  # of a committed picture: grain makes large files
+COLOURS = 40  # of a committed picture: grain makes large files
 SIZE_ARGUMENTS = {
     "embed_dim": 32,
     "depths": (2, 2, 6, 2),
@@ -57,7 +57,7 @@ def export(out: Path, pipe: VisionPipeline) -> None:
 
 
 def write_png(image: Tensor, path: Path) -> None:
-    """`[3, h, w]` as a picture of 48 colours, `[h, w]` as one of levels."""
+    """`[3, h, w]` as a picture of 40 colours, `[h, w]` as one of levels."""
     if image.ndim == 2:
         Image.fromarray(image.numpy()).save(path, optimize=True)
         return
