@@ -15,11 +15,18 @@ CROP = 112  # pixels, height and width
 CROP_SIZES = (26.0, 76.0)  # pixels, the height of the digit; in proportion on other crops
 
 
-def draw_crop(seed: int, index: int, *, side: int = CROP, split: Split = "train") -> Canvas:
+def draw_crop(
+    seed: int,
+    index: int,
+    *,
+    side: int = CROP,
+    split: Split = "train",
+    sizes: tuple[float, float] = CROP_SIZES,
+) -> Canvas:
     """Everything that decides the pixels of crop `index`."""
     random = np.random.default_rng([seed, index, side, 22])
-    sizes = (CROP_SIZES[0] * side / CROP, CROP_SIZES[1] * side / CROP)
-    return draw_digits(random, (side, side), 1, sizes, split)
+    scaled = (sizes[0] * side / CROP, sizes[1] * side / CROP)
+    return draw_digits(random, (side, side), 1, scaled, split)
 
 
 def make_crop(

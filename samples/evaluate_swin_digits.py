@@ -9,17 +9,16 @@ every block computes that share of its windows: how much the model has adapted t
 """
 
 import argparse
-import io
 import json
 from contextlib import nullcontext
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from digit_canvases import APART, CANVAS, CLASSES, draw_canvas, render_canvas
 from evaluating import median_seconds
-from PIL import Image
-from swin_digits_model import FILE_SEED, WINDOW
+from swin_digits_model import FILE_SEED, WINDOW, write_png
 from torch import Tensor
 from window_adaptation import keeps_plan, window_blocks
 
@@ -117,7 +116,7 @@ def judged_files(pipe: VisionPipeline, folder: Path) -> dict:
 
 
 def draw(pipe: VisionPipeline, path: Path, count: int = 3) -> None:
-    """Canvases, what is right and what is found, one below the other, in 48 colours."""
+    """Canvases, what is right and what is found, one below the other."""
     columns = []
     for index in range(FIRST_CANVAS, FIRST_CANVAS + count):
         image, classes = render_canvas(
@@ -127,11 +126,10 @@ def draw(pipe: VisionPipeline, path: Path, count: int = 3) -> None:
         maps = [INKS[c.numpy()] for c in (classes, found)]
         column = np.concatenate([image.permute(1, 2, 0).numpy(), *maps])
         columns.append(np.pad(column, ((0, 0), (0, 8), (0, 0)), constant_values=255))
-    sheet = Image.fromarray(np.concatenate(columns, 1))
-    small = sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
-    kept = io.BytesIO()
-    small.quantize(48, dither=Image.Dither.NONE).save(kept, "png", optimize=True)
-    path.write_bytes(kept.getvalue())
+    sheet = cv2.resize(
+        np.concatenate(columns, 1), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA
+    )
+    write_png(torch.from_numpy(sheet).permute(2, 0, 1), path)
 
 
 def main(model: Path, canvases: int, keeps: list[float], threads: int, out: Path | None) -> None:

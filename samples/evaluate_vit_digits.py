@@ -16,7 +16,7 @@ from digit_crops import CROP, make_crop
 from evaluating import median_seconds
 from moving_digits import DIGIT_WORDS
 from PIL import Image, ImageDraw
-from swin_digits_model import FILE_SEED
+from swin_digits_model import FILE_SEED, write_png
 from torch import Tensor
 
 from accel.pipelines.provenance import device_name
@@ -72,7 +72,7 @@ def judged_files(pipe: VisionPipeline, folder: Path) -> dict:
 
 
 def draw(pipe: VisionPipeline, path: Path, columns: int = 8, rows: int = 3) -> None:
-    """Crops, each over what was found in it, in red where that is wrong; in 64 colours."""
+    """Crops, each over what was found in it, in red where that is wrong."""
     sheet = Image.new("RGB", (columns * (CROP + 6), rows * (CROP + 18)), "white")
     pen = ImageDraw.Draw(sheet)
     for number in range(columns * rows):
@@ -82,7 +82,7 @@ def draw(pipe: VisionPipeline, path: Path, columns: int = 8, rows: int = 3) -> N
         sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (left, top))
         colour = "black" if found == digit else "red"
         pen.text((left + 2, top + CROP + 2), DIGIT_WORDS[found], fill=colour)
-    sheet.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    write_png(torch.from_numpy(np.array(sheet)).permute(2, 0, 1), path)
 
 
 def main(model: Path, crops: int, threads: int, out: Path | None) -> None:

@@ -94,7 +94,8 @@ wide, patches of {args["patch_size"]} pixels: {rows} x {columns} of them, one cl
 
 {e["device"]}, no accelerator, {date.today():%Y-%m-%d}; {used}.
 Muon for matrices, AdamW for the rest, moving averages of the weights. Windows of patches around the
-digit come first, whole crops at the end (see `samples/vit_digits_training.py`).
+digit come first, whole crops at the end; a head that is thrown away reads from the patches which
+digit covers them (see `samples/vit_digits_training.py`).
 
 {stages_table(log)}
 

@@ -5,6 +5,10 @@ does, at a quarter of the cost. So most steps see only the patches around the di
 its own, and the last ones all of them. The windows are cut behind the position embedding, where
 timm has a module for patches that are dropped (arXiv 2212.00794); in the exported model it is
 timm's own again.
+
+What the class token has to find is told to the patches as well: a head that is thrown away reads
+from a block above the middle whether the digit's square covers a patch, which digit it is, and
+where in the square the patch lies (`MeaningHead`).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from denoising import optimisers, rate_at
-from digit_canvases import render_canvas
-from digit_crops import CROP, draw_crop
+from denoising import BACKGROUND, MeaningHead, optimisers, rate_at
+from digit_canvases import Canvas, render_canvas
+from digit_crops import CROP, CROP_SIZES, draw_crop
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from training import Average
@@ -25,6 +29,7 @@ from accel.pipelines.vision import VisionPipeline
 __all__ = [
     "ClassifierPhase",
     "ClassifierSettings",
+    "Crops",
     "PatchWindow",
     "classifier_step",
     "crops",
@@ -35,12 +40,13 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class ClassifierPhase:
     """Up to `until` (fraction of the stage) train on `batch` crops, of each a window of patches
-    `side` high and wide; None: all of them.
+    `side` high and wide; None: all of them. sizes: of digits, pixels of a crop of 112.
     """
 
     until: float
     batch: int
     side: int | None = None
+    sizes: tuple[float, float] = CROP_SIZES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +54,16 @@ class ClassifierSettings:
     """Numbers of the stage."""
 
     phases: tuple[ClassifierPhase, ...] = (
+        ClassifierPhase(0.3, 48, 8, (34.0, 56.0)),
         ClassifierPhase(0.5, 48, 8),
         ClassifierPhase(0.7, 32, 10),
         ClassifierPhase(1.0, 24),
     )
     crop: int = CROP
-    muon_rate: float = 3e-3
-    adam_rate: float = 1.5e-3
+    muon_rate: float = 4e-3
+    adam_rate: float = 2e-3
+    head_block: float = 0.6  # of the depth
+    head_weight: float = 1.0
     smoothing: float = 0.05  # of the labels
     average_decay: float = 0.995
     compiled: bool = False
@@ -89,16 +98,43 @@ def window_around(
     return (along[:, 0, :, None] * rows + along[:, 1, None, :]).flatten(1)
 
 
-def crops(
-    phase: ClassifierPhase, seed: int, index: int, side: int
-) -> tuple[UInt8[Tensor, "batch 3 side side"], Int[Tensor, " batch"], Float[Tensor, "batch 2"]]:
-    """Pixels, digits and their centres (h, w, pixels) of a step: a function of `(seed, index)` and
-    the phase alone.
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """What a step sees: pixels, digits, their centres (h, w) in pixels; and of every patch which
+    digit's square covers it (`BACKGROUND` where none does) and where in the square it lies, (h, w)
+    from -1 to 1, 0 outside.
     """
-    scenes = [draw_crop(seed, index * 256 + i, side=side) for i in range(phase.batch)]
-    pixels = torch.stack([render_canvas(scene)[0] for scene in scenes])
-    digits = torch.tensor([scene.digits[0].digit for scene in scenes])
-    return pixels, digits, torch.tensor([scene.digits[0].centre for scene in scenes])
+
+    pixels: UInt8[Tensor, "batch 3 side side"]
+    digits: Int[Tensor, " batch"]
+    centres: Float[Tensor, "batch 2"]
+    covered: Int[Tensor, "batch patches"]
+    inside: Float[Tensor, "batch patches 2"]
+
+
+def _in_patches(scene: Canvas, patch: int) -> tuple[Tensor, Tensor]:
+    """`covered` and `inside` of one crop."""
+    digit = scene.digits[0]
+    along = torch.arange(scene.height // patch) * patch + patch / 2
+    h, w = ((along - centre) / (digit.size / 2) for centre in digit.centre)
+    inside = torch.stack(torch.broadcast_tensors(h[:, None], w[None]), -1).flatten(0, 1)
+    outside = inside.abs().amax(1) >= 1
+    inside[outside] = 0
+    return torch.full((len(inside),), digit.digit).masked_fill(outside, BACKGROUND), inside
+
+
+def crops(phase: ClassifierPhase, seed: int, index: int, side: int, patch: int) -> Crops:
+    """A function of `(seed, index)` and the phase alone."""
+    numbers = range(index * 256, index * 256 + phase.batch)
+    scenes = [draw_crop(seed, i, side=side, sizes=phase.sizes) for i in numbers]
+    covered, inside = zip(*(_in_patches(scene, patch) for scene in scenes), strict=True)
+    return Crops(
+        torch.stack([render_canvas(scene)[0] for scene in scenes]),
+        torch.tensor([scene.digits[0].digit for scene in scenes]),
+        torch.tensor([scene.digits[0].centre for scene in scenes]),
+        torch.stack(covered),
+        torch.stack(inside),
+    )
 
 
 def classifier_step(
@@ -108,7 +144,12 @@ def classifier_step(
     model = pipe.model.train()
     windows = PatchWindow(model.num_prefix_tokens)
     model.patch_drop = windows
-    muon, adam = optimisers(model.blocks, [model], settings.muon_rate, settings.adam_rate)
+    head = MeaningHead(
+        model.blocks[int(len(model.blocks) * settings.head_block)],
+        model.embed_dim,
+        read=lambda states: states[:, model.num_prefix_tokens :],
+    )
+    muon, adam = optimisers(model.blocks, [model, head], settings.muon_rate, settings.adam_rate)
     average = Average({"model": model}, settings.average_decay)
     forward = torch.compile(model, dynamic=False) if settings.compiled else model
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (pipe.config.mean, pipe.config.std))
@@ -119,20 +160,26 @@ def classifier_step(
         rate = rate_at(index, progress)
         muon.param_groups[0]["lr"] = settings.muon_rate * rate
         adam.param_groups[0]["lr"] = settings.adam_rate * rate
-        pixels, digits, centres = crops(phase, seed, index, settings.crop)
+        seen = crops(phase, seed, index, settings.crop, patch)
+        covered, inside = seen.covered, seen.inside
         random = torch.Generator().manual_seed(seed * 1_000_003 + index)
         windows.kept = None
         if phase.side is not None:
-            windows.kept = window_around(centres / patch, phase.side, rows, random)
-        logits = forward((pixels / 255 - mean) / std)
-        loss = F.cross_entropy(logits, digits, label_smoothing=settings.smoothing)
-        loss.backward()
+            kept = window_around(seen.centres / patch, phase.side, rows, random)
+            windows.kept, covered = kept, covered.gather(1, kept)
+            inside = inside.gather(1, kept[..., None].expand(-1, -1, 2))
+        logits = forward((seen.pixels / 255 - mean) / std)
+        loss = F.cross_entropy(logits, seen.digits, label_smoothing=settings.smoothing)
+        meant = head(covered, inside)
+        (loss + settings.head_weight * meant).backward()
         nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
         for optimiser in (muon, adam):
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         average.update(index)
-        right = (logits.detach().argmax(1) == digits).float().mean().item()
-        return {"loss": loss.item(), "right": right, f"right_{phase.side or rows}": right}
+        right = (logits.detach().argmax(1) == seen.digits).float().mean().item()
+        shown = {"loss": loss.item(), "meaning": meant.item(), "right": right}
+        return {**shown, f"right_{phase.side or rows}": right}
 
-    return step, {"model": model, "muon": muon, "adam": adam, "average": average}
+    parts = {"model": model, "head": head, "muon": muon, "adam": adam, "average": average}
+    return step, parts

@@ -141,7 +141,7 @@ def test_training_sees_no_held_out_scan(splits: set[str]) -> None:
         for phase in settings.phases:
             canvases(replace(phase, size=64, batch=2), 0, stage, 5)
     for phase in ClassifierSettings().phases:
-        crops(replace(phase, batch=2), 0, 5, 48)
+        crops(replace(phase, batch=2), 0, 5, 48, 8)
     assert splits == {"train"}
 
 

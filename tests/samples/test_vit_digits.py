@@ -69,15 +69,22 @@ def test_patches_are_kept_by_image_and_prefix_tokens_always() -> None:
 
 def test_a_batch_is_a_function_of_its_step() -> None:
     phase = ClassifierPhase(1.0, 4)
-    pixels, digits, centres = crops(phase, 0, 3, 48)
-    again = crops(phase, 0, 3, 48)
-    assert all(torch.equal(a, b) for a, b in zip((pixels, digits, centres), again, strict=True))
-    assert not torch.equal(pixels, crops(phase, 0, 4, 48)[0])
+    seen, again = (crops(phase, 0, 3, 48, 8) for _ in range(2))
+    for name in ("pixels", "digits", "centres", "covered", "inside"):
+        assert torch.equal(getattr(seen, name), getattr(again, name))
+    assert not torch.equal(seen.pixels, crops(phase, 0, 4, 48, 8).pixels)
     for i in range(4):
         image, digit = make_crop(0, 3 * 256 + i, side=48)
-        assert torch.equal(pixels[i], image)
-        assert int(digits[i]) == digit
-        assert draw_crop(0, 3 * 256 + i, side=48).digits[0].centre == pytest.approx(centres[i])
+        assert torch.equal(seen.pixels[i], image)
+        assert int(seen.digits[i]) == digit
+        drawn = draw_crop(0, 3 * 256 + i, side=48).digits[0]
+        assert drawn.centre == pytest.approx(seen.centres[i])
+        for patch in range(36):
+            place = (8 * (patch // 6) + 4, 8 * (patch % 6) + 4)
+            off = [(p - c) / (drawn.size / 2) for p, c in zip(place, drawn.centre, strict=True)]
+            there = max(map(abs, off)) < 1
+            assert int(seen.covered[i, patch]) == (digit if there else 10)
+            assert seen.inside[i, patch].tolist() == pytest.approx(off if there else [0, 0])
 
 
 def test_a_step_trains_all_parts_on_windows_and_on_whole_crops() -> None:
@@ -90,11 +97,11 @@ def test_a_step_trains_all_parts_on_windows_and_on_whole_crops() -> None:
     for index, progress in enumerate((0.1, 0.2, 0.6, 0.9)):
         shown |= step(index, progress)
     assert seen == [2 + 4, 2 + 4, 2 + 36, 2 + 36]
-    assert {"loss", "right", "right_2", "right_6"} == set(shown)
+    assert {"loss", "meaning", "right", "right_2", "right_6"} == set(shown)
     assert all(math.isfinite(value) for value in shown.values())
     for name, weight in pipe.model.state_dict().items():
         assert not torch.equal(before[name], weight), name
-    assert set(parts) == {"model", "muon", "adam", "average"}
+    assert set(parts) == {"model", "head", "muon", "adam", "average"}
     assert set(before) == set(pipe.model.state_dict())
 
 
