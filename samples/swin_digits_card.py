@@ -1,6 +1,6 @@
 """Write the model card of swin-digits from the files of its training and evaluation.
 
-python samples/swin_digits_card.py --command "python samples/train_swin_digits.py --minutes 55"
+python samples/swin_digits_card.py --command "python samples/train_swin_digits.py --minutes 60"
 """
 
 import argparse

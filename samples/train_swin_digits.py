@@ -1,6 +1,6 @@
 """Train `samples/models/swin-digits`: a small Swin that gives every pixel of a canvas its class.
 
-    python samples/train_swin_digits.py --minutes 55 --seed 0
+    python samples/train_swin_digits.py --minutes 60 --seed 0
     python samples/train_swin_digits.py --keeps plan.json --minutes 10 --resume
 
 Two stages, `dense` and `adapt`: training as usual, then with another share of the windows in every
@@ -120,7 +120,7 @@ def main(
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--minutes", type=float, default=55.0, help="training time, shared out among the stages"
+        "--minutes", type=float, default=60.0, help="training time, shared out among the stages"
     )
     parser.add_argument(
         "--steps",
@@ -134,7 +134,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "swin-digits")
     parser.add_argument("--keeps", type=Path, help="a plan whose keeps of windows to tune for")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile of the dense stage")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="torch.compile of the dense stage: takes minutes for each size of canvas",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoints in --work"
     )
