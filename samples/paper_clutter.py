@@ -92,11 +92,12 @@ def _letter(random: np.random.Generator) -> list[np.ndarray]:
     """Paths [n, 2] of something like a letter, one high around the origin: a stem, and two or three
     strokes and bows that begin on it. No digit is made like this.
     """
-    stem = random.choice((-0.3, 0.0, 0.3))
+    stem = (-0.3, 0.0, 0.3)[random.integers(3)]
     paths = [np.array([[-0.5, stem], [0.5, stem + random.normal(0, 0.08)]])]
     for _ in range(random.integers(2, 4)):
-        begin, end = random.choice(3, 2, replace=False)
-        far = stem + random.choice((-1, 1)) * random.uniform(0.35, 0.65)
+        begin, side = random.integers((3, 2))
+        end = (begin + random.integers(1, 3)) % 3  # another one
+        far = stem + (2 * side - 1) * random.uniform(0.35, 0.65)
         first, last = (BASELINES[begin], stem), (BASELINES[end], far)
         if random.random() < 0.6:
             paths.append(np.array([first, last]))
