@@ -1,0 +1,50 @@
+"""Sparsity-aware adaptation of windowed models (SparseViT, Chen et al., CVPR 2023, arXiv
+2303.17605): every step of a training computes another share of the windows, so that a search can
+judge any keeps without training for them.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+from torch import nn
+
+from accel.choice import DENSE
+from accel.pipelines.adapters import geometry_of
+from accel.plan import Plan
+from accel.schedule import Schedule
+from accel.window_keeps import WindowKeeps
+
+__all__ = ["LEVELS", "draw_keeps", "keeps_plan", "window_blocks"]
+
+LEVELS = tuple(round(1 - tenth / 10, 1) for tenth in range(9))  # 1.0 to 0.2
+
+
+def window_blocks(model: nn.Module) -> list[str]:
+    """Sites of the model's blocks: the names that keeps go by."""
+    return [site.name for site in geometry_of(model).sites]
+
+
+def draw_keeps(sites: Iterable[str], random: np.random.Generator) -> dict[str, float]:
+    """Keeps of one step, by site.
+
+    The blocks of a stage go by pairs, one without and one with a shift, and a pair has one keep. A
+    stage of n pairs draws n of `LEVELS`, all equally likely, and gives them out in falling order:
+    later blocks take a part of the windows that earlier ones took. An odd block at the end of a
+    stage is a pair by itself.
+    """
+    stages: dict[str, list[str]] = defaultdict(list)
+    for site in sites:
+        stages[site.partition(".blocks.")[0]].append(site)
+    keeps = {}
+    for blocks in stages.values():
+        drawn = random.choice(LEVELS, -(-len(blocks) // 2))
+        for number, keep in enumerate(sorted(drawn.tolist(), reverse=True)):
+            keeps |= dict.fromkeys(blocks[2 * number : 2 * number + 2], keep)
+    return keeps
+
+
+def keeps_plan(model: nn.Module, windows: WindowKeeps, name: str = "adaptation") -> Plan:
+    """The plan that computes these windows, and all of the attention inside them."""
+    schedule = Schedule(dense_start=0.0)
+    return Plan.uniform(name, geometry_of(model), DENSE, schedule=schedule, windows=windows)
