@@ -36,17 +36,22 @@ def compare(config: dict[str, Any], command: str) -> None:
         timing_prompts=config["timing_prompts"],
         seed=config["seed"],
         predict=config["predict"],
-        baselines=config["baselines"],
+        baselines=config["baselines"] or model.kind.baselines,
         arms_timeout_s=config["arms_timeout_s"],
         loaded_at_once=config["loaded_at_once"],
         command=command,
         output=model.output,
+        scaled=config["scaled"] or (),
+        compiled=config["compiled"] or False,
+        compile=config["compile"] or {},
     )
     folder = Path(config["out"])
     results = Comparison(model, settings, folder).run()
     print(as_text(results))
     table = write_atomically(folder / "results.md", as_markdown(results))
     print(f"results: {folder / 'results.json'}\ntable: {table}")
+    for name, content in model.kind.files(results).items():
+        print(f"{Path(name).suffix[1:]}: {write_atomically(folder / name, content)}")
     if config["report"]:
         from accel.pipelines.report import write_report
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from accel.choice import Choice
@@ -47,7 +48,8 @@ class Arm:
     plan: a plan file, the name of a recipe, or None for an arm without one; cache: what
     `CacheSpec.of` reads, or None; folder: keeps what plans and caches are calibrated by, for all
     arms of a comparison; precision: what a recipe computes in where it does not say, "" for the
-    model's own; parameters: those of a recipe that are given.
+    model's own; parameters: those of a recipe that are given; setup: what is done to the model
+    first.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Arm:
         folder: str = "",
         precision: str = "",
         parameters: Mapping[str, Any] | None = None,
+        setup: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = model_config(model)
         self._plan = plan
@@ -65,6 +68,7 @@ class Arm:
         self._folder = Path(folder)
         self._precision = precision
         self._parameters = parameters or {}
+        self._setup = setup or {}
         self._ratios: list[float] | None = None
         self._keeps: dict[Choice, float] = {}
         self._host: Host | None = None
@@ -91,20 +95,26 @@ class Arm:
         """Load, calibrate, enable, and generate once with few steps, one of every band."""
         begun = time.perf_counter()
         self._host = Host(self._config)
+        if self._setup:
+            self._host.kind.set_up(self._host, self._setup)
         loaded = time.perf_counter()
         plan = self._calibrated()
         calibrated = time.perf_counter()
         if plan is not None:
             enable(self._host.pipe, plan, guard=False)
         self._enable_cache()
-        self._warm_up()
+        first_s = self._warm_up()
         enabled = self.plans[0] if self.plans else None
         made = None if enabled is None else origin_of_plan(enabled)
         here = None if enabled is None else self._place()
+        warm_s = time.perf_counter() - calibrated
         return {
             "load_s": loaded - begun,
             "calibration_s": calibrated - loaded,
-            "warm_up_s": time.perf_counter() - calibrated,
+            "warm_up_s": warm_s,
+            # what the first generation takes over another one
+            "compile_s": first_s - self._warm_up() if "compile" in self._setup else None,
+            "about": self._host.kind.about(self._host),
             "device": device_name(self.host.device),
             "plan": None if enabled is None else enabled.name,
             "digest": None if enabled is None else enabled.digest,
@@ -150,12 +160,14 @@ class Arm:
         if self._cache is not None:
             reset_cache(self.host.pipe)
         clock = StepClock(self.host.device)
-        begun = clock.now()
-        made = self.host.generate(prompt, seed, callback_on_step_end=clock, **shorter)
-        seconds = clock.now() - begun
+        taken = []
+        for _ in range(kind.repeats):
+            begun = clock.now()
+            made = self.host.generate(prompt, seed, **kind.callback(clock), **shorter)
+            taken.append(clock.now() - begun)
         dense = kind.dense_steps(self.schedule, total)[1:]
         answer = {
-            "seconds": seconds,
+            "seconds": median(taken),
             "steps": len(clock.steps) + 1,
             "step_seconds": {
                 "all": middle_of(clock.steps),
@@ -175,16 +187,21 @@ class Arm:
         """Attention maps of a few heads with what the plan keeps of them; see `look`."""
         return look(self.host, self.plans, prompt, seed, Path(save))
 
-    def _warm_up(self) -> None:
-        """Generate with a few steps, one of every band; peak memory is counted from there."""
+    def _warm_up(self) -> float:
+        """Generate with a few steps, one of every band; peak memory is counted from there. Returns
+        the seconds it took.
+        """
+        begun = time.perf_counter()
         steps = warm_up_steps(self.schedule, self.host.steps)
         steps = steps_of_all(next(iter(self.plans), None), steps)
         shorter = self.host.kind.shortened(self._config.call, steps)
         models = denoisers_of(self.host.pipe)
         seen = SeenKeeps([session_of(m) for m in models] if self._plan is not None else [])
-        self.host.generate(self._config.prompts[0], 0, callback_on_step_end=seen, **shorter)
+        kind = self.host.kind
+        self.host.generate(self._config.prompts[0], 0, **kind.callback(seen), **shorter)
         self._keeps |= seen.means
         reset_peak_memory(self.host.device)
+        return time.perf_counter() - begun
 
     def _calibrated(self) -> dict[str, Plan] | str | None:
         """The arm's plan, or one for each denoiser; one that chooses by a calibration is made

@@ -12,6 +12,7 @@ from typing import Any
 
 from accel.errors import AccelError, PlanError, nearest
 from accel.pipelines.caches import CacheSpec
+from accel.pipelines.output import Output
 from accel.pipelines.paths import find_path
 from accel.pipelines.recipe_specs import HALF, OWN_DENSE, RecipeSpec
 from accel.plan import Plan
@@ -27,6 +28,7 @@ KINDS = {
     "recipe": "recipes",
     "cache": "caches",
     "plan + cache": "plan + cache",
+    "scaled": "smaller inputs",
 }
 
 
@@ -38,7 +40,7 @@ class ArmSpec:
     be faster; what cannot be read has only its path. cache: `CacheSpec.identity`, or "". front:
     the front that the plan is a point of, or "". precision: what a recipe computes in where it
     says nothing itself, or "" for the model's own. parameters: those of a recipe that are given, as
-    JSON, or "".
+    JSON, or "". setup: what is done to the model first (`Output.setup`), as JSON, or "".
     """
 
     name: str
@@ -49,6 +51,7 @@ class ArmSpec:
     front: str = ""
     precision: str = ""
     parameters: str = ""
+    setup: str = ""
 
     @classmethod
     def of(cls, name: str, plan: str, kind: str = "plan", front: str = "") -> "ArmSpec":
@@ -81,9 +84,30 @@ class ArmSpec:
 DENSE = ArmSpec("dense")
 
 
-def dense_arms(baselines: Sequence[str]) -> tuple[ArmSpec, ...]:
-    """Arms that leave nothing out: the host's own attention, then accel's."""
-    return (DENSE, *(ArmSpec.of(name, name, "dense") for name in baselines[1:]))
+def dense_arms(
+    baselines: Sequence[str], kind: Output, options: Mapping[str, Any]
+) -> tuple[ArmSpec, ...]:
+    """Arms that leave nothing out, the host as it is first. options: of compiling."""
+
+    def arm(name: str) -> ArmSpec:
+        setup = kind.setup(name, options)
+        made = ArmSpec.of(name, name, "dense") if setup is None else ArmSpec(name)
+        return set_up(made, setup)
+
+    return (DENSE, *map(arm, baselines[1:]))
+
+
+def scaled_arms(scales: Sequence[float], setup: Mapping[str, Any]) -> list[ArmSpec]:
+    """The dense model, set up so, on smaller inputs: what a plan has to beat to be of use."""
+    return [
+        set_up(ArmSpec(f"scaled-{scale:g}", kind="scaled"), {**setup, "scale": scale})
+        for scale in scales
+    ]
+
+
+def set_up(arm: ArmSpec, setup: Mapping[str, Any] | None) -> ArmSpec:
+    """The same arm with its model set up first."""
+    return replace(arm, setup=json.dumps(dict(setup), sort_keys=True)) if setup else arm
 
 
 def recipe_arm(name: str, spec: RecipeSpec, baselines: Sequence[str]) -> ArmSpec:

@@ -95,6 +95,7 @@ class Book:
         self._priced = priced
         # nobody else writes here: what was read or written once is known
         self._records: dict[Path, dict[str, Any]] = {}
+        self._asked = [model.kind.stands_for(model, prompt) for prompt in prompts]
         self._calibration = list(model.calibration)
         self._judge = model.kind.judges(model)
         self._model: dict[str, Any] = {
@@ -134,10 +135,12 @@ class Book:
             what["priced"] = self._priced
         if arm.cache:
             what["cache"] = arm.cache
+        if arm.setup:
+            what["setup"] = arm.setup
         if arm.calibrated:
             what["calibration"] = self._calibration
         if prompt is not None:
-            what |= {"prompt": self.prompts[prompt], "seed": self.seed + prompt}
+            what |= {"prompt": self._asked[prompt], "seed": self.seed + prompt}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def read(self, arm: ArmSpec, name: str, prompt: int | None = None) -> dict[str, Any] | None:

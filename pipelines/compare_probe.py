@@ -1,5 +1,6 @@
-"""The precision in which a comparison runs: that in which dense is fastest on this device."""
+"""How a comparison runs: in the precision, and on the dense setting, that is fastest here."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -56,11 +57,49 @@ def fastest_dtype(
                 worker.close()
             probed = book.write(DENSE, "probe", answer, 0)
         rest = model.steps - probed["steps"]
-        found["seconds"][dtype] = probed["seconds"] + rest * probed["step_seconds"]["all"]
+        # a model that has one step has no others to time
+        step = probed["step_seconds"]["all"] if rest else 0.0
+        found["seconds"][dtype] = probed["seconds"] + rest * step
     if not found["seconds"]:
         raise AccelError(f"the model runs in none of {dtypes}: {found['errors']}")
     found["chosen"] = min(found["seconds"], key=found["seconds"].__getitem__)
     return found
+
+
+def fastest_dense(
+    model: ModelConfig,
+    settings: CompareSettings,
+    folder: Path,
+    sitting: str,
+    launch: Launch,
+) -> dict[str, Any]:
+    """`fastest`: the baseline whose generation of the first prompt is the shortest, which smaller
+    inputs are given to; with the times, which are kept in `folder`, and what failed.
+    """
+    found: dict[str, Any] = {"dense_seconds": {}, "dense_errors": {}}
+    book = Book(folder / "dense", model, model.prompts, settings.seed, sitting)
+    for arm in settings.dense_arms:
+        probed = book.read(arm, "probe", 0)
+        if probed is None:
+            say(f"how fast is {arm.name}?")
+            setup = json.loads(arm.setup) if arm.setup else {}
+            spec = {"plan": arm.plan, "model": asdict(model), "setup": setup}
+            worker = launch(book.arm_folder(arm), spec)
+            command = {"do": "generate", "prompt": model.prompts[0], "seed": settings.seed}
+            try:
+                worker.ask({"do": "start"}, settings.arms_timeout_s)
+                answer = worker.ask(command, settings.arms_timeout_s)
+            except ArmFailed as error:
+                found["dense_errors"][arm.name] = str(error)
+                continue
+            finally:
+                worker.close()
+            probed = book.write(arm, "probe", answer, 0)
+        found["dense_seconds"][arm.name] = probed["seconds"]
+    times = found["dense_seconds"]
+    if not times:
+        raise AccelError(f"no baseline runs: {found['dense_errors']}")
+    return {"fastest": min(times, key=times.__getitem__), **found}
 
 
 def say(what: str) -> None:

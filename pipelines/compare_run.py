@@ -18,7 +18,7 @@ from accel.files import write_atomically
 from accel.pipelines.compare_arms import DENSE, ArmSpec
 from accel.pipelines.compare_book import Book, Job
 from accel.pipelines.compare_findings import findings_of
-from accel.pipelines.compare_probe import Launch, fastest_dtype, say
+from accel.pipelines.compare_probe import Launch, fastest_dense, fastest_dtype, say
 from accel.pipelines.compare_results import (
     dense_runs_of,
     fastest_of,
@@ -41,10 +41,7 @@ class Comparison:
     def __init__(
         self, model: ModelConfig, settings: CompareSettings, folder: Path, launch: Launch = Worker
     ) -> None:
-        self.settings = settings
         self.folder = folder
-        self.arms = settings.arms
-        self.groups = settings.groups
         self._launch = launch
         self._sitting = _now()
         self._workers: dict[ArmSpec, Any] = {}
@@ -59,6 +56,13 @@ class Comparison:
         )
         dtype = self.probe.get("chosen", model.dtype)
         self.model = replace(model, dtype=dtype, prompts=prompts)
+        if settings.scaled:
+            found = fastest_dense(self.model, settings, folder / "probe", self._sitting, launch)
+            self.probe |= found
+            settings = replace(settings, fastest=found["fastest"])
+        self.settings = settings
+        self.arms = settings.arms
+        self.groups = settings.groups
         self.book = Book(
             folder,
             self.model,
@@ -155,6 +159,8 @@ class Comparison:
                 "call": dict(self.model.call),
                 "fps": self.model.fps,
                 "tasks": self.model.tasks,
+                "images": self.model.images,
+                "model_path": self.model.path,
                 "command": self.settings.command,
             },
             "date": (sittings[-1] if sittings else self._sitting)[:19],
@@ -172,6 +178,7 @@ class Comparison:
             "folder": str(self.book.calibration_folder) if arm.calibrated else "",
             "precision": arm.precision,
             "parameters": json.loads(arm.parameters) if arm.parameters else {},
+            "setup": json.loads(arm.setup) if arm.setup else {},
         }
 
     def _ask(

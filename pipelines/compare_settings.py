@@ -1,5 +1,6 @@
 """What a comparison is asked for, checked before anything is spent on it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,17 @@ from accel.pipelines.compare_arms import (
     combined_arms,
     dense_arms,
     recipe_arm,
+    scaled_arms,
+    set_up,
 )
 from accel.pipelines.host import DTYPES, ModelConfig
+from accel.pipelines.output import Output
 from accel.pipelines.outputs import output_of
 from accel.pipelines.paths import find_path
-from accel.pipelines.recipe_specs import OWN_DENSE, named_recipes
+from accel.pipelines.recipe_specs import named_recipes
 from accel.untrusted import check_whole, finite
+
+PROMPTS = 8  # where nothing is said
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,15 @@ class CompareSettings:
     """What a comparison is asked for; see `configs/compare.yaml`.
 
     plans, fronts, caches: as `named_plans`, `named_fronts` and `named_caches` read them; recipes:
-    names, or names with what they are, which are read here. output: the model's.
+    names, or names with what they are, which are read here. prompts: None for the first eight, or
+    all where there are fewer. output: the model's. scaled: by what inputs are made smaller;
+    fastest: the baseline that inputs are made smaller for. compiled: the arms besides baselines
+    whose models are compiled, or whether all are; compile: options of `torch.compile`.
     """
 
     plans: Mapping[str, str]
     recipes: Any
-    prompts: int | Sequence[str]
+    prompts: int | Sequence[str] | None
     dtypes: Sequence[str]
     fronts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     caches: Mapping[str, CacheSpec] = field(default_factory=dict)
@@ -46,11 +55,15 @@ class CompareSettings:
     loaded_at_once: int = 8
     command: str = ""
     output: str = "frames"
+    scaled: Sequence[float] = ()
+    fastest: str = ""
+    compiled: bool | Sequence[str] = False
+    compile: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("dtypes", "baselines"):
             object.__setattr__(self, name, texts(name, getattr(self, name)))
-        if not isinstance(self.prompts, int):
+        if self.prompts is not None and not isinstance(self.prompts, int):
             object.__setattr__(self, "prompts", texts("prompts", self.prompts))
             if not self.prompts:
                 raise AccelError("prompts is empty; give a number or a list of texts")
@@ -65,16 +78,8 @@ class CompareSettings:
                 f" {kind.name}; what such a model keeps between calls is part of a plan, as in"
                 " recipes=[sparse_dllm]"
             )
-        if not self.baselines or self.baselines[0] != DENSE.name:
-            raise AccelError(
-                f"baselines is {list(self.baselines)}; it begins with {DENSE.name!r}, the host's"
-                " own attention, against which quality is measured"
-            )
-        for name in self.baselines[1:]:
-            if name not in OWN_DENSE:
-                raise AccelError(
-                    f"there is no baseline {name!r}; {nearest(name, (DENSE.name, *OWN_DENSE))}"
-                )
+        self._check_baselines(kind)
+        self._check_rivals(kind)
         for name, least in (("rounds", 1), ("timing_prompts", 1), ("seed", 0)):
             check_whole(name, getattr(self, name), least)
         # the baselines stay loaded, and beside them at least one other arm
@@ -87,10 +92,35 @@ class CompareSettings:
             if dtype not in DTYPES:
                 raise AccelError(f"dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")
 
+    def _check_baselines(self, kind: Output) -> None:
+        if self.baselines and self.baselines[0] in kind.names_of_dense:
+            object.__setattr__(self, "baselines", (DENSE.name, *self.baselines[1:]))
+        if not self.baselines or self.baselines[0] != DENSE.name:
+            raise AccelError(
+                f"baselines is {list(self.baselines)}; it begins with {DENSE.name!r}, the host's"
+                " own attention, against which quality is measured"
+            )
+        for name in self.baselines[1:]:
+            if name not in kind.baselines:
+                raise AccelError(f"there is no baseline {name!r}; {nearest(name, kind.baselines)}")
+
+    def _check_rivals(self, kind: Output) -> None:
+        """What is set of smaller inputs and of compiled models."""
+        object.__setattr__(self, "scaled", tuple(self.scaled or ()))
+        for scale in self.scaled:
+            if not finite(scale) or not 0 < scale < 1:
+                raise AccelError(f"scaled has {scale!r}; inputs are made smaller, by 0.75, say")
+        if not isinstance(self.compiled, bool):
+            object.__setattr__(self, "compiled", texts("compiled", self.compiled))
+        if not kind.scales and (self.scaled or self.compiled or self.compile):
+            raise AccelError(
+                f"scaled, compiled and compile are for models that see images, not of {kind.name}"
+            )
+
     @property
     def dense_arms(self) -> tuple[ArmSpec, ...]:
         """Arms that leave nothing out; speed is measured against the fastest of them."""
-        return dense_arms(self.baselines)
+        return dense_arms(self.baselines, output_of(self.output), self.compile)
 
     @property
     def arms(self) -> tuple[ArmSpec, ...]:
@@ -105,8 +135,17 @@ class CompareSettings:
             arms.append(ArmSpec(name, kind="cache", cache=spec.identity))
         known = {arm.name: arm for arm in (*self.dense_arms[1:], *plans)}
         arms += combined_arms(self.combined, known, self.caches)
+        dense = {arm.name: json.loads(arm.setup or "{}") for arm in self.dense_arms}
+        arms = [a if a.kind == "dense" else set_up(a, self._setup_of(a.name)) for a in arms]
+        arms += scaled_arms(self.scaled, dense[self.fastest or self.baselines[-1]])
         check_names(arms)
         return tuple(sorted(arms, key=lambda arm: list(KINDS).index(arm.kind)))
+
+    def _setup_of(self, arm: str) -> dict[str, Any] | None:
+        """How the model of a plan is set up: like the last baseline that it may be like."""
+        kind = output_of(self.output)
+        whole = self.compiled if isinstance(self.compiled, bool) else arm in self.compiled
+        return kind.setup("compiled" if whole else "fused", self.compile)
 
     @property
     def groups(self) -> tuple[tuple[ArmSpec, ...], ...]:
@@ -119,6 +158,8 @@ class CompareSettings:
         return tuple((*dense, *part) for part in parts) or (dense,)
 
     def prompts_of(self, model: ModelConfig) -> tuple[str, ...]:
+        if self.prompts is None:
+            return model.prompts[:PROMPTS]
         if not isinstance(self.prompts, int):
             return tuple(self.prompts)
         if not 1 <= self.prompts <= len(model.prompts):

@@ -15,7 +15,6 @@ from accel.errors import AccelError, nearest
 from accel.pipelines.output import Output
 from accel.pipelines.outputs import output_of
 from accel.pipelines.paths import find_path
-from accel.pipelines.tasks import by_turns, read_tasks
 
 Video = NDArray[np.float32]  # what `Host.generate` gives of frames
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,11 +26,13 @@ class ModelConfig:
 
     path: a directory below the current one or below the checkout, or a hub repository.
     call: arguments of the pipeline's `__call__`; prompts: what comparisons generate;
-    calibration: what a search looks at; output: what is generated, `frames` or `text`.
+    calibration: what a search looks at; output: what is generated, `frames`, `text` or `vision`.
     Of frames, classifier: a directory with a classifier, or ""; places: where the frames show the
     places that prompts name, for the classifier to look there: {name: [top, left, bottom, right]}
     in pixels. Of text, tasks and calibration_tasks: files of tasks (`accel.pipelines.tasks`), or
-    ""; their prompts, of one kind after another, stand for those that are not given.
+    ""; their prompts, of one kind after another, stand for those that are not given. Of vision,
+    images and calibration_images: folders of images (`accel.pipelines.vision_images`), whose names
+    are the prompts.
     """
 
     name: str
@@ -48,6 +49,8 @@ class ModelConfig:
     places: Mapping[str, Sequence[int]] = field(default_factory=dict)
     tasks: str = ""
     calibration_tasks: str = ""
+    images: str = ""
+    calibration_images: str = ""
     load: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,10 +61,8 @@ class ModelConfig:
                 f"model.pipeline is {self.pipeline!r}; name its module too, as in"
                 f" diffusers.{self.pipeline}"
             )
-        for name, tasks in (("prompts", self.tasks), ("calibration", self.calibration_tasks)):
-            prompts = tuple(getattr(self, name))
-            if tasks and not prompts:
-                prompts = tuple(task.prompt for task in by_turns(read_tasks(tasks)))
+        for name in ("prompts", "calibration"):
+            prompts = tuple(getattr(self, name)) or self.kind.asked(self, name)
             if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
                 raise AccelError(f"model.{name} must be prompts with text in them, got {prompts}")
             object.__setattr__(self, name, prompts)
@@ -113,6 +114,7 @@ class Host:
         self.device = config.resolved_device()
         self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
+        self._given: dict[str, Any] = {}  # prompts as the pipeline has them, read once
 
     @property
     def kind(self) -> Output:
@@ -148,8 +150,10 @@ class Host:
                     f"model.call.{name}: {self.config.pipeline} takes no such argument;"
                     f" {nearest(name, known)}"
                 )
+        if prompt not in self._given:
+            self._given[prompt] = self.kind.given(self, prompt)
         try:
-            return self.pipe(prompt, generator=generator, output_type=kind, **call)
+            return self.pipe(self._given[prompt], generator=generator, output_type=kind, **call)
         except ValueError as error:
             if isinstance(error, AccelError):
                 raise

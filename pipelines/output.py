@@ -2,7 +2,8 @@
 
 A comparison, a report and accel-generate ask an `Output` how a pipeline is called, how what it made
 is kept and judged, and how that is told and shown. They have no branches of their own: what differs
-between frames and text is in `frames_output` and `text_output`, and nowhere else.
+between frames, texts and what is seen in images is in `frames_output`, `text_output` and
+`vision_output`, and nowhere else.
 """
 
 from abc import ABC, abstractmethod
@@ -39,6 +40,14 @@ class Output(ABC):
     many: ClassVar[str]
     # files of pipelines/ that compute generations, besides those of every kind
     code: ClassVar[tuple[str, ...]] = ()
+    # the arms that leave nothing out, beginning with the host as it is, and other names of that
+    # one; they are recipes of their names where `setup` says nothing else
+    baselines: ClassVar[tuple[str, ...]] = ("dense", "full", "half")
+    names_of_dense: ClassVar[tuple[str, ...]] = ("dense",)
+    # how often a generation is repeated for its time, of which the median counts
+    repeats: ClassVar[int] = 1
+    # whether models are small enough to see less: a smaller input is a rival, a compiled model too
+    scales: ClassVar[bool] = False
     # whether diffusers' caches, predictions from kernel costs and attention maps are of use
     caches: ClassVar[bool] = True
     priced: ClassVar[bool] = True
@@ -56,6 +65,33 @@ class Output(ABC):
     @abstractmethod
     def check(self, config: Any) -> None:
         """Refuse a configuration that says nothing, or something wrong, of this output."""
+
+    def asked(self, config: Any, name: str) -> tuple[str, ...]:
+        """What stands for the `prompts` or the `calibration` that a configuration does not give."""
+        return ()
+
+    def stands_for(self, config: Any, prompt: str) -> str:
+        """A prompt with all that it names: another one is another measurement."""
+        return prompt
+
+    def given(self, host: Any, prompt: str) -> Any:
+        """What the pipeline is called with for a prompt."""
+        return prompt
+
+    def setup(self, name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        """How the model is set up for the baseline `name` before anything else is done with it;
+        None where the baseline is a recipe. With the key `compile`, of `options`, its first call
+        compiles it.
+        """
+        return None
+
+    def set_up(self, host: Any, setup: Mapping[str, Any]) -> None:
+        """Change the loaded pipeline as `setup` has it."""
+        raise NotImplementedError(f"models of {self.name} are not set up")
+
+    def about(self, host: Any) -> dict[str, Any]:
+        """What is told of an arm's model beside its plan."""
+        return {}
 
     @abstractmethod
     def serves(self, recipe: Recipe) -> bool:
@@ -77,6 +113,10 @@ class Output(ABC):
     @abstractmethod
     def output_type(self) -> str:
         """What a pipeline is asked for."""
+
+    def callback(self, done: Any) -> dict[str, Any]:
+        """Arguments with which a pipeline calls `done` after every step, where it has steps."""
+        return {"callback_on_step_end": done}
 
     @abstractmethod
     def read(self, made: Any) -> Any:
@@ -149,6 +189,10 @@ class Output(ABC):
     @abstractmethod
     def sections(self, folder: Path, results: Mapping[str, Any], shown: str) -> list[str]:
         """The sections of a report that show generations. shown: the arm that is in bold."""
+
+    def files(self, results: Mapping[str, Any]) -> dict[str, str]:
+        """What is written beside results.json: texts by names of files."""
+        return {}
 
     # accel-generate
 

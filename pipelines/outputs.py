@@ -6,10 +6,13 @@ from accel.errors import AccelError, nearest
 from accel.pipelines.frames_output import FramesOutput
 from accel.pipelines.output import Output
 from accel.pipelines.text_output import TextOutput
+from accel.pipelines.vision_output import ClassesOutput
 
 __all__ = ["OUTPUTS", "output_of"]
 
-OUTPUTS = MappingProxyType({kind.name: kind for kind in (FramesOutput(), TextOutput())})
+OUTPUTS = MappingProxyType(
+    {kind.name: kind for kind in (FramesOutput(), TextOutput(), ClassesOutput())}
+)
 
 
 def output_of(name: str) -> Output:

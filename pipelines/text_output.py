@@ -19,7 +19,7 @@ from accel.files import write_atomically
 from accel.pipelines.frames_output import spanned
 from accel.pipelines.output import Judged, Output
 from accel.pipelines.paths import find_path
-from accel.pipelines.tasks import Task, read_tasks
+from accel.pipelines.tasks import Task, by_turns, read_tasks
 from accel.pipelines.text_columns import PICTURES, SPEED, quality_columns
 from accel.pipelines.video_files import EXTENSIONS
 from accel.recipes import Recipe
@@ -69,6 +69,10 @@ class TextOutput(Output):
         for name in ("block_length", "num_inference_steps"):
             if config.call.get(name) is not None:
                 check_whole(f"model.call.{name}", config.call[name], 1)
+
+    def asked(self, config: Any, name: str) -> tuple[str, ...]:
+        path = {"prompts": config.tasks, "calibration": config.calibration_tasks}[name]
+        return tuple(task.prompt for task in by_turns(read_tasks(path))) if path else ()
 
     def serves(self, recipe: Recipe) -> bool:
         return recipe.text
