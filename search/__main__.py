@@ -16,9 +16,10 @@ from accel.pipelines.model_settings import model_config
 from accel.plan import Plan, check_block
 from accel.schedule import Schedule
 from accel.search.finish import describe
+from accel.search.image_search import ImageSearch
 from accel.search.run import Search
 from accel.search.settings import Budget, Evolution, SearchSettings
-from accel.search.task_search import TaskSettings
+from accel.search.task_search import TaskSearch, TaskSettings
 from accel.search.task_search import describe as describe_tasks
 from accel.search.text_genes import TextGenes
 from accel.search.text_search import TextSearch
@@ -60,8 +61,8 @@ def search(config: dict[str, Any]) -> None:
         )
         print(f"plan: {_save(plan, config, folder / f'{plan.name}.json')}")
         return
-    if model.output == "text":
-        _search_text(config, model, folder)
+    if model.output != "frames":
+        _search_tasks(config, model, folder)
         return
     settings = settings_of(config)
     outcome = Search(model, settings, folder).run()
@@ -72,28 +73,30 @@ def search(config: dict[str, Any]) -> None:
     print(f"what every head does: {folder / 'heads.png'}")
 
 
-def text_settings_of(config: Mapping[str, Any]) -> TaskSettings:
-    """The settings that a configuration describes for a text model."""
+def by_tasks(config: Mapping[str, Any], model: ModelConfig, folder: Path) -> TaskSearch:
+    """The search of a model that is judged by what it is for: a text model, or one of images."""
     space = config["space"]
-    if "genes" not in space:
+    asked: dict[str, Any] = {
+        "evolution": Evolution(**config["search"]),
+        "loss": Budget(**config["budget"]).accuracy,
+        "points": config["points"],
+        "seed": config["seed"],
+    }
+    if model.output == "vision":
+        return ImageSearch.of(model, space, folder, config["cost_rounds"], **asked)
+    if space.get("name") != "text":
         raise AccelError(
-            f"space {space.get('name')!r} has no genes, which a text model needs: take space=text"
+            f"space {space.get('name')!r} is none of a text model, which needs space=text"
         )
-    budget = Budget(**config["budget"])
-    return TaskSettings(
-        genes=TextGenes.of(space["genes"], check_block(config["block"])),
-        first=space.get("first", ()),
-        evolution=Evolution(**config["search"]),
-        loss=budget.accuracy,
-        points=config["points"],
-        seed=config["seed"],
-    )
+    genes = TextGenes.of(space["genes"], check_block(config["block"]))
+    first = space.get("first", ())
+    return TextSearch(model, TaskSettings(genes=genes, first=first, **asked), folder)
 
 
-def _search_text(config: Mapping[str, Any], model: ModelConfig, folder: Path) -> None:
-    settings = text_settings_of(config)
-    outcome = TextSearch(model, settings, folder).run()
-    for line in describe_tasks(outcome, settings):
+def _search_tasks(config: Mapping[str, Any], model: ModelConfig, folder: Path) -> None:
+    search = by_tasks(config, model, folder)
+    outcome = search.run()
+    for line in (*describe_tasks(outcome, search.settings), *search.more(outcome)):
         print(line)
     print(f"plan: {_save(outcome.chosen.plan, config, folder / 'plan.json')}")
     print(f"front: {folder / 'front.json'}\ntrade-off: {folder / 'front.png'}")

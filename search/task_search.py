@@ -157,6 +157,10 @@ class TaskSearch:
     def _bench(self) -> TaskBench:
         raise NotImplementedError
 
+    def more(self, outcome: "Outcome") -> Iterable[str]:
+        """What else a person wants to know of this kind of model."""
+        return ()
+
     def run(self) -> Outcome:
         """Look at dense once, evolve together with other workers, and finish."""
         with one_at_a_time(self.folder / ".prepare.lock"):
