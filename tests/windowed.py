@@ -72,7 +72,8 @@ def prunable(model):
 
     sites = [site.name for site in geometry_of(model).sites]
     paths = {site: site.rpartition(".")[0] for site in sites}
-    return [s for s in sites if host_block(model, model.get_submodule(paths[s]), paths[s]).obstacle is None]
+    blocks = {s: host_block(model, model.get_submodule(path), path) for s, path in paths.items()}
+    return [site for site, block in blocks.items() if block.obstacle is None]
 
 
 def plan_of(model, keeps, score="norm_of_means"):
@@ -101,3 +102,16 @@ def gathering(model):
 
 def session(model):
     return session_of(model)
+
+
+def falling(model, keeps=(0.7, 0.5, 0.34)):
+    """Keeps that fall from pair to pair of a stage."""
+    found: dict[str, float] = {}
+    for stage in interception(pruned(model, {})).stages:
+        number = 0
+        for block in stage.blocks:
+            if block.host.obstacle is None:
+                found[block.site] = keeps[min(number // 2, len(keeps) - 1)]
+                number += 1
+    accel.disable(model)
+    return found

@@ -2,13 +2,18 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from windowed import (
     MAKERS,
+    falling,
     gathering,
     images,
     interception,
@@ -25,6 +30,7 @@ from accel.pipelines.window_blocks import kept_windows
 from accel.window_keeps import kept_of
 from accel.window_ranking import ranked, token_energy
 
+ROOT = Path(__file__).parents[2]
 ODD = (72, 52)  # 18 x 13 patches, which nothing divides
 
 
@@ -86,20 +92,6 @@ def reference(name, keeps, score="norm_of_means", **changes):
     pruned(model, {})
     Reference(model, keeps, score)
     return model
-
-
-def falling(model, keeps=(0.7, 0.5, 0.34)):
-    """Keeps that fall from pair to pair of a stage."""
-    found, last, number = {}, None, 0
-    for stage in interception(pruned(model, {})).stages:
-        number = 0
-        for block in stage.blocks:
-            if block.host.obstacle is None:
-                found[block.site] = keeps[min(number // 2, len(keeps) - 1)]
-                number += 1
-    accel.disable(model)
-    assert last is None
-    return found
 
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
@@ -172,26 +164,17 @@ def test_the_summary_has_what_every_block_keeps():
     assert (row.keep, row.kernels) == (1.0, ("host",))
 
 
-@pytest.mark.parametrize("indices", [[0, 2], [1]])
-def test_features_alone(indices):
-    keeps = {f"layers.{i}.blocks.{j}.attn": 0.5 for i, n in enumerate((2, 4, 2)) for j in range(n)}
-    options = {"features_only": True, "out_indices": indices, "num_classes": 0}
-    plain, x = windowed("swin", **options), images("swin")
-    names = [site for site in keeps if f"layers_{site[7]}" in " ".join(dict(plain.named_modules()))]
-    if not names:
-        names = list(keeps)
-    found = windowed("swin")
+@pytest.mark.parametrize("name", ["swin", "swinv2", "sam", "hiera"])
+def test_features_alone(name):
+    """Every tap of the wrapper that timm makes; the last one is behind the last stage."""
+    x, model = images(name), windowed(name)
+    expected = outputs(pruned(model, 0.5), x)[1:]
+    taps = windowed(name, features_only=True, feature_cls="getter", out_indices=range(len(expected)))
+    taps.model.load_state_dict(model.state_dict(), strict=False)
+    accel.enable(taps, plan_of(taps.model, 0.5))
     with torch.no_grad():
-        expected = outputs(pruned(found, 0.5), x)[1:]
-        chosen = accel.enable(plain, plan_of_core(plain, 0.5))(x)
-    for one, index in zip(chosen, indices, strict=True):
-        near([one], [expected[index].permute(0, 2, 3, 1)])
-
-
-def plan_of_core(wrapper, keep):
-    from accel.pipelines.adapters import denoisers_of
-
-    return plan_of(denoisers_of(wrapper)[0], keep)
+        near(taps(x), expected)
+    assert kept_windows(session(taps.model))
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2 any size", "sam", "hiera"])
@@ -244,45 +227,14 @@ def test_low_precision(dtype, cast):
     assert (found.float() - expected).abs().max() < 0.2 * expected.abs().max()
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", ["swin", "swinv2 any size", "sam", "hiera"])
-def test_compiles_whole_and_once(name, grad):
-    import torch._dynamo.testing
-
-    x, model = images(name), windowed(name)
-    keeps = falling(model)
-    pruned(model, keeps)
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.set_grad_enabled(grad):
-        for seed in (1, 2, 1):
-            x = images(name, seed=seed)
-            expected = model(x)
-            kept = kept_windows(session(model))
-            near([compiled(x)], [expected], 2e-6)
-            for stage, found in kept_windows(session(model)).items():
-                assert torch.equal(found, kept[stage])
-    assert counter.frame_count == 1
-    rows = {row.site: row.keep for row in accel.summary(model).rows}
-    assert min(rows.values()) < 1
-    assert set(rows) >= set(keeps)
-
-
-def test_compiled_with_checkpoints_gives_the_same_gradients():
-    grads = []
-    for compiled in (False, True):
-        model = windowed("swin")
-        pruned(model, falling(model))
-        model.set_grad_checkpointing()
-        torch._dynamo.reset()
-        call = torch.compile(model, backend="aot_eager") if compiled else model
-        call(images("swin")).square().sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    for a, b in zip(*grads, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+def test_compiles_whole_and_once():
+    """In a process of its own, without checked shapes: a compiler cannot look into the checks."""
+    command = [sys.executable, Path(__file__).with_name("compile_windows.py")]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1] == "9 compiled"
 
 
 def test_copies_and_pickles_are_plain():
