@@ -23,9 +23,9 @@ class Row:
     keep: mean fraction of blocks computed; recall: softmax mass inside them (mean, and the worst
     head), on sampled rows, as the masks were found, of heads that a kernel computes; kernels: none
     where something stands in for every head; call_ms: median time of one attention call, without
-    its mask, with what ranks exchange for it; mask_s: seconds spent on making masks and looking at
-    their drift and their recall; total_s: seconds of masks and calls together; predicted_ms: of one
-    call with its part in the making of masks, the plan's predicted ratio times this run's dense
+    its mask, with what ranks exchange for it, 0 where it was not timed (a compiled block); mask_s:
+    seconds spent on making masks and looking at their drift and their recall; total_s: seconds of
+    masks and calls together; predicted_ms: of one call with its part in the making of masks, the plan's predicted ratio times this run's dense
     call; None without either, and for calls of another length, device or precision than predicted.
     """
 
@@ -103,8 +103,8 @@ class Summary:
                     _number(r.recall, ".3f"),
                     _number(r.worst_recall, ".3f"),
                     "+".join(r.kernels) or "-",
-                    f"{r.call_ms:.1f}",
-                    f"{r.call_ms + r.mask_ms:.1f}",
+                    _number(r.call_ms or None, ".1f"),
+                    _number(r.call_ms + r.mask_ms or None, ".1f"),
                     _number(r.predicted_ms, ".1f"),
                 )
             )
@@ -161,7 +161,7 @@ def _row(session: Session, site: str, phase: str, record: Record) -> Row:
         recall=sum(float(r.mean()) for r in recalls) / len(recalls) if recalls else None,
         worst_recall=min(float(r.min()) for r in recalls) if recalls else None,
         kernels=tuple(sorted(record.kernels)),
-        call_ms=(median(record.seconds) + median(record.exchange_seconds or [0.0])) * 1000,
+        call_ms=(median(record.seconds or [0.0]) + median(record.exchange_seconds or [0.0])) * 1000,
         mask_s=record.all_mask_seconds,
         total_s=sum(record.seconds + record.exchange_seconds) + record.all_mask_seconds,
         predicted_ms=predicted,

@@ -12,7 +12,7 @@ from typing import Any
 from accel.errors import PlanError, nearest
 from accel.untrusted import finite, table, typed
 
-__all__ = ["SCORES", "WindowKeeps", "checked_keeps"]
+__all__ = ["SCORES", "WindowKeeps", "checked_keeps", "kept_of"]
 
 SCORES = ("norm_of_means", "norm")
 
@@ -61,3 +61,8 @@ def checked_keeps(name: str, keeps: Any) -> dict[str, float]:
             raise PlanError(f"{name}[{site!r}] is a fraction in (0, 1], got {keep!r}")
         found[typed(f"a site of {name}", site, str)] = float(keep)
     return found
+
+
+def kept_of(keep: float, windows: int) -> int:
+    """How many of `windows` a keep leaves: ``max(1, floor(keep * windows + 1e-6))``."""
+    return max(1, int(keep * windows + 1e-6))

@@ -311,10 +311,10 @@ class Handle:
         if torch.is_grad_enabled() and _checkpoints(self._model):
             # a checkpoint may run its part without gradients first, and again with them
             layouts = GRADIENTS
-        if isinstance(layouts, str):
-            self.session.begin(None, where, layouts)
-        else:
-            self.session.begin(layouts, where)
+        why = (layouts,) if isinstance(layouts, str) else ()
+        self.session.begin(None if isinstance(layouts, str) else layouts, where, *why)
+        if hasattr(self._interception, "begun"):
+            self._interception.begun()
 
 
 def _checkpoints(model: nn.Module) -> bool:

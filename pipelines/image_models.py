@@ -34,6 +34,19 @@ refuse(
     "VisionTransformerRelPos",
     package=PACKAGE,
 )
+refuse(
+    "its windows have another structure: blocks mix them with convolutions, grids, pooled or"
+    " carried tokens, so that none passes unchanged; take Swin, Swin v2, SAM's ViT or Hiera",
+    *("MaxxVit", "MultiScaleVit", "DaVit", "GlobalContextVit", "FocalNet", "Nest", "Twins"),
+    *("SwinTransformerV2Cr", "EdgeNeXt", "EfficientFormer", "EfficientFormerV2", "Xcit"),
+    package=PACKAGE,
+)
+refuse(
+    "features_only took the model apart; make it with timm.create_model(..., features_only=True,"
+    " feature_cls='getter')",
+    *("FeatureListNet", "FeatureDictNet"),
+    package=PACKAGE,
+)
 
 
 def _heads(module: Any) -> tuple[int, int]:
@@ -71,6 +84,9 @@ def _probe(model: Any) -> dict[str, Any]:
     """An image of the size that the model was made for."""
     channels = getattr(model.patch_embed, "in_chans", None) or model.patch_embed.proj.in_channels
     size = getattr(model.patch_embed, "img_size", None)
+    tokens = getattr(model, "tokens_spatial_shape", None)
+    if size is None and tokens is not None:  # Hiera has its map, and says its size nowhere else
+        size = [n * stride for n, stride in zip(tokens, model.patch_stride, strict=True)]
     if size is None:
         configured = getattr(model, "pretrained_cfg", None) or {}
         size = configured.get("input_size", (3, 224, 224))[1:]

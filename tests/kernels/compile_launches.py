@@ -24,6 +24,7 @@ from accel.kernels.column_sums_triton import forward as column_sums
 from accel.kernels.merge_triton import forward as merge
 from accel.kernels.permute_triton import forward as permute
 from accel.kernels.pooled_scores_triton import moments
+from accel.kernels.window_attention_triton import forward as window_attention
 
 BATCH, HEADS, KV_HEADS, TOKENS = 2, 4, 2, 1000
 ARCHS = (80, 89, 90)
@@ -67,6 +68,14 @@ def call(operation: str, dtype: torch.dtype, dim: int, ordered: bool, block: tup
         merge([q, q, q], [torch.zeros(q.shape[:3])] * 3)
     elif operation == "permute":
         permute(torch.arange(TOKENS)[None], [q, k, torch.zeros(TOKENS, dim // 2)], dim=-2)
+    elif operation == "window_attention":
+        # a window of as many tokens as a block has queries; masks where there is an order
+        size = block[0]
+        windows = torch.zeros(BATCH, 3, size, dtype=torch.int64)
+        masks = torch.zeros(3, size, size, dtype=dtype) if ordered else None
+        kind = torch.zeros(BATCH, 3, dtype=torch.int64) if ordered else None
+        bias = torch.zeros(HEADS, size, size, dtype=dtype)
+        window_attention(q, q, q, windows, bias=bias, masks=masks, kind=kind, scale=scale)
     else:
         raise ValueError(operation)
 

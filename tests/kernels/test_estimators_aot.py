@@ -22,8 +22,10 @@ KERNELS = {
     "pooled_scores": ["block_moments_kernel"] * 2,
     "merge": ["merge_kernel"],
     "permute": ["permute_kernel"],
+    "window_attention": ["window_kernel"],
 }
 PRODUCTS = {"row_lse_kernel", "block_mass_kernel", "column_sums_kernel", "antidiagonal_kernel"}
+PRODUCTS.add("window_kernel")
 
 
 def variant(operation, dtype="bfloat16", dim=128, ordered=True, block=(128, 64)) -> dict:

@@ -1,15 +1,19 @@
 """Attention in gathered windows against the plain computation, window by window."""
 
+from functools import partial
+
 import pytest
 import torch
 from paths import take
 
-from accel.kernels.window_attention import window_attention
+from accel.kernels.window_attention import window_attention as operation
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
-def _path(request, monkeypatch):
-    take(request.param, monkeypatch)
+@pytest.fixture(params=["native", "torch", "triton"])
+def window_attention(request, monkeypatch):
+    """The operation, in every way it is computed."""
+    path = take(request.param, monkeypatch)
+    return partial(path.run, operation)
 
 
 def tensors(generator, batch=3, heads=2, tokens=75, dim=24):
@@ -20,37 +24,99 @@ def choose(generator, kept, size, tokens=75):
     return torch.randperm(tokens, generator=generator)[: kept * size].view(kept, size)
 
 
-def plain(q, k, v, windows, bias=None, scale=None):
+def plain(q, k, v, windows, bias=None, masks=None, kind=None, scale=None):
+    """In float64, window by window."""
     out = torch.zeros_like(q, dtype=torch.float64)
     q, k, v = (x.double() for x in (q, k, v))
     scale = q.shape[3] ** -0.5 if scale is None else scale
     for b in range(q.shape[0]):
-        for window in windows if windows.ndim == 2 else windows[b]:
+        for i, window in enumerate(windows if windows.ndim == 2 else windows[b]):
             logits = q[b][:, window] @ k[b][:, window].mT * scale
             logits = logits if bias is None else logits + bias
+            if masks is not None:
+                logits = logits + masks[kind[i] if kind.ndim == 1 else kind[b, i]]
             out[b][:, window] = logits.softmax(-1) @ v[b][:, window]
     return out
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("own", [False, True], ids=["shared", "one each"])
-@pytest.mark.parametrize(("kept", "size"), [(1, 7), (4, 16), (5, 15), (2, 33)])
-def test_is_attention_in_every_window(kept, size, own, biased, generator):
-    q, k, v = tensors(generator)
+def case(generator, kept, size, own, biased, masked):
+    """Windows for all batch elements or each its own; and what is added to their logits."""
     windows = choose(generator, kept, size)
+    kind = torch.randint(3, (kept,), generator=generator)
     if own:
         windows = torch.stack([windows, *(choose(generator, kept, size) for _ in range(2))])
+        kind = torch.randint(3, (3, kept), generator=generator)
     bias = torch.randn(2, size, size, generator=generator) if biased else None
-    out = window_attention(q, k, v, windows, bias=bias, scale=0.3)
-    truth = plain(q, k, v, windows, bias, scale=0.3)
+    masks = torch.where(torch.rand(3, size, size, generator=generator) < 0.3, -100.0, 0.0)
+    return windows, {"bias": bias} | ({"masks": masks, "kind": kind} if masked else {})
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masks"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "one each"])
+@pytest.mark.parametrize(("kept", "size"), [(1, 7), (4, 16), (5, 15), (2, 33)])
+def test_is_attention_in_every_window(window_attention, kept, size, own, biased, masked, generator):
+    q, k, v = tensors(generator)
+    windows, added = case(generator, kept, size, own, biased, masked)
+    out = window_attention(q, k, v, windows, scale=0.3, **added)
+    truth = plain(q, k, v, windows, scale=0.3, **added)
     torch.testing.assert_close(out.double(), truth, atol=2e-6, rtol=1e-5)
-    kept_tokens = windows.flatten() if not own else windows[0].flatten()
     rest = torch.ones(75, dtype=torch.bool)
-    rest[kept_tokens] = False
+    rest[(windows[0] if own else windows).flatten()] = False
     assert (out[0][:, rest] == 0).all()
 
 
-def test_no_window_is_nothing(generator):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_near(window_attention, dtype, generator):
+    """At most twice as far from the truth as the plain computation in the same precision."""
+    q, k, v = (x.to(dtype) for x in tensors(generator))
+    windows, added = case(generator, 4, 16, True, True, True)
+    out = window_attention(q, k, v, windows, **added)
+    assert out.dtype == dtype
+    truth = plain(q, k, v, windows, **added)
+    naive = torch.zeros_like(out)
+    for b in range(3):
+        for i, window in enumerate(windows[b]):
+            logits = q[b][:, window] @ k[b][:, window].mT * 24**-0.5
+            logits = logits + added["bias"].to(dtype) + added["masks"][added["kind"][b, i]]
+            naive[b][:, window] = logits.to(dtype).softmax(-1) @ v[b][:, window]
+    assert (out - truth).abs().max() <= 2 * (naive - truth).abs().max()
+
+
+def test_a_strided_view_of_one_projection(window_attention, generator):
+    """As blocks have it: [tokens, 3, heads, dim]; every token is in a window."""
+    qkv = torch.randn(3, 70, 3, 2, 24, generator=generator)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    windows = torch.arange(70).view(10, 7)
+    _, added = case(generator, 10, 7, False, True, True)
+    out = window_attention(q, k, v, windows, **added)
+    truth = plain(q, k, v, windows, **added)
+    torch.testing.assert_close(out.double(), truth, atol=2e-6, rtol=1e-5)
+
+
+def test_a_window_of_many_tiles(window_attention, generator):
+    q, k, v = tensors(generator, batch=1, tokens=230, dim=16)
+    windows = torch.randperm(230, generator=generator)[None]
+    bias = torch.randn(2, 230, 230, generator=generator)
+    out = window_attention(q, k, v, windows, bias=bias)
+    truth = plain(q, k, v, windows, bias=bias)
+    torch.testing.assert_close(out.double(), truth, atol=2e-6, rtol=1e-5)
+
+
+def test_gradients_are_those_of_attention_in_every_window(generator):
+    windows, added = case(generator, 4, 15, True, True, True)
+    grads = []
+    for function in (operation, plain):
+        inputs = [x.requires_grad_() for x in tensors(torch.Generator().manual_seed(3))]
+        bias = added["bias"].clone().requires_grad_()
+        out = function(*inputs, windows, **{**added, "bias": bias})
+        out.double().square().sum().backward()
+        grads.append([x.grad for x in (*inputs, bias)])
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_no_window_is_nothing(window_attention, generator):
     q, k, v = tensors(generator)
     out = window_attention(q, k, v, torch.empty(0, 16, dtype=torch.int64))
     assert torch.equal(out, torch.zeros_like(q))
@@ -66,9 +132,19 @@ def test_no_window_is_nothing(generator):
 )
 def test_refuses(windows, message, generator):
     with pytest.raises(ValueError, match=message):
-        window_attention(*tensors(generator), windows)
+        operation(*tensors(generator), windows)
 
 
-def test_refuses_a_bias_of_another_size(generator):
-    with pytest.raises(ValueError, match=r"bias must be \[2, 5, 5\]"):
-        window_attention(*tensors(generator), choose(generator, 3, 5), bias=torch.zeros(2, 4, 4))
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"bias": torch.zeros(2, 4, 4)}, r"bias must be \[2, 5, 5\]"),
+        ({"masks": torch.zeros(2, 5, 5)}, "masks and kind come together"),
+        ({"masks": torch.zeros(2, 4, 4), "kind": torch.zeros(3).int()}, r"\[kinds, 5, 5\]"),
+        ({"masks": torch.zeros(2, 5, 5), "kind": torch.zeros(2).int()}, "kind must be"),
+        ({"masks": torch.zeros(2, 5, 5), "kind": torch.full((3,), 2)}, r"0\.\.1, got 2\.\.2"),
+    ],
+)
+def test_refuses_what_does_not_fit_the_windows(added, message, generator, unchecked):
+    with pytest.raises(ValueError, match=message):
+        operation(*tensors(generator), choose(generator, 3, 5), **added)

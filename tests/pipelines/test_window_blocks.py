@@ -1,0 +1,337 @@
+"""Blocks that compute some of their windows, against the host's own, windows masked afterwards."""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from windowed import (
+    MAKERS,
+    falling,
+    gathering,
+    images,
+    interception,
+    plan_of,
+    prunable,
+    pruned,
+    session,
+    windowed,
+)
+
+import accel
+from accel.errors import PlanError
+from accel.pipelines.window_blocks import kept_windows
+from accel.window_keeps import kept_of
+from accel.window_ranking import ranked, token_energy
+
+ROOT = Path(__file__).parents[2]
+ODD = (72, 52)  # 18 x 13 patches, which nothing divides
+
+
+CASES = [(name, None) for name in MAKERS]
+CASES += [(name, ODD) for name in ("swin any size", "swinv2 any size", "sam")]
+
+
+def outputs(model, x):
+    """Logits and the map behind every stage or block."""
+    with torch.no_grad():
+        return [model(x), *model.forward_intermediates(x, intermediates_only=True)]
+
+
+def near(found, expected, most=1e-6):
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= most * b.abs().max()
+
+
+class Reference:
+    """The host's whole block on every window, and of its result the kept windows alone.
+
+    A window depends on no other one inside a block, so that this is pruning, at full price.
+    """
+
+    def __init__(self, model, keeps, score):
+        self.model, self.keeps, self.score, self.stage_maps = model, keeps, score, {}
+        for stage in interception(model).stages:
+            blocks = [b for b in stage.blocks if b.host.obstacle is None]
+            for block in blocks:
+                block.module.forward = self.forward(block, stage)
+
+    def forward(self, block, stage):
+        own = block.own
+
+        def forward(x):
+            cut = block.host.cut(x)
+            kept = kept_of(self.keeps[block.site], cut.windows)
+            if kept == cut.windows:
+                return own(x)
+            first = next(b for b in stage.blocks if kept_of(self.keeps[b.site], cut.windows) < cut.windows)
+            if block is first:
+                self.stage_maps[stage] = token_energy(x.detach().flatten(1, -2), self.score)
+            table = cut.table()
+            best = ranked(self.stage_maps[stage], table, kept)
+            keep = torch.zeros(len(x), cut.tokens + 1, dtype=torch.bool)
+            for one, windows in zip(keep, best, strict=True):
+                one[table[windows].flatten()] = True
+            keep = keep[:, :-1].reshape(x.shape[:-1])[..., None]
+            return torch.where(keep, own(x), x)
+
+        return forward
+
+
+def reference(name, keeps, score="norm_of_means", **changes):
+    model = windowed(name, **changes)
+    if not isinstance(keeps, dict):
+        keeps = dict.fromkeys(prunable(model), keeps)
+    pruned(model, {})
+    Reference(model, keeps, score)
+    return model
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_gathering_all_windows_is_the_host(name, size):
+    x, model = images(name, size=size), windowed(name)
+    expected = outputs(model, x)
+    near(outputs(gathering(model), x), expected)
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_keep_one_is_bit_for_bit_the_host_and_so_is_what_is_disabled(name, size):
+    x, model = images(name, size=size), windowed(name)
+    expected, names = outputs(model, x), list(model.state_dict())
+    for keep in (1.0, 0.5):
+        pruned(model, keep)
+        assert list(model.state_dict()) == names
+        found = outputs(model, x)
+        same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+        assert all(same) if keep == 1 else not same[0]
+    accel.disable(model)
+    assert all(map(torch.equal, outputs(model, x), expected))
+
+
+@pytest.mark.parametrize("score", ["norm_of_means", "norm"])
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_is_the_hosts_blocks_on_kept_windows(name, size, score):
+    x, model = images(name, size=size), windowed(name)
+    keeps = falling(model)
+    expected = outputs(reference(name, keeps, score), x)
+    near(outputs(pruned(model, keeps, score), x), expected, 3e-6)
+
+
+def test_every_image_has_its_own_windows():
+    x, model = images("swin"), pruned(windowed("swin"), 0.5)
+    together = outputs(model, x)[0]
+    kept = kept_windows(session(model))["layers.0"]
+    alone = torch.cat([outputs(model, one[None])[0] for one in x])
+    assert not torch.equal(kept[0], kept[1])
+    near([together], [alone], 2e-6)
+
+
+def test_kept_windows_are_told_for_the_last_call():
+    model = pruned(windowed("swin"), 0.5)
+    assert kept_windows(session(model)) == {}
+    model(images("swin"))
+    found = kept_windows(session(model))
+    assert {stage: tuple(kept.shape) for stage, kept in found.items()} == {
+        "layers.0": (3, 4, 5),
+        "layers.1": (3, 2, 3),
+        "layers.2": (3, 1, 2),
+    }
+    assert [int(kept[0].sum()) for kept in found.values()] == [10, 3, 1]
+    pruned(model, {})
+    model(images("swin"))
+    assert kept_windows(session(model)) == {}
+
+
+def test_the_summary_has_what_every_block_keeps():
+    model = pruned(windowed("swin"), 0.5)
+    with torch.no_grad():
+        model(images("swin"))
+        rows = {row.site: row for row in accel.summary(model).rows}
+    assert len(rows) == 8
+    first, last = rows["layers.0.blocks.0.attn"], rows["layers.1.blocks.3.attn"]
+    assert (first.keep, last.keep, first.kernels) == (0.5, 0.5, ("windows",))
+    assert first.call_ms > 0
+    pruned(model, {})
+    model(images("swin"))
+    row = accel.summary(model).rows[0]
+    assert (row.keep, row.kernels) == (1.0, ("host",))
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2", "sam", "hiera"])
+def test_features_alone(name):
+    """Every tap of the wrapper that timm makes; the last one is behind the last stage."""
+    x, model = images(name), windowed(name)
+    expected = outputs(pruned(model, 0.5), x)[1:]
+    taps = windowed(name, features_only=True, feature_cls="getter", out_indices=range(len(expected)))
+    taps.model.load_state_dict(model.state_dict(), strict=False)
+    accel.enable(taps, plan_of(taps.model, 0.5))
+    with torch.no_grad():
+        near(taps(x), expected)
+    assert kept_windows(session(taps.model))
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2 any size", "sam", "hiera"])
+def test_gradients_are_those_of_masked_blocks(name):
+    x, grads = images(name), []
+    model = windowed(name)
+    keeps = falling(model)
+    for one in (reference(name, keeps), pruned(model, keeps)):
+        inputs = x.clone().requires_grad_()
+        one(inputs).square().sum().backward()
+        grads.append([inputs.grad, *(p.grad for p in one.parameters())])
+    for found, expected in zip(*grads, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max() + 1e-3), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2", "sam", "hiera"])
+def test_checkpointing_computes_the_same_windows_again(name):
+    """Two calls wait for their gradients at once, and blocks are computed again from the last."""
+    grads = []
+    for again in (False, True):
+        model = windowed(name)
+        pruned(model, falling(model))
+        model.set_grad_checkpointing(again)
+        out = sum(model(images(name, seed=seed)).square().sum() for seed in (1, 2))
+        out.backward()
+        grads.append([p.grad for p in model.parameters()])
+        for stage in interception(model).stages:
+            assert stage.now is None
+    assert all(a is b or torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_stochastic_depth_and_dropout_train():
+    model = pruned(windowed("swin", drop_path_rate=0.5, proj_drop_rate=0.1), 0.5).train()
+    model(images("swin")).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", [False, True], ids=["autocast", "cast"])
+def test_low_precision(dtype, cast):
+    x, model = images("swin"), windowed("swin")
+    expected = outputs(pruned(model, 0.5), x)[0]
+    if cast:
+        model, x = model.to(dtype), x.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=not cast):
+        found = outputs(model, x)[0]
+    assert (found.float() - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+def test_compiles_whole_and_once():
+    """In a process of its own, without checked shapes: a compiler cannot look into the checks."""
+    command = [sys.executable, Path(__file__).with_name("compile_windows.py")]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1] == "9 compiled"
+
+
+def test_copies_and_pickles_are_plain():
+    x, model = images("swin"), windowed("swin")
+    expected = outputs(model, x)
+    pruned(model, 0.5)
+    model(x)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(stream, weights_only=False),
+    ):
+        assert all(map(torch.equal, outputs(other, x), expected))
+
+
+def test_two_threads_with_a_model_each():
+    models = [pruned(windowed("swin"), keep) for keep in (0.3, 0.6)]
+    x = images("swin")
+    alone = [outputs(model, x)[0] for model in models]
+    found = {}
+
+    def work(number):
+        found[number] = [outputs(models[number], x)[0] for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(alone[n], out) for n, outs in found.items() for out in outs)
+
+
+def test_an_interrupted_call_leaves_nothing_to_the_next():
+    x, model = images("swin"), pruned(windowed("swin"), 0.5)
+    expected = outputs(model, x)[0]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = model.layers[1].blocks[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(images("swin", seed=5))
+    hook.remove()
+    assert torch.equal(outputs(model, x)[0], expected)
+
+
+def test_inference_mode_first_and_gradients_after():
+    x, model = images("swin any size", size=ODD), pruned(windowed("swin any size"), 0.5)
+    with torch.inference_mode():
+        expected = model(x).clone()
+    out = model(x)
+    out.sum().backward()
+    near([out.detach()], [expected])
+
+
+def test_another_plan_serves_the_same_model():
+    x, model = images("swin"), windowed("swin")
+    once = outputs(pruned(model, 0.5), x)[0]
+    other = outputs(pruned(model, 0.25), x)[0]
+    assert not torch.equal(once, other)
+    assert torch.equal(outputs(pruned(model, 0.5), x)[0], once)
+
+
+@pytest.mark.parametrize(
+    ("name", "keeps", "message"),
+    [
+        (
+            "swin",
+            {"layers.1.blocks.0.attn": 0.3, "layers.1.blocks.2.attn": 0.5},
+            r"layers\.1\.blocks\.2\.attn'\] is 0\.5, more than the 0\.3 of 'layers\.1\.blocks\.0",
+        ),
+        ("swin", {"layers.1.blocks.0.attn": 0.3}, "keeps do not grow"),
+        ("sam", {"blocks.2.attn": 0.5}, "'blocks.2.attn'.* attends to the whole map"),
+        ("hiera", {"blocks.3.attn": 0.5}, "'blocks.3.attn'.* begins a stage"),
+        ("hiera", {"blocks.7.attn": 0.5}, "'blocks.7.attn'.* attends to the whole map"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(name, keeps, message):
+    model = windowed(name)
+    with pytest.raises(PlanError, match=message):
+        pruned(model, keeps)
+    assert not hasattr(model, "_accel")
+    assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+def test_a_plan_that_does_not_fit_leaves_the_one_before_it():
+    x, model = images("swin"), pruned(windowed("swin"), 0.5)
+    expected = outputs(model, x)[0]
+    with pytest.raises(PlanError):
+        pruned(model, {"layers.1.blocks.0.attn": 0.3})
+    assert torch.equal(outputs(model, x)[0], expected)
+
+
+def test_sparse_attention_is_refused():
+    model = windowed("swin")
+    with pytest.raises(PlanError, match="sparse attention, which a SwinTransformer has no use for"):
+        accel.enable(model, "window")
