@@ -69,7 +69,9 @@ class Stage:
 
     def rankings(self, block: "WindowBlock", x: Tensor, gather_all: bool) -> Rankings:
         """The rankings of the call that x is of, found by the first block that leaves some out."""
-        follows = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or self.checkpoints)
+        follows = not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or self.checkpoints
+        )
         if follows:
             again = self._again.get(_identity(x))
             if again is not None and not again[0].expired():

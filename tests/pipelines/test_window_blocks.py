@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from windowed import (
     MAKERS,
@@ -31,6 +32,7 @@ from accel.window_keeps import kept_of
 from accel.window_ranking import ranked, token_energy
 
 ROOT = Path(__file__).parents[2]
+SLOW = (pytest.mark.slow, pytest.mark.timeout(900))
 ODD = (72, 52)  # 18 x 13 patches, which nothing divides
 
 
@@ -71,7 +73,9 @@ class Reference:
             kept = kept_of(self.keeps[block.site], cut.windows)
             if kept == cut.windows:
                 return own(x)
-            first = next(b for b in stage.blocks if kept_of(self.keeps[b.site], cut.windows) < cut.windows)
+            first = next(
+                b for b in stage.blocks if kept_of(self.keeps[b.site], cut.windows) < cut.windows
+            )
             if block is first:
                 self.stage_maps[stage] = token_energy(x.detach().flatten(1, -2), self.score)
             table = cut.table()
@@ -97,6 +101,29 @@ def reference(name, keeps, score="norm_of_means", **changes):
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
 def test_gathering_all_windows_is_the_host(name, size):
     x, model = images(name, size=size), windowed(name)
+    expected = outputs(model, x)
+    near(outputs(gathering(model), x), expected)
+
+
+REAL = [
+    *(("swin_tiny_patch4_window7_224", s) for s in ((224, 224), (200, 248))),
+    *(("swin_small_patch4_window7_224", s) for s in ((224, 224), (200, 248))),
+    *(("swinv2_tiny_window8_256", s) for s in ((256, 256), (200, 248))),
+    *(("swinv2_small_window8_256", s) for s in ((256, 256), (200, 248))),
+    *(("swinv2_tiny_window16_256", s) for s in ((256, 256), (200, 248))),
+    *(("swinv2_small_window16_256", s) for s in ((256, 256), (200, 248))),
+    ("swin_s3_tiny_224", (224, 224)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), REAL, ids=str)
+def test_gathering_all_windows_is_the_host_of_every_architecture(name, size):
+    """As timm initialises them, logits and taps; at a size that does not divide too."""
+    torch.manual_seed(3)
+    whole = size[0] == size[1]
+    model = timm.create_model(name, **({} if whole else {"strict_img_size": False})).eval()
+    x = torch.randn(1, 3, *size)
     expected = outputs(model, x)
     near(outputs(gathering(model), x), expected)
 
@@ -169,7 +196,9 @@ def test_features_alone(name):
     """Every tap of the wrapper that timm makes; the last one is behind the last stage."""
     x, model = images(name), windowed(name)
     expected = outputs(pruned(model, 0.5), x)[1:]
-    taps = windowed(name, features_only=True, feature_cls="getter", out_indices=range(len(expected)))
+    taps = windowed(
+        name, features_only=True, feature_cls="getter", out_indices=range(len(expected))
+    )
     taps.model.load_state_dict(model.state_dict(), strict=False)
     accel.enable(taps, plan_of(taps.model, 0.5))
     with torch.no_grad():
@@ -189,7 +218,9 @@ def test_gradients_are_those_of_masked_blocks(name):
     for found, expected in zip(*grads, strict=True):
         assert (found is None) == (expected is None)
         if found is not None:
-            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max() + 1e-3), rtol=1e-3)
+            torch.testing.assert_close(
+                found, expected, atol=1e-4 * float(expected.abs().max() + 1e-3), rtol=1e-3
+            )
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "sam", "hiera"])
@@ -227,14 +258,22 @@ def test_low_precision(dtype, cast):
     assert (found.float() - expected).abs().max() < 0.2 * expected.abs().max()
 
 
-def test_compiles_whole_and_once():
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (["swin"], 2),
+        pytest.param(["swin any size", "swinv2 any size", "sam", "hiera"], 9, marks=SLOW),
+    ],
+    ids=["one", "all"],
+)
+def test_compiles_whole_and_once(names, count):
     """In a process of its own, without checked shapes: a compiler cannot look into the checks."""
-    command = [sys.executable, Path(__file__).with_name("compile_windows.py")]
+    command = [sys.executable, Path(__file__).with_name("compile_windows.py"), *names]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1] == "9 compiled"
+    assert done.stdout.splitlines()[-1] == f"{count} compiled"
 
 
 def test_copies_and_pickles_are_plain():
