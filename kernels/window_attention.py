@@ -33,8 +33,8 @@ def window_attention(
     windows: natural tokens of every kept window, one list for all batch elements or one each. No
         token is in two windows; windows are of one size.
     bias: added to the logits of every window, as Swin's relative positions are.
-    masks, kind: both or none: `masks[kind[i]]` is added to the logits of window i, as Swin's shifted
-        windows at the border have it.
+    masks, kind: both or none: `masks[kind[i]]` is added to the logits of window i, as Swin's
+        shifted windows at the border have it.
     scale: factor on the logits, ``dim ** -0.5`` unless given; precision: as of
         ``sparse_attention``, where there is neither bias nor mask.
 
