@@ -26,7 +26,8 @@ class Row:
     its mask, with what ranks exchange for it, 0 where it was not timed (a compiled block); mask_s:
     seconds spent on making masks and looking at their drift and their recall; total_s: seconds of
     masks and calls together; predicted_ms: of one call with its part in the making of masks, the
-    plan's predicted ratio times this run's dense call; None without either, and for calls of another length, device or precision than predicted.
+    plan's predicted ratio times this run's dense call; None without either, and for calls of
+    another length, device or precision than predicted.
     """
 
     site: str

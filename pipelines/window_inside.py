@@ -43,7 +43,7 @@ def fused(
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     # already gathered, window after window
     windows = torch.arange(count * size, device=x.device).view(1, count, size)
-    added = {} if masks is None else {"masks": masks, "kind": kind[None]}
+    chosen = None if masks is None else kind[None]
     bias = attn._get_rel_pos_bias()[0]
-    out = window_attention(q, k, v, windows, bias=bias, scale=attn.scale, **added)
+    out = window_attention(q, k, v, windows, bias=bias, masks=masks, kind=chosen, scale=attn.scale)
     return attn.proj_drop(attn.proj(out.transpose(1, 2).reshape(count, size, -1)))

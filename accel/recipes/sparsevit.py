@@ -38,13 +38,13 @@ def sparsevit(
     For models in stages (Swin, Swin v2); SAM and Hiera take a `WindowKeeps` by site.
     """
     sites = [site.name for site in geometry.sites]
-    matches = [STAGE.fullmatch(name) for name in sites]
-    if not all(matches):
+    stage_of = {name: found[1] for name in sites if (found := STAGE.fullmatch(name))}
+    if len(stage_of) < len(sites):
         raise PlanError(
             f"a {geometry.model} has no stages of windowed blocks; 'sparsevit' is for Swin and"
             " Swin v2, and for others keeps are given by site (accel.window_keeps)"
         )
-    stages = [list(names) for _, names in groupby(sites, lambda name: STAGE.fullmatch(name)[1])]
+    stages = [list(names) for _, names in groupby(sites, stage_of.__getitem__)]
     chosen = [uniform] * len(stages) if uniform is not None else list(keeps)
     if len(chosen) != len(stages):
         raise PlanError(f"keeps are for {len(chosen)} stages, the model has {len(stages)}")
