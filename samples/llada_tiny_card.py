@@ -95,7 +95,7 @@ held out. Over windows of it `samples/retrieval_tasks.py` lays three kinds of ta
 `(seed, index)` always the same:
 
 - `needle`: one to eight lines such as `bake 4821` at random places; up to three are asked for.
-- `copy`: one to three marked passages, one of which is to be copied, up to 200 tokens.
+- `copy`: one to three marked passages of words, one to be copied, up to 200 tokens.
 - `recall`: 16 to 128 such lines, up to 40 of which are asked for in an order of their own.
 
 `tasks.jsonl` has 16 of each kind over held-out text, `tasks-calibration.jsonl` four others. A line

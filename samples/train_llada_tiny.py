@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from llada_tiny_denoiser import LladaSettings, Rows, llada_step
-from llada_tiny_model import build_model, build_tokenizer, export, write_tasks
+from llada_tiny_model import build_model, build_tokenizer, export, load, write_tasks
 from retrieval_tasks import stdlib_texts
 from training import Length, Run
 
@@ -29,6 +29,7 @@ def main(
     bfloat16: bool,
     compiled: bool,
     resume: bool,
+    begin: Path | None = None,
     settings: LladaSettings | None = None,
 ) -> None:
     """One stage, whose prompts grow as it goes on."""
@@ -45,6 +46,8 @@ def main(
     rows = Rows.of(tokenizer, texts, settings)
     torch.manual_seed(seed)
     model = build_model(tokenizer)
+    if begin is not None:
+        model.load_state_dict(load(begin)[0].state_dict())
     kept = copy.deepcopy(model)
     write_tasks(out, tokenizer)
     step, parts = llada_step(model, rows, settings, seed)
@@ -74,6 +77,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoints in --work"
+    )
+    parser.add_argument(
+        "--begin", type=Path, help="a folder of an earlier model, whose weights to begin with"
     )
     return parser.parse_args()
 

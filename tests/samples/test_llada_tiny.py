@@ -239,7 +239,7 @@ def test_a_resumed_training_is_the_whole_one(
     monkeypatch.setattr(train_llada_tiny, "write_tasks", lambda out, tokenizer: None)
     settings = LladaSettings(phases=(Phase(1.0, (SHORT,)),))
 
-    def train(name: str, steps: int, resume: bool = False) -> dict:
+    def train(name: str, steps: int, resume: bool = False, begin: Path | None = None) -> dict:
         train_llada_tiny.main(
             minutes=0,
             steps=steps,
@@ -249,6 +249,7 @@ def test_a_resumed_training_is_the_whole_one(
             bfloat16=False,
             compiled=False,
             resume=resume,
+            begin=begin,
             settings=settings,
         )
         return load(tmp_path / name)[0].state_dict()
@@ -258,6 +259,12 @@ def test_a_resumed_training_is_the_whole_one(
     with pytest.raises(SystemExit, match="resume"):
         train("whole", 3)
     assert all(torch.equal(v, whole[k]) for k, v in train("whole", 3, resume=True).items())
+    # rates are small in the first step, so weights that were begun with are still near
+    near, far = train("near", 1, begin=tmp_path / "whole"), train("far", 1)
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(near[name], whole[name])
+    moved = [(one[name] - whole[name]).norm() for one in (near, far)]
+    assert moved[0] < moved[1]
     first = train("longer", 2)
     longer = train("longer", 4, resume=True)
     assert any(not torch.equal(v, first[k]) for k, v in longer.items())
