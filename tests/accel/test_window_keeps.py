@@ -121,7 +121,7 @@ def test_kept_of(keep, windows, kept):
     [
         ({"keeps": {"a": 0.0}}, r"windows\.keeps\['a'\] is a fraction in \(0, 1\], got 0\.0"),
         ({"keeps": {"a": float("nan")}}, "is a fraction"),
-        ({"keeps": {"a": True}}, "is a fraction"),
+        ({"keeps": {"a": 1.5}}, "is a fraction"),
         ({"keeps": {}, "score": "nrm"}, "did you mean 'norm'"),
         ({"keeps": {}, "scores": "norm"}, "scores"),
     ],

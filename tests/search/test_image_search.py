@@ -70,7 +70,11 @@ def test_tokens_of_a_plain_transformer(tmp_path):
     model = ModelConfig(**tiny_vision_config(path))
     outcome = ImageSearch.of(model, TOKENS, tmp_path / "out", 1, **SETTINGS).run()
     assert outcome.chosen.plan.tokens is not None
-    assert any(point.plan.tokens.keeps for point in outcome.points)
+    assert outcome.trials == 5
+    for point in outcome.points:  # two blocks, which keep no more than the image has
+        keeps = point.plan.provenance["genes"]["keep"]
+        assert point.worth.agreement == 1.0 or min(keeps) < 1
+        assert len(point.plan.tokens.keeps) == len([k for k in keeps if k < 1])
 
 
 @pytest.mark.parametrize(
