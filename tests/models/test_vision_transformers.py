@@ -25,7 +25,12 @@ CHOICES = (
     Choice(Window(h=0.1)),
 )
 ROWS, COLUMNS = 9, 13
-IMAGES = [name for name, made in RECIPES.items() if made.images and made.demand is None]
+# of models without windows
+IMAGES = [
+    name
+    for name, made in RECIPES.items()
+    if made.images and made.demand is None and name != "sparsevit"
+]
 
 
 def plan_of(model):
