@@ -33,7 +33,7 @@ class Lengths:
     answer: int
     batch: int
     reach: int = 4352
-    shares: tuple[float, float, float, float, float] = (0.1, 0.3, 0.45, 0.15, 0.0)
+    shares: tuple[float, float, float, float, float] = (0.2, 0.25, 0.4, 0.15, 0.0)
     pairs: tuple[int, int] = (16, 128)
 
     @property
@@ -72,9 +72,12 @@ PHASES = (
 class LladaSettings:
     """Numbers of the stage. Weights of the loss: of later blocks than the one that is decoded, of
     the filling after the first end-of-text token, and of plain text.
+
+    begin_at: the fraction of the phases and rates to begin with, as is fit for trained weights.
     """
 
     phases: tuple[Phase, ...] = PHASES
+    begin_at: float = 0.0
     muon_rate: float = 4e-3
     adam_rate: float = 2e-3
     warm_up: int = 50  # steps
@@ -203,6 +206,7 @@ def llada_step(model: EuroBertForMaskedLM, rows: Rows, settings: LladaSettings, 
     body = torch.compile(model.model, dynamic=False) if settings.compiled else model.model
 
     def step(index: int, progress: float) -> dict[str, float]:
+        progress = settings.begin_at + (1 - settings.begin_at) * progress
         phase = next(p for p in settings.phases if progress <= p.until)
         lengths = phase.lengths[index % len(phase.lengths)]
         rate = min(1.0, (index + 1) / settings.warm_up) * min(1.0, 0.02 + (1 - progress) / 0.45)

@@ -2,6 +2,7 @@
 about long texts.
 
     python samples/train_llada_tiny.py --minutes 60 --seed 0 --bfloat16
+    python samples/train_llada_tiny.py --begin samples/models/llada-tiny --begin-at 0.55
 
 A length in minutes suits any machine; `--steps` gives the same weights again on the same one. Given
 again with --resume, the command goes on where it stopped. Two CPU cores are enough.
@@ -30,6 +31,7 @@ def main(
     compiled: bool,
     resume: bool,
     begin: Path | None = None,
+    begin_at: float = 0.0,
     settings: LladaSettings | None = None,
 ) -> None:
     """One stage, whose prompts grow as it goes on."""
@@ -40,7 +42,7 @@ def main(
             f"{work} holds an earlier run: give --resume to go on with it, or another --work"
         )
     run = Run(work, seed)
-    settings = settings or LladaSettings(bfloat16=bfloat16, compiled=compiled)
+    settings = settings or LladaSettings(bfloat16=bfloat16, compiled=compiled, begin_at=begin_at)
     texts = stdlib_texts(held_out=False)
     tokenizer = build_tokenizer(texts)
     rows = Rows.of(tokenizer, texts, settings)
@@ -80,6 +82,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--begin", type=Path, help="a folder of an earlier model, whose weights to begin with"
+    )
+    parser.add_argument(
+        "--begin-at",
+        type=float,
+        default=0.0,
+        help="the fraction of the phases to begin with: 0.55 for trained weights, which then see"
+        " long prompts at once",
     )
     return parser.parse_args()
 

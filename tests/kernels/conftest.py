@@ -9,6 +9,10 @@ import torch
 @pytest.fixture(autouse=True)
 def _poison_empty_buffers(monkeypatch):
     """``torch.empty`` and its kin, called from our kernels, return NaN, so that reading shows."""
+    # torch keeps the set of functions that `with torch.device(...)` heeds from its first use on:
+    # with ours in it, later tests would allocate what they mean to have on "meta"
+    with torch.device("meta"):
+        torch.empty(0)
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
