@@ -23,7 +23,7 @@ from accel.records import Record, Stopwatch, phase_label
 from accel.router import Session
 from accel.window_keeps import WindowKeeps, kept_of
 
-__all__ = ["WindowInterception", "check_windows", "kept_windows"]
+__all__ = ["WindowInterception", "check_windows", "kept_windows", "stages_served"]
 
 # which model a session serves; entries live as long as their sessions
 _serving: "weakref.WeakKeyDictionary[Session, WindowInterception]" = weakref.WeakKeyDictionary()
@@ -153,13 +153,18 @@ def _stages(model: nn.Module, sites: list[str]) -> list[Stage]:
     return stages
 
 
+def stages_served(session: Session) -> list[Stage]:
+    """The stages of the model that a session serves, none where its blocks have no windows."""
+    serving = _serving.get(session)
+    return [] if serving is None else serving.stages
+
+
 def kept_windows(session: Session) -> dict[str, Bool[Tensor, "batch rows columns"]]:
     """Which windows the last call computed, by stage, of every image; of the unshifted cut where
     it is pruned. Stages that left none out are not named.
     """
     found: dict[str, Tensor] = {}
-    serving = _serving.get(session)
-    for stage in () if serving is None else serving.stages:
+    for stage in stages_served(session):
         if stage.last is not None:
             windows, rows, columns = stage.last
             kept = torch.zeros(len(windows), rows * columns, dtype=torch.bool)

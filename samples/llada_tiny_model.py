@@ -44,7 +44,7 @@ ROPE_BASE = 1e8
 # tasks of the committed files, laid over held-out text
 TASK_SHAPE = Shape(prompt=4096, answer=GEN_LENGTH)
 TASK_SEED = 1_000_000  # seeds below are of training
-TASK_FILES = {"tasks.jsonl": range(16), "tasks-calibration.jsonl": range(100, 104)}
+TASK_FILES = {"tasks.jsonl": range(16), "tasks-calibration.jsonl": range(100, 102)}
 SPECIAL = {
     "bos_token": "<|bos|>",
     "eos_token": "<|eos|>",
@@ -226,7 +226,7 @@ def load(folder: Path) -> tuple[EuroBertForMaskedLM, PreTrainedTokenizerFast]:
 
 
 def write_tasks(out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the task files: of each kind 16 for comparisons and 4 others for calibration."""
+    """Write the task files: of each kind 16 for comparisons and 2 others for calibration."""
     out.mkdir(parents=True, exist_ok=True)
     source = Source(stdlib_texts(held_out=True), count_with(tokenizer))
     for name, indices in TASK_FILES.items():
