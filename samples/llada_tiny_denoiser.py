@@ -18,6 +18,7 @@ __all__ = ["PHASES", "Batch", "Lengths", "LladaSettings", "Phase", "Rows", "llad
 
 BLOCK = 32  # of semi-autoregressive decoding
 LABELS = (*KINDS, "text", "echo")
+SEEN = 4  # tokens before one of an answer, by which it is found: a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ PHASES = (
     Phase(0.18, (TINY,)),
     Phase(0.3, (TINY, SHORT, K_HALF)),
     Phase(0.55, (TINY, SHORT, K_HALF, K_ONE)),
-    Phase(0.75, (SHORT, K_HALF, K_ONE, K_TWO)),
+    Phase(0.85, (TINY, SHORT, K_HALF, SHORT, K_ONE, K_TWO)),
     Phase(1.0, (SHORT, K_HALF, K_ONE, K_TWO, WHOLE)),
 )
 
@@ -71,7 +72,8 @@ PHASES = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LladaSettings:
     """Numbers of the stage. Weights of the loss: of later blocks than the one that is decoded, of
-    the filling after the first end-of-text token, and of plain text.
+    the filling after the first end-of-text token, of answers' tokens with all that they follow
+    from before them, which one error in a long answer costs the rest of it, and of plain text.
 
     begin_at: the fraction of the phases and rates to begin with, as is fit for trained weights.
     """
@@ -84,6 +86,7 @@ class LladaSettings:
     average_decay: float = 0.995
     later_weight: float = 0.1
     filling_weight: float = 0.05
+    certain_weight: float = 3.0
     text_weight: float = 0.2
     bfloat16: bool = False
     compiled: bool = False
@@ -114,6 +117,14 @@ def _gaps(rng: np.random.Generator, tokens: int, prompt: int, reach: int) -> np.
     for place, skip in zip(rng.integers(1, prompt, count), skips, strict=True):
         positions[place:] += skip
     return positions
+
+
+def _any_of_last(chosen: Tensor, count: int) -> Tensor:
+    """Whether one of the `count` before each is chosen."""
+    found = torch.zeros_like(chosen)
+    for back in range(1, count + 1):
+        found[back:] |= chosen[:-back]
+    return found
 
 
 @dataclass(frozen=True)
@@ -174,16 +185,21 @@ class Rows:
                 weight[row] = 1.0
                 ends = clean[row] == self.tokenizer.eos_token_id
                 weight[row][ends & ends.roll(1)] = self.settings.filling_weight
-                if rng.random() < 0.6:  # one block is being decoded, what comes later is masked
+                kind = rng.random()
+                if kind < 0.5:  # one block is being decoded, what comes later is masked
                     answered = max(1, int((~ends[prompt:]).sum()))
                     block = int(rng.integers(answered // BLOCK + 1))
-                    if rng.random() < 0.5:  # known as far as a place
+                    if rng.random() < 0.6:  # known as far as a place
                         chosen = place >= block * BLOCK + int(rng.integers(BLOCK))
                     chosen &= place >= block * BLOCK
                     later = place >= (block + 1) * BLOCK
                     chosen |= later
                     weight[row][later] *= self.settings.later_weight
+                elif kind < 0.8:  # a few holes, most of which can be told for certain
+                    chosen = drawn < 0.05 + 0.25 * share
                 chosen &= place >= 0
+                certain = ~_any_of_last(chosen, SEEN) & ~ends
+                weight[row][certain] *= self.settings.certain_weight
             masked[row] = chosen
         positions = [_gaps(rng, tokens, prompt, lengths.reach) for prompt in prompts]
         return Batch(
@@ -237,7 +253,7 @@ def _shown(lengths: Lengths, batch: Batch, losses: Tensor, right: Tensor) -> dic
     text the loss.
     """
     labels = batch.labels[:, None].expand_as(batch.masked)[batch.masked]
-    counted = batch.weight[batch.masked] == 1.0
+    counted = batch.weight[batch.masked] >= 1.0
     result = {}
     for number, kind in enumerate(LABELS):
         chosen = counted & (labels == number)
