@@ -193,4 +193,4 @@ class Book:
 
 def code_of(kind: Output) -> list[Path]:
     """The files that run an arm of this kind of output, besides what all measurements depend on."""
-    return [Path(__file__).parent / f"{name}.py" for name in (*CODE, *kind.code)]
+    return [Path(__file__).parent / f"{name}.py" for name in CODE] + [*kind.sources]

@@ -25,18 +25,17 @@ from accel.pipelines.paths import find_path
 from accel.pipelines.recipe_specs import named_recipes
 from accel.untrusted import check_whole, finite
 
-PROMPTS = 8  # where nothing is said
-
 
 @dataclass(frozen=True)
 class CompareSettings:
     """What a comparison is asked for; see `configs/compare.yaml`.
 
     plans, fronts, caches: as `named_plans`, `named_fronts` and `named_caches` read them; recipes:
-    names, or names with what they are, which are read here. prompts: None for the first eight, or
-    all where there are fewer. output: the model's. scaled: by what inputs are made smaller;
-    fastest: the baseline that inputs are made smaller for. compiled: the arms besides baselines
-    whose models are compiled, or whether all are; compile: options of `torch.compile`.
+    names, or names with what they are, which are read here. prompts: None for as many as the
+    output has it, the first eight or all. output: the model's. scaled: by what inputs are made
+    smaller, one number or several; fastest: the baseline that inputs are made smaller for.
+    compiled: the arms besides baselines whose models are compiled, or whether all are; compile:
+    options of `torch.compile`.
     """
 
     plans: Mapping[str, str]
@@ -55,7 +54,7 @@ class CompareSettings:
     loaded_at_once: int = 8
     command: str = ""
     output: str = "frames"
-    scaled: Sequence[float] = ()
+    scaled: Any = ()
     fastest: str = ""
     compiled: bool | Sequence[str] = False
     compile: Mapping[str, Any] = field(default_factory=dict)
@@ -106,7 +105,8 @@ class CompareSettings:
 
     def _check_rivals(self, kind: Output) -> None:
         """What is set of smaller inputs and of compiled models."""
-        object.__setattr__(self, "scaled", tuple(self.scaled or ()))
+        scaled = [self.scaled] if isinstance(self.scaled, int | float) else self.scaled
+        object.__setattr__(self, "scaled", tuple(scaled or ()))
         for scale in self.scaled:
             if not finite(scale) or not 0 < scale < 1:
                 raise AccelError(f"scaled has {scale!r}; inputs are made smaller, by 0.75, say")
@@ -115,6 +115,11 @@ class CompareSettings:
         if not kind.scales and (self.scaled or self.compiled or self.compile):
             raise AccelError(
                 f"scaled, compiled and compile are for models that see images, not of {kind.name}"
+            )
+        if self.compiled and "compiled" not in self.baselines:
+            raise AccelError(
+                f"compiled is {self.compiled!r}, but baselines are {list(self.baselines)}; add"
+                " 'compiled' to them, or a plan is credited with what the compiler gains"
             )
 
     @property
@@ -139,13 +144,20 @@ class CompareSettings:
         arms = [a if a.kind == "dense" else set_up(a, self._setup_of(a.name)) for a in arms]
         arms += scaled_arms(self.scaled, dense[self.fastest or self.baselines[-1]])
         check_names(arms)
+        names = [arm.name for arm in arms]
+        for name in () if isinstance(self.compiled, bool) else self.compiled:
+            if name not in names:
+                raise AccelError(f"compiled has {name!r}, which is no arm; {nearest(name, names)}")
         return tuple(sorted(arms, key=lambda arm: list(KINDS).index(arm.kind)))
 
     def _setup_of(self, arm: str) -> dict[str, Any] | None:
-        """How the model of a plan is set up: like the last baseline that it may be like."""
+        """How the model of a plan is set up: as a baseline is that it is measured against, so that
+        only what the plan does is credited to it.
+        """
         kind = output_of(self.output)
         whole = self.compiled if isinstance(self.compiled, bool) else arm in self.compiled
-        return kind.setup("compiled" if whole else "fused", self.compile)
+        name = "compiled" if whole else "fused"
+        return kind.setup(name, self.compile) if name in self.baselines else None
 
     @property
     def groups(self) -> tuple[tuple[ArmSpec, ...], ...]:
@@ -159,7 +171,7 @@ class CompareSettings:
 
     def prompts_of(self, model: ModelConfig) -> tuple[str, ...]:
         if self.prompts is None:
-            return model.prompts[:PROMPTS]
+            return model.prompts[: output_of(self.output).first]
         if not isinstance(self.prompts, int):
             return tuple(self.prompts)
         if not 1 <= self.prompts <= len(model.prompts):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from accel.pipelines.measures import Column, Measure, Quality
+from accel.pipelines.provenance import pipeline_files
 from accel.recipes import Recipe
 
 __all__ = ["Output", "Picture"]
@@ -38,12 +39,15 @@ class Output(ABC):
     # what one generation is, and the key of an arm's generations in results
     one: ClassVar[str]
     many: ClassVar[str]
-    # files of pipelines/ that compute generations, besides those of every kind
+    # modules of pipelines/ that compute generations, with what they import there, besides those of
+    # every kind
     code: ClassVar[tuple[str, ...]] = ()
     # the arms that leave nothing out, beginning with the host as it is, and other names of that
     # one; they are recipes of their names where `setup` says nothing else
     baselines: ClassVar[tuple[str, ...]] = ("dense", "full", "half")
     names_of_dense: ClassVar[tuple[str, ...]] = ("dense",)
+    # how many prompts are compared where nothing is said, None for all
+    first: ClassVar[int | None] = 8
     # how often a generation is repeated for its time, of which the median counts
     repeats: ClassVar[int] = 1
     # whether models are small enough to see less: a smaller input is a rival, a compiled model too
@@ -61,6 +65,12 @@ class Output(ABC):
     measured: ClassVar[str]
 
     # how a pipeline is configured and called
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The code that what is made of a prompt depends on, besides that of every kind."""
+        own = Path(__file__).parent / f"{type(self).__module__.rpartition('.')[2]}.py"
+        return (own, *pipeline_files(*self.code))
 
     @abstractmethod
     def check(self, config: Any) -> None:

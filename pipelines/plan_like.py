@@ -38,6 +38,11 @@ def resolved(plan: Any, model: nn.Module) -> Plan:
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a Plan, a path, a recipe or a hub name, not {plan!r:.80}")
     _refuse_parts(plan, adapter, geometry.model)
+    if adapter.single and 0 < plan.schedule.dense_start < 1:
+        raise PlanError(
+            f"plan {plan.name!r} has dense_start {plan.schedule.dense_start:g}, but one call of a"
+            f" {geometry.model} is a whole run, which would be dense; give dense_start 0"
+        )
     return plan.check(geometry)
 
 

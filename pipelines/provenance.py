@@ -1,5 +1,6 @@
 """What a measurement was taken on and by: the device, the libraries, and the code that computed."""
 
+import ast
 import hashlib
 import platform
 from functools import cache
@@ -10,7 +11,10 @@ import torch
 
 import accel
 
-LIBRARIES = ("accel-suite", "torch", "triton", "diffusers", "transformers", "opencv-python")
+LIBRARIES = (
+    *("accel-suite", "torch", "triton", "diffusers", "transformers", "timm"),
+    "opencv-python",
+)
 
 
 def device_name(device: torch.device) -> str:
@@ -34,6 +38,30 @@ def versions(*more: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+@cache
+def pipeline_files(*names: str) -> tuple[Path, ...]:
+    """The files of these modules of `accel.pipelines`, and of those there that their heads import,
+    directly or not.
+    """
+    folder = Path(accel.__file__).parent / "pipelines"
+    found: dict[str, Path] = {}
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        path = folder / f"{name}.py"
+        if name in found or not path.is_file():
+            continue
+        found[name] = path
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                head, _, module = node.module.partition("accel.pipelines")
+                if not head and module:
+                    todo.append(module[1:])
+                elif node.module == "accel.pipelines":
+                    todo += [alias.name for alias in node.names]
+    return tuple(found[name] for name in sorted(found))
 
 
 @cache

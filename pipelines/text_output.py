@@ -47,9 +47,7 @@ class TextOutput(Output):
 
     name = "text"
     one, many = "text", "texts"
-    code = (
-        *("dllm", "rotary", "text_host", "text_loss", "text_models", "text_output", "token_feed"),
-    )
+    code = ("dllm", "text_loss", "text_models")
     caches = False
     priced = False
     mapped = False

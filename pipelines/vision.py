@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from accel.errors import AccelError, nearest
 from accel.pipelines.devices import execution_device
 from accel.pipelines.segmenter import Segmenter
-from accel.pipelines.vision_config import VisionConfig
+from accel.pipelines.vision_config import CONFIG, VisionConfig
 from accel.untrusted import check_whole
 
 __all__ = ["Segmenter", "VisionConfig", "VisionOutput", "VisionPipeline"]
 
 WEIGHTS = "model.safetensors"
+MOST_BUFFERS = 2**31  # bytes
 OUTPUT_TYPES = ("labels", "logits")
 
 
@@ -79,21 +80,30 @@ class VisionPipeline:
         config, name = VisionConfig.of(folder), str(folder)
         folder = Path(folder)
         pretrained = True if folder.exists() else load.pop("pretrained", True)
+        size = load.pop("size", None)
         config = _changed(config, load)
         if not folder.exists():
             import timm
 
             made = timm.create_model(name, pretrained=pretrained, **config.model_args)
-            return cls(made.to(dtype), config)
+            return cls(made.to(dtype), config)._sized(size)
         try:
             # what a configuration asks for is made only where the file has weights of these shapes
             with torch.device("meta"):
-                _check_weights(config.build(), folder / WEIGHTS)
+                _check(config.build(), folder / WEIGHTS)
             model = config.build()
             model.load_state_dict(load_file(folder / WEIGHTS))
         except (OSError, SafetensorError) as error:
             raise AccelError(f"no weights can be read from {folder / WEIGHTS}: {error}") from error
-        return cls(model.to(dtype), config)
+        return cls(model.to(dtype), config)._sized(size)
+
+    def _sized(self, size: Any) -> "VisionPipeline":
+        """Set to images of `size`, where that is given."""
+        if size is not None:
+            if not isinstance(size, Sequence) or len(size) != 2:
+                raise AccelError(f"model.load.size is {size!r:.80}; give [height, width] in pixels")
+            self.set_input_size(*size)
+        return self
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], safe_serialization: bool = True
@@ -161,7 +171,20 @@ class VisionPipeline:
             windows = getattr(core, "_ref_window_sizes", None)
             more = {} if windows is None else {"window_size": windows}
             core.set_input_size(img_size=(height, width), **more)
+        else:
+            self._try_size(height, width)
         self.size = (height, width)
+
+    @torch.no_grad()
+    def _try_size(self, height: int, width: int) -> None:
+        """Whether a model that is not resized takes images of this size; a call tells."""
+        try:
+            self.model(torch.zeros(1, 3, height, width, device=self.device, dtype=self.dtype))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise AccelError(
+                f"this {type(self.model).__name__} takes no images of {height} x {width}, and timm"
+                f" cannot resize it: {error}"
+            ) from error
 
     @torch.no_grad()
     def __call__(
@@ -220,13 +243,26 @@ class VisionPipeline:
         pixels = pixels.to(self.device)
         scale = 1.0 if pixels.is_floating_point() else 1 / 255
         pixels = pixels.float() * scale
-        if self.size is not None and tuple(pixels.shape[2:]) != self.size:
-            pixels = F.interpolate(pixels, size=self.size, mode="bilinear", antialias=True)
+        if self.size is not None:
+            pixels = self._resized(pixels, self.size)
         mean, std = (
             torch.tensor(v, device=pixels.device).view(1, 3, 1, 1)
             for v in (self.config.mean, self.config.std)
         )
         return ((pixels - mean) / std).to(self.dtype)
+
+    def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Brought to a size, and cropped, as the configuration has it."""
+        own = tuple(pixels.shape[2:])
+        whole = tuple(int(side / self.config.crop_pct) for side in size)
+        if self.config.crop_mode == "center":
+            by = max(w / o for w, o in zip(whole, own, strict=True))
+            whole = tuple(max(w, int(o * by + 1e-6)) for w, o in zip(whole, own, strict=True))
+        if whole != own:
+            mode = self.config.interpolation
+            pixels = F.interpolate(pixels, size=whole, mode=mode, antialias=True).clamp(0, 1)
+        top, left = (round((w - side) / 2) for w, side in zip(whole, size, strict=True))
+        return pixels[:, :, top : top + size[0], left : left + size[1]]
 
 
 def _changed(config: VisionConfig, changes: dict[str, Any]) -> VisionConfig:
@@ -255,10 +291,18 @@ def _pixels(image: Any) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
 
 
-def _check_weights(model: nn.Module, path: Path) -> None:
-    """Whether a file has the weights of a model, by names and shapes, before any is made."""
+def _check(model: nn.Module, path: Path) -> None:
+    """Whether a file has the weights of a model, by names and shapes, before any is made; and
+    whether what the model has besides, as masks and tables, is of a reasonable size.
+    """
     from safetensors import safe_open
 
+    beside = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if beside > MOST_BUFFERS:
+        raise AccelError(
+            f"{path.with_name(CONFIG)} asks for a model with {beside / 2**30:.0f} GiB of masks and"
+            f" tables, {MOST_BUFFERS / 2**30:.0f} GiB at most; take smaller images or windows"
+        )
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     with safe_open(path, framework="pt") as file:
         found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -29,6 +29,8 @@ MOST_CLASSES = 2**16
 MOST = 4096  # pixels of a side, channels, blocks: any number in model_args
 MOST_LISTED = 64
 LONGEST = 256  # letters of a name
+CROPS = ("squash", "center")
+INTERPOLATIONS = ("bilinear", "bicubic")
 # keys of the file, and of `pretrained_cfg` in it; those that only timm reads are written, not read
 KEYS = {
     *("architecture", "num_classes", "label_names", "model_args", "pretrained_cfg"),
@@ -51,7 +53,9 @@ class VisionConfig:
     architecture, model_args: of `timm.create_model`; classes: their names, in the model's order.
     task: `classification`, or `segmentation` by a `Segmenter` with a head of `head_width` channels.
     mean, std: of colours in [0, 1]. size: (height, width) that images are brought to; None: as
-    they are, for models that take any size.
+    they are, for models that take any size. crop_mode: `squash`, whatever an image's shape, or
+    `center`, the largest part of that shape from its middle; crop_pct: the share of either side
+    that is seen; interpolation: of both. These are timm's.
     """
 
     architecture: str
@@ -62,6 +66,9 @@ class VisionConfig:
     std: tuple[float, ...] = HALF
     size: tuple[int, int] | None = None
     head_width: int = 64
+    crop_pct: float = 1.0
+    crop_mode: str = "squash"
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -76,6 +83,16 @@ class VisionConfig:
             object.__setattr__(self, name, tuple(map(float, values)))
         if min(self.std) <= 0:
             raise AccelError(f"std is {self.std}; give numbers above 0")
+        for name, known in (("crop_mode", CROPS), ("interpolation", INTERPOLATIONS)):
+            word = getattr(self, name)
+            if word not in known:
+                raise AccelError(f"{name} is {word!r:.80}; {nearest(str(word), known)}")
+        if not finite(self.crop_pct) or not 0.1 <= self.crop_pct <= 1:
+            raise AccelError(f"crop_pct is {self.crop_pct!r:.80}; it is a share from 0.1 to 1")
+        if self.task == "segmentation" and (self.crop_pct, self.crop_mode) != (1, "squash"):
+            raise AccelError(
+                "every pixel of a segmentation is seen; leave crop_pct and crop_mode out"
+            )
         check_whole("head_width", self.head_width, 1)
         sides = () if self.size is None else tuple(self.size)
         if self.size is not None:
@@ -125,7 +142,7 @@ class VisionConfig:
         """Write `config.json`, as timm has it. model: what timm's own part is read of."""
         size = self.size or _made_for(model)
         timms = dict(getattr(model, "pretrained_cfg", None) or {})
-        kept = ("first_conv", "classifier", "fixed_input_size", "pool_size", "interpolation")
+        kept = ("first_conv", "classifier", "fixed_input_size", "pool_size")
         content = {
             "architecture": self.architecture,
             "num_classes": len(self.classes),
@@ -137,8 +154,9 @@ class VisionConfig:
                 "input_size": [3, *size],
                 "mean": list(self.mean),
                 "std": list(self.std),
-                "crop_pct": 1.0,
-                "crop_mode": "squash",
+                "crop_pct": self.crop_pct,
+                "crop_mode": self.crop_mode,
+                "interpolation": self.interpolation,
             },
             "task": self.task,
             "size": None if self.size is None else list(self.size),
@@ -167,6 +185,11 @@ class VisionConfig:
             mean=tuple(data["mean"]),
             std=tuple(data["std"]),
             size=tuple(data["input_size"][1:]),
+            crop_pct=data["crop_pct"],
+            crop_mode="squash" if data["crop_mode"] == "squash" else "center",
+            interpolation=data["interpolation"]
+            if data["interpolation"] in INTERPOLATIONS
+            else "bilinear",
         )
 
     @classmethod
@@ -198,6 +221,9 @@ class VisionConfig:
             std=tuple(typed("std", timms["std"], list)),
             size=None if size is None else tuple(typed("size", size, list)),
             head_width=content.get("head_width", cls.head_width),
+            crop_pct=timms.get("crop_pct", cls.crop_pct),
+            crop_mode=timms.get("crop_mode", cls.crop_mode),
+            interpolation=timms.get("interpolation", cls.interpolation),
         )
         if content.get("num_classes", len(made.classes)) != len(made.classes):
             raise PlanError(

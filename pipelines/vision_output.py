@@ -28,13 +28,12 @@ from accel.untrusted import check_whole
 __all__ = ["ClassesOutput", "Seen"]
 
 WINDOWS = "windows-"  # before the names of stages, in a file
-SHOWN_IMAGES = 2  # of a group, whose kept windows are kept
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Classes of a group of images, [images] or [images, height, width]; windows: of the first of
-    them, by stage, which the plan keeps, [images, rows, columns].
+    """Classes of a group of images, [images] or [images, height, width]; windows: which the plan
+    keeps of them, by stage, [images, rows, columns].
     """
 
     labels: NDArray[np.int64]
@@ -47,12 +46,10 @@ class ClassesOutput(Output):
 
     name = "vision"
     one, many = "group", "groups"
-    code = (
-        *("image_models", "segmenter", "token_blocks", "vision", "vision_config", "vision_images"),
-        *("vision_output", "window_blocks"),
-    )
+    code = ("image_models", "vision", "vision_scores")
     baselines = ("dense", "fused", "compiled")
     names_of_dense = ("eager", "dense")
+    first = None  # mIoU and top-1 are of all images
     repeats = 3
     scales = True
     caches = False
@@ -279,23 +276,22 @@ def _smaller(host: Any, scale: float) -> tuple[int, int]:
 
 
 def _windows(host: Any, prompt: str) -> dict[str, NDArray[np.bool_]]:
-    """Which windows the plan keeps of the first images, by stage, [images, rows, columns]."""
-    from accel.pipelines import window_blocks
+    """Which windows the plan keeps, by stage, [images, rows, columns]."""
     from accel.pipelines.adapters import denoisers_of
     from accel.pipelines.enable import plan_of, session_of
+    from accel.pipelines.window_blocks import kept_windows
 
-    find = getattr(window_blocks, "kept_windows", None)
     (model,) = denoisers_of(host.pipe)
     plan = plan_of(model)
-    if find is None or plan is None or plan.windows is None:
+    if plan is None or plan.windows is None:
         return {}
     images, batch = host.kind.given(host, prompt), host.config.call["batch_size"]
     parts: dict[str, list[NDArray[np.bool_]]] = {}
-    for start in range(0, min(SHOWN_IMAGES, len(images)), batch):
+    for start in range(0, len(images), batch):
         host.pipe(images[start : start + batch], batch_size=batch)
-        for stage, kept in find(session_of(model)).items():
+        for stage, kept in kept_windows(session_of(model)).items():
             parts.setdefault(stage, []).append(kept.cpu().numpy())
-    return {stage: np.concatenate(kept)[:SHOWN_IMAGES] for stage, kept in parts.items()}
+    return {stage: np.concatenate(kept) for stage, kept in parts.items()}
 
 
 def _scores(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

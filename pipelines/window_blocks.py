@@ -23,7 +23,13 @@ from accel.records import Record, Stopwatch, phase_label
 from accel.router import Session
 from accel.window_keeps import WindowKeeps, kept_of
 
-__all__ = ["WindowInterception", "check_windows", "kept_windows", "stages_served"]
+__all__ = [
+    "WindowInterception",
+    "check_windows",
+    "kept_windows",
+    "stages_served",
+    "window_stages",
+]
 
 # which model a session serves; entries live as long as their sessions
 _serving: "weakref.WeakKeyDictionary[Session, WindowInterception]" = weakref.WeakKeyDictionary()
@@ -40,7 +46,7 @@ class WindowInterception:
         self._model = model
         self.gather_all = False
         self._blocks: dict[Site, WindowBlock] = {}
-        self.stages = _stages(model, [site.name for site in modules])
+        self.stages = window_stages(model, [site.name for site in modules])
         by_name = {block.site: block for stage in self.stages for block in stage.blocks}
         self._blocks = {site: by_name[site.name] for site in modules}
         self.serve(session)
@@ -136,7 +142,7 @@ def check_windows(session: Session, stages: list[Stage]) -> WindowKeeps:
     return windows
 
 
-def _stages(model: nn.Module, sites: list[str]) -> list[Stage]:
+def window_stages(model: nn.Module, sites: list[str]) -> list[Stage]:
     """Blocks in a row that share their rankings: of one stage, or between two global blocks."""
     stages: list[Stage] = []
     last = None

@@ -31,7 +31,7 @@ from accel.pipelines.enable import session_of
 from accel.pipelines.provenance import device_name, versions
 from accel.pipelines.segmenter import Segmenter
 from accel.pipelines.vision import VisionPipeline
-from accel.pipelines.window_blocks import stages_served
+from accel.pipelines.window_blocks import stages_served, window_stages
 from accel.pipelines.window_stage import Stage
 from accel.plan import Plan
 from accel.schedule import Schedule
@@ -52,16 +52,10 @@ def model_of(name: str, size: int) -> nn.Module:
 def keeping(model: nn.Module, keep: float) -> Plan:
     """Every block that can leave windows out keeps so many."""
     geometry = geometry_of(model)
-    sites = {site.name for site in geometry.sites}
-    with accel.enabled(model, _plan(model, {}), check=False):
-        stages = stages_served(session_of(model))
-        able = {b.site for stage in stages for b in stage.blocks if b.host.obstacle is None}
-    return _plan(model, dict.fromkeys(sorted(sites & able), keep))
-
-
-def _plan(model: nn.Module, keeps: dict[str, float]) -> Plan:
-    schedule, windows = Schedule(dense_start=0.0), WindowKeeps(keeps)
-    return Plan.uniform("keeps", geometry_of(model), DENSE, schedule=schedule, windows=windows)
+    stages = window_stages(model, [site.name for site in geometry.sites])
+    able = [b.site for stage in stages for b in stage.blocks if b.host.obstacle is None]
+    schedule, windows = Schedule(dense_start=0.0), WindowKeeps(dict.fromkeys(able, keep))
+    return Plan.uniform("keeps", geometry, DENSE, schedule=schedule, windows=windows)
 
 
 def inputs_of(model: nn.Module, stages: list[Stage], images: Tensor) -> list[Tensor]:

@@ -108,7 +108,7 @@ def main(
         length = Length(minutes, None if steps is None else steps[0])
         around = tuning(pipe, plan.windows)
         # one checkpoint for each plan
-        _stage(run, f"tune-{keeps.stem}", pipe, length, stages["tune"], around, out)
+        _stage(run, f"tune-{plan.digest}", pipe, length, stages["tune"], around, out)
         return
     write_canvases(out)
     counts = steps or (None, None)

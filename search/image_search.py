@@ -1,51 +1,56 @@
 """The search for a vision model: genomes of keeps, judged by what is right of some images."""
 
-import re
+import hashlib
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from accel.errors import AccelError
-from accel.geometry import Geometry
-from accel.pipelines.adapters import geometry_of
+from accel.pipelines.adapters import adapter_of, denoisers_of, geometry_of
 from accel.pipelines.enable import enabled
 from accel.pipelines.host import Host, ModelConfig
+from accel.pipelines.token_blocks import TokenInterception
+from accel.pipelines.vision_images import ImageFolder
+from accel.pipelines.window_blocks import WindowInterception, window_stages
 from accel.search.genome import Genome
 from accel.search.image_bench import ImageBench
 from accel.search.keep_costs import KeepCosts
 from accel.search.keep_genes import KeepGenes
+from accel.search.study import one_at_a_time
 from accel.search.task_search import Outcome, TaskSearch, TaskSettings
 
 __all__ = ["ImageSearch", "genes_for"]
 
-WINDOWED = r"(layers\.\d+)\.blocks\.\d+\.attn"
-PLAIN = r"(blocks)\.\d+\.attn"
+PARTS = {"windows": WindowInterception, "tokens": TokenInterception}
 
 
-def genes_for(space: Mapping[str, Any], geometry: Geometry) -> KeepGenes:
-    """The genes that a space asks for: of windows, or of tokens, by its name."""
-    part = space.get("name")
-    pattern = {"windows": WINDOWED, "tokens": PLAIN}.get(str(part))
-    if pattern is None or "genes" not in space:
+def genes_for(space: Mapping[str, Any], pipe: Any) -> KeepGenes:
+    """The genes that a space asks for: of windows, or of tokens, by its name. Blocks that cannot
+    leave windows out have none.
+    """
+    part = str(space.get("name"))
+    if part not in PARTS or "genes" not in space:
         raise AccelError(
             f"space {part!r} is none of a vision model: take space=windows for one with windows,"
             " space=tokens for a plain vision transformer"
         )
-    stages: dict[str, list[str]] = {}
-    for site in geometry.sites:
-        found = re.fullmatch(pattern, site.name)
-        if found is None:
-            raise AccelError(
-                f"space {part!r} is not for a {geometry.model}, whose attention is called"
-                f" {site.name!r}"
-            )
-        stages.setdefault(found[1], []).append(site.name)
-    return KeepGenes.of(space["genes"], str(part), list(stages.values()))
+    (model,) = denoisers_of(pipe)
+    if adapter_of(model).intercept is not PARTS[part]:
+        raise AccelError(f"space {part!r} is not for a {type(model).__name__}")
+    names = [site.name for site in geometry_of(model).sites]
+    stages = [names]
+    if part == "windows":
+        found = window_stages(model, names)
+        stages = [[b.site for b in stage.blocks if b.host.obstacle is None] for stage in found]
+    return KeepGenes.of(space["genes"], part, [stage for stage in stages if stage])
 
 
 class ImageSearch(TaskSearch):
     """The search of one vision model: a trial sees all calibration images.
+
+    The model is set up as comparisons set up those of plans, with scaled_dot_product_attention
+    wherever timm has it, so that a plan gains nothing by that.
 
     space: of `configs/space`; rounds: pairs of timings of each price, and of a plan of the front on
     each prompt.
@@ -62,7 +67,12 @@ class ImageSearch(TaskSearch):
         prompts = host.config.calibration
         self._genes, self._rounds = genes, rounds
         stands = [host.kind.stands_for(host.config, prompt) for prompt in prompts]
-        super().__init__(host, settings, folder, prompts, len(prompts), images=stands)
+        setup = host.kind.setup("fused", {}) or {}
+        host.kind.set_up(host, setup)
+        folders = [p for p in (host.config.images, host.config.calibration_images) if p]
+        answers = [ImageFolder.of(path).answers for path in folders]
+        told = {"images": stands, "answers": answers, "setup": setup}
+        super().__init__(host, settings, folder, prompts, len(prompts), **told)
 
     @classmethod
     def of(
@@ -75,12 +85,14 @@ class ImageSearch(TaskSearch):
     ) -> "ImageSearch":
         """Load the model, and search what the space has for it."""
         host = Host(model)
-        genes = genes_for(space, geometry_of(host.pipe))
+        genes = genes_for(space, host.pipe)
         asked = TaskSettings(genes=genes, first=space.get("first", ()), **settings)
         return cls(host, asked, folder, genes, rounds)
 
     def _bench(self) -> ImageBench:
-        self.costs = KeepCosts(self._genes, self.folder / f"prices-{self.key}.json", self._rounds)
+        groups = hashlib.sha256(repr(self._genes.groups).encode()).hexdigest()[:6]
+        path = self.folder / f"prices-{self.key}-{groups}.json"
+        self.costs = KeepCosts(self._genes, path, self._rounds)
         seed = self.settings.seed
         return ImageBench(self.host, self.folder, self.key, seed, self.costs, self._rounds)
 
@@ -88,15 +100,12 @@ class ImageSearch(TaskSearch):
         """Price keeps once, then search."""
         prompt, seed = self.tasks[0], self.settings.seed
 
-        def generate(genome: Genome | None) -> None:
-            on: Any = nullcontext()
-            if genome is not None:
-                on = enabled(self.host.pipe, self.plan(genome, "price"), check=False)
-            with on:
-                self.host.generate(prompt, seed)
+        def keeping(genome: Genome) -> AbstractContextManager[Any]:
+            return enabled(self.host.pipe, self.plan(genome, "price"), check=False)
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.costs.measure(generate)
+        with one_at_a_time(self.folder / ".prepare.lock"):
+            self.costs.measure(lambda: self.host.generate(prompt, seed), keeping)
         return super().run()
 
     def more(self, outcome: Outcome) -> Iterable[str]:

@@ -11,6 +11,7 @@ measured whole.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,30 +52,32 @@ class KeepCosts:
 
     def measure(
         self,
-        run: Callable[[Genome | None], Any],
-        settle: Callable[[], Any] = lambda: None,
+        run: Callable[[], Any],
+        keeping: Callable[[Genome], AbstractContextManager[Any]],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Time what is missing. run: the model, dense for None; settle: waits for the device."""
+        """Time what is missing. run: the model, until it is done; keeping: inside of which it keeps
+        what a genome says, else all.
+        """
+        # another worker may have measured since
+        self._saved = kept(self._path, _read) or {}
         jobs = [
             (i, group[0], keep)
             for i, group in enumerate(self._genes.groups)
             for keep in self.knots
             if keep not in self._saved.get(group[0], {})
         ]
-        if jobs:
-            run(None)
 
         def seconds(genome: Genome | None) -> float:
-            settle()
-            start = clock()
-            run(genome)
-            settle()
-            return clock() - start
+            """Of a second run: the first one after a change makes tables."""
+            with nullcontext() if genome is None else keeping(genome):
+                run()
+                start = clock()
+                run()
+                return clock() - start
 
         for i, name, keep in tqdm(jobs, desc="pricing", unit="keep", disable=not jobs):
             genome = self._alone(i, keep)
-            run(genome)
             ratios = [seconds(genome) / seconds(None) for _ in range(self._rounds)]
             self._saved.setdefault(name, {})[keep] = 1 - median(ratios)
             listed = {n: {str(k): s for k, s in of.items()} for n, of in self._saved.items()}

@@ -53,9 +53,17 @@ class KeepGenes(GeneNumbers):
         if not isinstance(keeps, Sequence) or isinstance(keeps, str) or len(keeps) < 2:
             raise AccelError(f"space.genes.keep is a list of keeps, got {keeps!r:.80}")
         try:
-            checked = checked_keeps("space.genes.keep", {str(k): k for k in keeps}).values()
+            checked = [*checked_keeps("space.genes.keep", {str(k): k for k in keeps}).values()]
         except PlanError as error:
             raise AccelError(str(error)) from error
+        # a merge can at most halve what there is
+        least = 0.5 if part == "tokens" else 0.0
+        if 1.0 not in checked or not any(least <= keep < 1 for keep in checked):
+            between = f"between {least} and 1" if least else "below 1"
+            raise AccelError(
+                f"space.genes.keep is {list(keeps)}; 1.0 is among keeps, and one {between}, so that"
+                " a group can be left as it is, and be the only one that is not"
+            )
         size = space.get("group", 2)
         if type(size) is not int or size < 1:
             raise AccelError(f"space.genes.group is a number of blocks, got {size!r}")
@@ -70,8 +78,6 @@ class KeepGenes(GeneNumbers):
                 PARTS[part].from_dict({"keeps": {}, **how})
             except PlanError as error:
                 raise AccelError(f"space.genes.how has {how!r:.80}: {error}") from error
-        # a merge can at most halve what there is
-        least = 0.5 if part == "tokens" else 0.0
         return cls(part, grouped, tuple(sorted(checked, reverse=True)), hows, least)
 
     @property

@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 
 from accel.choice import DENSE
 from accel.errors import AccelError
-from accel.pipelines import window_blocks
 from accel.pipelines.adapters import geometry_of
 from accel.pipelines.arm_commands import serve
 from accel.pipelines.compare import compare
 from accel.pipelines.compare_arm import Arm
+from accel.pipelines.compare_findings import findings_of
 from accel.pipelines.compare_run import Comparison
 from accel.pipelines.compare_settings import CompareSettings
 from accel.pipelines.compare_table import as_markdown, as_text
@@ -28,6 +28,7 @@ from accel.pipelines.model_settings import model_config
 from accel.pipelines.report import write_report
 from accel.pipelines.report_vision import coloured, differing, kept_over
 from accel.plan import Plan
+from accel.schedule import Schedule
 from accel.window_keeps import WindowKeeps
 
 # timm's, where a window is larger than the map of a smaller input
@@ -86,10 +87,11 @@ def model(paths):
 
 @pytest.fixture(scope="module")
 def plan(model, tmp_path_factory):
-    """A plan of a Swin that would compute some of its windows."""
+    """A plan of a Swin that computes some of its windows."""
     geometry = geometry_of(Host(model).pipe)
     keeps = WindowKeeps(keeps={geometry.sites[0].name: 0.5})
-    made = replace(Plan.uniform("mine", geometry, DENSE), windows=keeps)
+    schedule = Schedule(dense_start=0.0)
+    made = Plan.uniform("mine", geometry, DENSE, schedule=schedule, windows=keeps)
     return str(made.save(tmp_path_factory.mktemp("plans") / "mine.json"))
 
 
@@ -99,15 +101,7 @@ def compared(model, plan, tmp_path_factory):
     settings = tiny_settings(
         plans={"mine": plan}, scaled=[0.5], command="accel-compare model=tiny-vision"
     )
-    with pytest.MonkeyPatch.context() as patch:
-
-        def kept_windows(session):
-            import torch
-
-            return {"layers.0": torch.arange(12).view(2, 2, 3) % 3 > 0}
-
-        patch.setattr(window_blocks, "kept_windows", kept_windows, raising=False)
-        results, asked = run(model, settings, folder)
+    results, asked = run(model, settings, folder)
     write_report(folder)
     return folder, results, asked, settings
 
@@ -141,10 +135,19 @@ def test_every_arm_is_measured(compared):
     assert scaled["about"]["image_size"] == [16, 24]
     assert arms["mine"]["about"]["image_size"] == [32, 48]
     assert arms["dense"]["against_scaled"] is arms["scaled-0.5"]["against_scaled"] is None
-    above = arms["mine"]["against_scaled"]
-    assert above is None or above["score"] - above["above"] == pytest.approx(
-        100 * arms["mine"]["score"]
-    )
+
+
+def test_a_plan_is_held_against_smaller_inputs_at_its_time(compared):
+    _, before, _, _ = compared
+    results = json.loads(json.dumps(before))
+    told = {results["baseline"]: (1.0, 0.5), "scaled-0.5": (2.0, 0.4), "mine": (1.6, 0.48)}
+    for name, (speedup, score) in told.items():
+        results["arms"][name] |= {"speedup": speedup, "score": score}
+    # times 1 with 50 and 0.5 with 40: 42.5 at 0.625
+    found = findings_of(results)["arms"]["mine"]["against_scaled"]
+    assert found["score"] == pytest.approx(42.5)
+    assert found["above"] == pytest.approx(-5.5)
+    assert before["arms"][before["baseline"]]["speedup"] == 1.0
 
 
 def test_smaller_inputs_are_those_of_the_fastest_baseline(compared):
@@ -178,7 +181,7 @@ def test_the_report_shows_maps_differences_and_kept_windows(compared):
     assert shown[0] == "Image test/000"
     assert len(shown) == 3
     assert titles[-1] == "How it was measured"
-    for told in ("what is right", "differs from dense", "layers.0: 67% of its windows"):
+    for told in ("what is right", "differs from dense", "layers.0: 50% of its windows"):
         assert told in page
     for name in ("trade-off.svg", "agreement.svg"):
         assert (folder / name).is_file()
@@ -258,9 +261,27 @@ def test_what_cannot_be_compared_is_refused(changes, message):
 def test_models_of_plans_are_compiled_where_that_is_asked(plan):
     both = {"mine": plan, "other": plan}
     for compiled, expected in ((True, {"mine", "other"}), (["other"], {"other"}), (False, set())):
-        arms = tiny_settings(plans=both, compiled=compiled).arms
+        baselines = ("eager", "fused", "compiled")
+        arms = tiny_settings(plans=both, compiled=compiled, baselines=baselines).arms
         found = {a.name for a in arms if a.kind == "plan" and "compile" in json.loads(a.setup)}
         assert found == expected
+
+
+def test_a_plan_is_set_up_as_what_it_is_measured_against(plan):
+    arms = tiny_settings(plans={"mine": plan}, baselines=("eager",)).arms
+    assert not any(arm.setup for arm in arms)
+    with pytest.raises(AccelError, match=r"add 'compiled'"):
+        tiny_settings(plans={"mine": plan}, compiled=True)
+    wrong = tiny_settings(plans={"mine": plan}, baselines=("eager", "compiled"), compiled=["mime"])
+    with pytest.raises(AccelError, match="'mime', which is no arm; did you mean 'mine'"):
+        _ = wrong.arms
+
+
+def test_quality_is_of_all_images_where_nothing_is_said(model):
+    assert tiny_settings(scaled=0.5).scaled == (0.5,)
+    assert tiny_settings().prompts_of(replace(model, prompts=model.prompts * 9)) == (
+        *model.prompts * 9,
+    )
 
 
 def test_pictures_are_of_the_pixels_that_they_tell_of():

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import timm
 import tiny_vision
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from accel.errors import AccelError
@@ -50,8 +52,6 @@ def test_missing_rows_and_columns_are_zeros_that_are_cut_off_again():
 
 
 def test_maps_with_channels_last_are_read_as_maps_with_channels_first():
-    import timm
-
     first = tiny_vision.swin().model
     args = tiny_vision.SWIN_ARGS
     last = Segmenter(timm.create_model(tiny_vision.SWIN, features_only=True, **args), 5, 12)
@@ -158,8 +158,12 @@ def test_images_of_several_sizes_are_refused_where_they_must_be_one(tmp_path):
 
 
 def test_what_is_loaded_may_be_otherwise(saved):
-    loaded = VisionPipeline.from_pretrained(saved / "vit", size=[32, 48], mean=[0.4, 0.5, 0.6])
+    loaded = VisionPipeline.from_pretrained(saved / "vit", size=[24, 40], mean=[0.4, 0.5, 0.6])
     assert loaded.config.mean == (0.4, 0.5, 0.6)
+    assert loaded.size == (24, 40)
+    assert loaded(tiny_vision.images(3)).labels.shape == (3,)
+    with pytest.raises(AccelError, match=r"\[height, width\]"):
+        VisionPipeline.from_pretrained(saved / "vit", size=32)
     with pytest.raises(AccelError, match=r"model\.load\.sise: .*did you mean 'size'"):
         VisionPipeline.from_pretrained(saved / "vit", sise=3)
 
@@ -177,6 +181,66 @@ def test_models_of_timm_are_known_by_their_names(tmp_path):
     assert torch.equal(again(tiny_vision.images(3), output_type="logits").logits, found)
 
 
+@pytest.mark.parametrize(
+    ("mode", "share", "by"),
+    [("squash", 1.0, "bilinear"), ("center", 0.875, "bicubic"), ("center", 1.0, "bilinear")],
+)
+@pytest.mark.parametrize("sides", [(64, 56), (40, 88), (32, 32)])
+def test_images_are_prepared_as_timm_does(mode, share, by, sides):
+    config = VisionConfig(
+        *("test_vit", ("a", "b")),
+        size=(32, 32),
+        crop_pct=share,
+        crop_mode=mode,
+        interpolation=by,
+        model_args={"img_size": 32},
+    )
+    pipe = VisionPipeline.create(config)
+    entered = []
+    pipe.model.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    x = tiny_vision.images(1, *sides)
+    picture = Image.fromarray(x[0].permute(1, 2, 0).numpy())
+    pipe(picture)
+    timms = timm.data.create_transform(
+        (3, 32, 32),
+        crop_pct=share,
+        crop_mode=mode,
+        interpolation=by,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    # timm rounds to 8 bits, and cuts off what is beyond them, between its steps
+    apart = (entered[0][0] - timms(picture)).abs()
+    assert apart.mean() < 0.5 / 127
+    assert apart.max() < 10 / 127
+
+
+def test_a_model_of_one_size_that_timm_cannot_resize_is_left_as_it_is():
+    config = VisionConfig("hiera_tiny_224", ("a", "b"), size=(224, 224), model_args=HIERA)
+    pipe = VisionPipeline.create(config)
+    with pytest.raises(AccelError, match="takes no images of 96 x 96"):
+        pipe.set_input_size(96, 96)
+    assert pipe.size == (224, 224)
+
+
+def test_tables_of_a_model_are_bounded(saved, tmp_path):
+    """They are in no file of weights, so that shapes do not tell of them."""
+    large = VisionConfig("swin_tiny_patch4_window7_224", ("a",), model_args=LARGE)
+    with torch.device("meta"):
+        model = large.build()
+    folder = _changed(saved, tmp_path)
+    weights = {name: torch.zeros(weight.shape) for name, weight in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    large.save(folder, model)
+    with pytest.raises(AccelError, match="GiB of masks and tables"):
+        VisionPipeline.from_pretrained(folder)
+
+
+HIERA = {"embed_dim": 16, "stages": (1, 1, 1, 1), "num_heads": 1}
+LARGE = {
+    **{"img_size": (2048, 2048), "patch_size": 2, "window_size": 32, "embed_dim": 8},
+    **{"depths": (2,), "num_heads": (1,)},
+}
 REFUSED = [
     ({"tasc": "x"}, r"no key 'tasc'; did you mean 'task'\?"),
     ({"task": "segmentatoin"}, "did you mean 'segmentation'"),
@@ -191,6 +255,10 @@ REFUSED = [
     ({"model_args__img_size": 10**7}, "at most 4096"),
     ({"model_args__embed_dim": 4096}, "but config.json asks for"),
     ({"model_args__depths": {"a": 1}}, "a list of"),
+    ({"pretrained_cfg__crop_mode": "centre"}, "did you mean 'center'"),
+    ({"pretrained_cfg__interpolation": "cubic"}, "did you mean 'bicubic'"),
+    ({"pretrained_cfg__crop_pct": 0}, "a share from"),
+    ({"pretrained_cfg__crop_pct": 0.9}, "every pixel of a segmentation"),
     ({"label_names": []}, "1 to 65536 names"),
     ({"label_names": ["a", "b"]}, "num_classes is 5"),
     ({"pretrained_cfg__std": [1, 0, 1]}, "above 0"),

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +11,18 @@ import tiny_vision
 import torch
 from PIL import Image
 
+from accel.choice import DENSE
 from accel.errors import AccelError
-from accel.pipelines import window_blocks
+from accel.pipelines.adapters import geometry_of
+from accel.pipelines.enable import enabled
 from accel.pipelines.host import Host
 from accel.pipelines.model_settings import model_config
 from accel.pipelines.vision_images import ImageFolder, folder_of
 from accel.pipelines.vision_output import ClassesOutput, Seen
 from accel.pipelines.vision_scores import counts_of, scores_of
+from accel.plan import Plan
+from accel.schedule import Schedule
+from accel.window_keeps import WindowKeeps
 
 VISION = ClassesOutput()
 
@@ -105,21 +109,17 @@ def test_images_of_several_sizes_are_given_as_they_are(paths, tmp_path):
     assert host.generate(host.config.prompts[0], 0).labels.shape == (2,)
 
 
-def test_kept_windows_of_the_first_images_are_kept(host, tmp_path, monkeypatch):
-    seen = []
-
-    def kept_windows(session):
-        seen.append(session)
-        return {"layers.0": torch.arange(12).view(2, 2, 3) % 5 > len(seen)}
-
-    monkeypatch.setattr(window_blocks, "kept_windows", kept_windows, raising=False)
-    plan = SimpleNamespace(windows=object())
-    monkeypatch.setattr("accel.pipelines.enable.plan_of", lambda model: plan)
-    monkeypatch.setattr("accel.pipelines.enable.session_of", lambda model: "session")
-    VISION.save(tmp_path / "s.npz", host.generate("test/001-003", 0), host, "test/001-003")
-    (kept,) = VISION.load(tmp_path / "s.npz").windows.values()
-    assert seen == ["session"]  # one batch has the images that are shown
-    assert np.array_equal(kept, np.arange(12).reshape(2, 2, 3) % 5 > 1)
+def test_kept_windows_are_kept(host, tmp_path):
+    geometry = geometry_of(host.pipe)
+    windows = WindowKeeps({site.name: 0.5 for site in geometry.sites if "layers.0" in site.name})
+    plan = Plan.uniform("half", geometry, DENSE, schedule=Schedule(0.0), windows=windows)
+    with enabled(host.pipe, plan):
+        VISION.save(tmp_path / "s.npz", host.generate("test/001-003", 0), host, "test/001-003")
+    ((stage, kept),) = VISION.load(tmp_path / "s.npz").windows.items()
+    assert stage == "layers.0"
+    assert kept.shape == (3, 2, 3)  # 32 x 48 pixels, in windows of 16 x 16; batches of two
+    assert kept.sum((1, 2)).tolist() == [3, 3, 3]
+    assert not (kept == kept[0]).all()
 
 
 def test_counts_are_those_of_pixels_that_are_asked_for():

@@ -205,7 +205,8 @@ def test_found_keeps_are_tuned_for_in_a_folder_of_their_own(tmp_path: Path) -> N
     work = tmp_path / "work"
     pipe = tiny_pipe()
     keeps = dict.fromkeys(window_blocks(pipe.model), 0.5)
-    keeps_plan(pipe.model, WindowKeeps(keeps)).save(tmp_path / "found.json")
+    plan = keeps_plan(pipe.model, WindowKeeps(keeps))
+    plan.save(tmp_path / "found.json")
     with pytest.raises(SystemExit, match=r"adapt\.pt"):
         train(tmp_path, "tuned", [2], keeps=tmp_path / "found.json")
     adapted = train(tmp_path, "adapted", [2, 2])
@@ -213,7 +214,9 @@ def test_found_keeps_are_tuned_for_in_a_folder_of_their_own(tmp_path: Path) -> N
     kept = VisionPipeline.from_pretrained(tmp_path / "adapted").model.state_dict()
     assert all(torch.equal(kept[name], weight) for name, weight in adapted.items())
     assert any(not torch.equal(tuned[name], weight) for name, weight in adapted.items())
-    assert sorted(p.name for p in work.glob("*.pt")) == ["adapt.pt", "dense.pt", "tune-found.pt"]
+    # by what the plan is: another one of the same name is tuned for anew
+    names = ["adapt.pt", "dense.pt", f"tune-{plan.digest}.pt"]
+    assert sorted(p.name for p in work.glob("*.pt")) == names
     files = sorted(p.name for p in (tmp_path / "tuned").iterdir())
     assert files == ["config.json", "model.safetensors"]
 

@@ -6,7 +6,6 @@ import pytest
 from tiny_vision import tiny_vision_config, tiny_vision_path
 
 from accel.errors import AccelError
-from accel.pipelines.adapters import geometry_of
 from accel.pipelines.compare_arms import read_front
 from accel.pipelines.host import Host, ModelConfig
 from accel.plan import Plan
@@ -81,10 +80,10 @@ def test_tokens_of_a_plain_transformer(tmp_path):
     ("space", "words"),
     [
         ({**SPACE, "name": "text"}, "none of a vision model"),
-        ({**TOKENS}, "not for a SwinTransformer"),
+        (TOKENS, "not for a SwinTransformer"),
         ({"name": "windows"}, "none of a vision model"),
     ],
 )
 def test_a_space_for_something_else_is_refused(space, words, model):
     with pytest.raises(AccelError, match=words):
-        genes_for(space, geometry_of(Host(model).pipe))
+        genes_for(space, Host(model).pipe)

@@ -79,6 +79,7 @@ def test_children_differ_from_their_parents():
         ({"keep": 0.5}, "list of keeps"),
         ({"keep": [1.0, 1.5]}, "fraction"),
         ({"keep": [1.0, 0.5], "group": 0}, "number of blocks"),
+        ({"keep": [0.8, 0.5]}, r"1\.0 is among keeps"),
         ({"keep": [1.0, 0.5], "how": [{"score": "nrm"}]}, "norm"),
     ],
 )
