@@ -51,11 +51,17 @@ def case(generator, kept, size, own, biased, masked):
     return windows, {"bias": bias} | ({"masks": masks, "kind": kind} if masked else {})
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masks"])
-@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("own", [False, True], ids=["shared", "one each"])
-@pytest.mark.parametrize(("kept", "size"), [(1, 7), (4, 16), (5, 15), (2, 33)])
-def test_is_attention_in_every_window(window_attention, kept, size, own, biased, masked, generator):
+# every pair of a size, windows of one's own, a bias and masks is met
+CASES = [
+    *(((1, 7), False, False, False), ((1, 7), True, True, True), ((4, 16), False, True, True)),
+    *(((4, 16), True, False, False), ((5, 15), False, True, False), ((5, 15), True, False, True)),
+    *(((2, 33), False, False, True), ((2, 33), True, True, False)),
+]
+
+
+@pytest.mark.parametrize(("sizes", "own", "biased", "masked"), CASES)
+def test_is_attention_in_every_window(window_attention, sizes, own, biased, masked, generator):
+    kept, size = sizes
     q, k, v = tensors(generator)
     windows, added = case(generator, kept, size, own, biased, masked)
     out = window_attention(q, k, v, windows, scale=0.3, **added)
