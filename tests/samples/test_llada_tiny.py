@@ -1,5 +1,6 @@
 """llada-tiny: tasks over long texts, its training on growing prompts, and the committed model."""
 
+import hashlib
 import json
 import math
 import re
@@ -298,9 +299,13 @@ def test_finished_tasks_are_not_made_again(tmp_path: Path, monkeypatch: pytest.M
     tasks = [("x", Task("needle", "find\n", "", ["a=1", "b=2"]))]
     pipe = MaskedDiffusionPipeline(tiny_model(), tokenizer())
     first = judged(pipe, tasks, 8, tmp_path)
-    assert first == [{"id": "x", "task": "needle", "values": 2, "right": 1}]
+    answer = hashlib.sha256(b"a=1\n").hexdigest()[:16]
+    assert first == [{"id": "x", "task": "needle", "values": 2, "right": 1, "answer": answer}]
     assert judged(pipe, tasks, 8, tmp_path) == first
     assert made == [8]
+    # with a cache it is another answer
+    assert judged(pipe, tasks, 8, tmp_path, cached=True) == first
+    assert made == [8, 8]
 
 
 def test_rates_count_values_and_whole_tasks() -> None:
