@@ -20,8 +20,9 @@ class MissedSiteError(AccelError, RuntimeError):
     """The self-check after enabling did not see every site exactly once."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint of an error about an unknown name: the nearest known one, and all of them.
+def nearest(name: str, known: Iterable[str], most: int | None = None) -> str:
+    """The hint of an error about an unknown name: the nearest known one, and all of them, or the
+    first `most`.
 
     >>> nearest("windw", ["window", "radial"])
     "did you mean 'window'? Known: radial, window"
@@ -29,4 +30,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(names)}"
+    more = [] if most is None or len(names) <= most else [f"and {len(names) - most} more"]
+    return f"{hint}Known: {', '.join([*names[:most], *more])}"

@@ -26,7 +26,7 @@ def check_fit(plan: Any, target: Geometry) -> None:
         if site not in names:
             raise PlanError(
                 f"plan {plan.name!r}: sites has {site!r}, which the model does not have;"
-                f" {nearest(site, names[:12])}"
+                f" {nearest(site, names, 12)}"
             )
         heads = target.site(site).heads
         if len(bands[0]) != heads:
@@ -44,7 +44,7 @@ def check_fit(plan: Any, target: Geometry) -> None:
             if site not in names:
                 raise PlanError(
                     f"plan {plan.name!r}: {field_} has {site!r}, which the model does not"
-                    f" have; {nearest(site, names[:12])}"
+                    f" have; {nearest(site, names, 12)}"
                 )
     if plan.tokens is not None:
         plan.tokens.check(names)

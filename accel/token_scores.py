@@ -9,6 +9,8 @@ from accel.kernels.column_sums import column_sums
 
 __all__ = ["class_scores", "mass_scores"]
 
+MOST_CHANNELS = 256  # of the kernel, one of which a bias takes
+
 Heads = Float[Tensor, "batch heads tokens dim"]
 Scores = Float[Tensor, "batch tokens"]
 # as masks of `scaled_dot_product_attention` are: added to logits, or False where a key is hidden
@@ -44,10 +46,16 @@ def mass_scores(
     """
     q, k = q.detach(), k.detach()
     if bias is not None:
-        if bias.ndim > 1 and (bias.shape[-2] != 1 or (bias.ndim == 4 and bias.shape[1] != 1)):
+        bias = bias.reshape(*(1,) * (4 - bias.ndim), *bias.shape)
+        if bias.shape[-2] != 1 or bias.shape[1] != 1:
             raise AccelError(
                 "tokens.score 'mass' sums over all queries, and this call has an attention mask"
                 " that differs between them; use tokens.score 'class', or a mask of keys"
+            )
+        if q.shape[3] >= MOST_CHANNELS:
+            raise AccelError(
+                f"tokens.score 'mass' with sizes or masks takes heads of less than {MOST_CHANNELS}"
+                f" channels, and these have {q.shape[3]}; use tokens.score 'class'"
             )
         bias = _additive(bias).detach().reshape(-1, 1, bias.shape[-1], 1) / scale
         bias = bias.clamp_min(torch.finfo(torch.float32).min / 4)

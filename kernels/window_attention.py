@@ -174,5 +174,6 @@ def _gathered(
         added = own if bias is None else own + bias
     added = None if added is None else added.to(q.dtype)
     found = F.scaled_dot_product_attention(inner_q, inner_k, inner_v, attn_mask=added, scale=scale)
-    found = found.unflatten(0, (batch, kept)).transpose(1, 2).flatten(2, 3)
+    # under autocast it may be of less precision than q
+    found = found.to(q.dtype).unflatten(0, (batch, kept)).transpose(1, 2).flatten(2, 3)
     return torch.zeros_like(q, memory_format=torch.contiguous_format).scatter_(2, tokens, found)

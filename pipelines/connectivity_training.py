@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from accel.blocking import Blocking
 from accel.choice import Choice
+from accel.errors import UnsupportedModelError
 from accel.estimators.connectivity import Connectivity, block_statistics, connectivity
 from accel.estimators.contract import Call
 from accel.kernels.block_mass import block_mass
@@ -59,7 +60,6 @@ def train_connectivity(
     rank: columns of a head's matrices, at most its channels; None: as many. Training starts from
         the product of the blocks' means.
     """
-    model.eval()
     geometry = geometry_of(model)
     random = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -116,8 +116,19 @@ def calls_of(
     """The attention calls of the model's sites for some images, in their order."""
     layout = adapter_of(model).layout(model, {"x": images})
     sites = len(geometry_of(model).sites)
-    with torch.no_grad(), untouched(model), SeenCalls(frozenset(range(sites))) as calls:
-        model(images)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), untouched(model), SeenCalls(frozenset(range(sites))) as calls:
+            model(images)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if calls.count != sites:
+        raise UnsupportedModelError(
+            f"of {sites} sites of this {type(model).__name__}, {calls.count} called"
+            " scaled_dot_product_attention; build it with timm.layers.set_fused_attn(True)"
+        )
     for number in range(sites):
         yield _call(calls.kept[number], Blocking(layout, order, block))  # type: ignore[arg-type]
 

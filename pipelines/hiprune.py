@@ -102,5 +102,4 @@ def _grid(model: Any, images: Tensor) -> tuple[int, int]:
 
 
 def _config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    return getattr(config, "vision_config", config)
+    return getattr(model, "config", None)

@@ -38,11 +38,13 @@ def resolved(plan: Any, model: nn.Module) -> Plan:
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a Plan, a path, a recipe or a hub name, not {plan!r:.80}")
     _refuse_parts(plan, adapter, geometry.model)
-    if adapter.single and 0 < plan.schedule.dense_start < 1:
-        raise PlanError(
-            f"plan {plan.name!r} has dense_start {plan.schedule.dense_start:g}, but one call of a"
-            f" {geometry.model} is a whole run, which would be dense; give dense_start 0"
-        )
+    schedule = plan.schedule
+    for name in ("dense_start", "dense_end"):
+        if adapter.single and 0 < getattr(schedule, name) < 1:
+            raise PlanError(
+                f"plan {plan.name!r} has {name} {getattr(schedule, name):g}, but one call of a"
+                f" {geometry.model} is a whole run, of which no part is dense; give {name} 0"
+            )
     return plan.check(geometry)
 
 

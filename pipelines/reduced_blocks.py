@@ -110,7 +110,7 @@ class ReducedBlocks:
         again = eager and (torch.is_grad_enabled() or self._model.grad_checkpointing)
         last = taken.module is self._model.blocks[-1]
         whole = last or taken.number in self._taps or self._is_watched(taken)
-        entered = self._states.enter(taken.number, x, whole, session.run, again)
+        entered = self._states.enter(taken.number, x, whole, again)
         groups, prefix = entered.groups, self._model.num_prefix_tokens
         tokens = x.shape[1] - prefix if groups is None else groups.count
         patches = tokens if groups is None else groups.source.shape[1]
@@ -138,7 +138,7 @@ class ReducedBlocks:
         if last:
             self._states.end()
         else:
-            self._states.leave(taken.number, out, groups, whole=entered.whole, again=again)
+            self._states.leave(taken.number, groups, whole=entered.whole)
         return out
 
     def _is_watched(self, taken: _Block) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from accel.context import Where
 from accel.errors import PlanError
 from accel.geometry import Site
 from accel.intercept_calls import CallInterception
@@ -34,8 +35,9 @@ class TokenInterception:
         if isinstance(self.taken, ReducedBlocks) == _reduces(session):
             self.taken.serve(session)
         else:
-            self.undo()
-            self.taken = self._taken(session)
+            # the new one may be refused, and the old one then stays
+            before, self.taken = self.taken, self._taken(session)
+            before.undo()
 
     def undo(self) -> None:
         self.taken.undo()
@@ -48,7 +50,9 @@ class TokenInterception:
 
 def _reduces(session: Session) -> bool:
     tokens = session.plan.tokens
-    return tokens is not None and min(tokens.keeps.values(), default=1.0) < 1
+    if tokens is None or session.plan.schedule.at(Where(0, 1)).dense:
+        return False
+    return min(tokens.keeps.values(), default=1.0) < 1
 
 
 def _check(session: Session, model: Any) -> None:

@@ -7,10 +7,11 @@ alive.
 """
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from accel.backward import in_backward
 from accel.errors import AccelError
 from accel.token_groups import Groups
 
@@ -31,7 +32,6 @@ class Carried(NamedTuple):
 
 class _Next(NamedTuple):
     block: int
-    address: int | None
     groups: Groups | None
     whole: bool
 
@@ -44,19 +44,12 @@ class States:
         self._next: _Next | None = None
         self._entered: OrderedDict[tuple[int, int], Carried] = OrderedDict()
         self._length = 0
-        self._run: Any = None
 
-    def enter(self, block: int, x: Tensor, whole: bool, run: Any, again: bool) -> Carried:
-        """What enters a block.
-
-        run: changes with every call of the model. again: blocks may be computed again.
-        """
+    def enter(self, block: int, x: Tensor, whole: bool, again: bool) -> Carried:
+        """What enters a block. again: blocks may be computed again."""
         key = (block, x.data_ptr()) if again else None
-        if key is not None:
-            before = self._entered.get(key)
-            if before is not None and not self._follows(block, key[1], run):
-                return before
-            self._run = run
+        if key is not None and in_backward() and key in self._entered:
+            return self._entered[key]
         groups, spread = None, False
         if block == 0:
             self._length = x.shape[1]
@@ -76,19 +69,10 @@ class States:
                 self._entered.popitem(last=False)
         return carried
 
-    def leave(
-        self, block: int, x: Tensor, groups: Groups | None, *, whole: bool, again: bool
-    ) -> None:
-        """What a block leaves, with its output."""
-        address = x.data_ptr() if again else None
-        self._next = _Next(block + 1, address, groups, whole)
+    def leave(self, block: int, groups: Groups | None, *, whole: bool) -> None:
+        """What a block leaves, beside its output."""
+        self._next = _Next(block + 1, groups, whole)
 
     def end(self) -> None:
         """No block follows."""
         self._next = None
-
-    def _follows(self, block: int, address: int, run: Any) -> bool:
-        """Whether a block is called after the one before it, and not again."""
-        if block == 0:
-            return run is not self._run
-        return self._next is not None and self._next[:2] == (block, address)

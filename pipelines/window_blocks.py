@@ -31,8 +31,9 @@ __all__ = [
     "window_stages",
 ]
 
-# which model a session serves; entries live as long as their sessions
-_serving: "weakref.WeakKeyDictionary[Session, WindowInterception]" = weakref.WeakKeyDictionary()
+# which model a session serves; weakly both ways, since an interception holds its session
+_serving: "weakref.WeakKeyDictionary[Session, weakref.ref[WindowInterception]]"
+_serving = weakref.WeakKeyDictionary()
 
 
 class WindowInterception:
@@ -67,7 +68,7 @@ class WindowInterception:
         for stage in self.stages:
             stage.start(windows.score)
         self.session = session
-        _serving[session] = self
+        _serving[session] = weakref.ref(self)
 
     def undo(self) -> None:
         for block, before in zip(self._blocks.values(), self._before, strict=True):
@@ -116,11 +117,11 @@ class WindowInterception:
 def check_windows(session: Session, stages: list[Stage]) -> WindowKeeps:
     """The keeps of a session's plan, if this model's blocks can have them."""
     plan = session.plan
-    if plan.wants_sparse or plan.tokens is not None:
-        what = "keeps of tokens" if plan.tokens is not None else "sparse attention"
+    if plan.wants_sparse or plan.dense != "host":
         raise PlanError(
-            f"plan {plan.name!r} has {what}, which a {session.geometry.model} has no use for: its"
-            " attention is inside small windows; give keeps of windows (recipe 'sparsevit')"
+            f"plan {plan.name!r} has attention that is not the host's, for which a"
+            f" {session.geometry.model} has no use: its attention is inside small windows; give"
+            " keeps of windows (recipe 'sparsevit')"
         )
     windows = WindowKeeps({}) if plan.windows is None else plan.windows
     for stage in stages:
@@ -161,7 +162,8 @@ def window_stages(model: nn.Module, sites: list[str]) -> list[Stage]:
 
 def stages_served(session: Session) -> list[Stage]:
     """The stages of the model that a session serves, none where its blocks have no windows."""
-    serving = _serving.get(session)
+    held = _serving.get(session)
+    serving = None if held is None else held()
     return [] if serving is None else serving.stages
 
 

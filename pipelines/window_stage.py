@@ -6,6 +6,7 @@ so that nothing of a call meets the next one. Where a block is computed again fo
 the tokens that enter it.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from accel.backward import in_backward
 from accel.pipelines.window_hosts import HostBlock
 from accel.window_keeps import kept_of
 from accel.window_ranking import Cut, Places, gather, places_of, ranked, scatter, token_energy
 
 __all__ = ["Stage", "WindowBlock"]
+
+SIZES = 8  # of maps, whose tables and masks are kept; of two cuts each
 
 
 class Ranking(NamedTuple):
@@ -54,8 +58,8 @@ class Stage:
         self.score = score
         self.now: Rankings | None = None
         self.last = None
-        self._tables: dict[Any, Tensor] = {}
-        self._masks: dict[Any, Tensor | None] = {}
+        self._tables: OrderedDict[Any, Tensor] = OrderedDict()
+        self._masks: OrderedDict[Any, Tensor | None] = OrderedDict()
         self._again: dict[tuple[int, int], tuple[StorageWeakRef, Rankings]] = {}
 
     @property
@@ -72,7 +76,7 @@ class Stage:
         follows = not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or self.checkpoints
         )
-        if follows:
+        if follows and in_backward():
             again = self._again.get(_identity(x))
             if again is not None and not again[0].expired():
                 return again[1]
@@ -110,22 +114,13 @@ class Stage:
         """`Cut.table`, made once for every size of a map."""
         if torch.compiler.is_compiling():
             return cut.table(device)
-        key = (cut, device)
-        if key not in self._tables:
-            # a call without gradients may come first, and one with them use it later
-            with torch.inference_mode(False):
-                self._tables[key] = cut.table(device)
-        return self._tables[key]
+        return _known(self._tables, (cut, device), lambda: cut.table(device))
 
     def mask(self, host: HostBlock, x: Tensor) -> Tensor | None:
         """The host's mask; one that it would make anew in every call is made once for a size."""
         if torch.compiler.is_compiling() or not host.dynamic_mask():
             return host.mask(x)
-        key = (host.cut(x), x.device, x.dtype)
-        if key not in self._masks:
-            with torch.inference_mode(False), torch.no_grad():
-                self._masks[key] = host.mask(x)
-        return self._masks[key]
+        return _known(self._masks, (host.cut(x), x.device, x.dtype), lambda: host.mask(x))
 
 
 class WindowBlock:
@@ -158,6 +153,18 @@ class WindowBlock:
             gather(flat, places), places.valid, self.stage.mask(self.host, x), kind
         )
         return scatter(flat, places, rows).view(x.shape)
+
+
+def _known(made: OrderedDict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """What is made once for every size of a map, as long as it is one of the last few."""
+    if key not in made:
+        # a call without gradients may come first, and one with them use it later
+        with torch.inference_mode(False), torch.no_grad():
+            made[key] = make()
+        while len(made) > SIZES:
+            made.popitem(last=False)
+    made.move_to_end(key)
+    return made[key]
 
 
 @torch.compiler.disable

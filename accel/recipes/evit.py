@@ -30,7 +30,7 @@ def evit(
     is, and counts among the share that is kept; all patches come back behind the last block.
     """
     depth = len(geometry.sites)
-    chosen = [depth * i // 4 for i in (1, 2, 3)] if blocks is None else list(blocks)
+    chosen = sorted({depth * i // 4 for i in (1, 2, 3)}) if blocks is None else list(blocks)
     if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < depth:
         raise ValueError(f"blocks are ascending numbers from 0 to {depth - 1}, got {list(chosen)}")
     keeps = {geometry.sites[b].name: keep ** (i + 1) for i, b in enumerate(chosen)}

@@ -8,6 +8,7 @@ from tiny_vit import build
 
 import accel
 from accel.blocking import Blocking
+from accel.errors import UnsupportedModelError
 from accel.estimators import Pooled
 from accel.kernels.block_mass import block_mass
 from accel.layout import Layout
@@ -74,9 +75,20 @@ def test_its_plan_runs_at_this_and_at_another_size(model, trained, tmp_path):
 
 def test_the_model_is_left_as_it_is(model):
     before = [p.clone() for p in model.parameters()]
+    model.blocks[0].train()
     train_connectivity(model, batches(1), block=BLOCK)
+    assert [block.training for block in model.blocks] == [True, False]
+    model.eval()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_attention_that_nothing_is_seen_of_is_refused(model):
+    other = copy.deepcopy(model)
+    for block in other.blocks:
+        block.attn.fused_attn = False
+    with pytest.raises(UnsupportedModelError, match=r"of 2 sites .* 0 called scaled_dot"):
+        train_connectivity(other, batches(1), block=BLOCK)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Vision transformers with merged and fused tokens against the models themselves, and loops."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -16,11 +17,15 @@ from tiny_vit import (
     enable,
     error,
     images,
+    plan_of,
 )
 from token_loops import reference
 
 import accel
 from accel.errors import AccelError
+from accel.pipelines.enable import HANDLE
+from accel.schedule import Schedule
+from accel.token_scores import mass_scores
 
 EXACT = 1e-6
 
@@ -165,6 +170,53 @@ class TestArguments:
             assert error(model(x, **more), expected) < EXACT
         enable(model, KEEPS, **how)
         assert torch.isfinite(model(x, **more)).all()
+
+    def test_a_hook_that_replaces_what_a_block_gives_with_gradients(self):
+        """The next block's input is new, at an address that an earlier call had."""
+        model = build()
+        enable(model, KEEPS, **MERGE)
+        model.blocks[0].register_forward_hook(lambda module, args, out: out * 1.5)
+        for seed in range(16):
+            x = images(model, seed=seed)
+            with torch.no_grad():
+                expected = model(x)
+            out = model(x)
+            out.square().sum().backward()
+            torch.testing.assert_close(out.detach(), expected)
+            del out
+
+    def test_a_dense_plan_reduces_nothing(self):
+        model = build()
+        x = images(model)
+        expected = model(x)
+        plan = plan_of(model, KEEPS, **MERGE)
+        accel.enable(model, replace(plan, schedule=Schedule(dense_start=1.0)))
+        assert torch.equal(model(x), expected)
+
+    @torch.no_grad()
+    def test_a_plan_that_is_refused_leaves_the_one_before_it(self, caplog):
+        model = build()
+        accel.enable(model, plan_of(model, (1.0,) * 4))
+        model.blocks[1].attn.fused_attn = False
+        before = getattr(model, HANDLE)._interception
+        with pytest.raises(AccelError):
+            enable(model, KEEPS, **MERGE)
+        assert before.intact
+        model.blocks[1].attn.fused_attn = True
+        model(images(model))
+        assert "was replaced after" not in caplog.text
+
+    @torch.no_grad()
+    def test_masses_of_masks_by_head_are_refused_and_of_wide_heads_told(self):
+        q, k = torch.randn(2, 2, 2, 5, 8)
+        with pytest.raises(AccelError, match="differs between them"):
+            mass_scores(q, k, scale=1.0, bias=torch.randn(2, 1, 5))
+        keys = torch.randn(1, 1, 5)
+        expected = mass_scores(q, k, scale=1.0, bias=keys[None].expand(2, 1, 1, 5))
+        assert torch.equal(mass_scores(q, k, scale=1.0, bias=keys), expected)
+        wide = torch.randn(1, 1, 3, 256)
+        with pytest.raises(AccelError, match="less than 256 channels"):
+            mass_scores(wide, wide, scale=1.0, bias=torch.zeros(3))
 
     @torch.no_grad()
     @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])

@@ -1,12 +1,15 @@
 """Blocks that compute some of their windows, against the host's own, windows masked afterwards."""
 
 import copy
+import gc
 import io
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,8 @@ from windowed import (
 import accel
 from accel.errors import PlanError
 from accel.pipelines.window_blocks import kept_windows
+from accel.pipelines.window_stage import SIZES
+from accel.schedule import Schedule
 from accel.window_keeps import kept_of
 from accel.window_ranking import ranked, token_energy
 
@@ -372,5 +377,50 @@ def test_a_plan_that_does_not_fit_leaves_the_one_before_it():
 
 def test_sparse_attention_is_refused():
     model = windowed("swin")
-    with pytest.raises(PlanError, match="sparse attention, which a SwinTransformer has no use for"):
+    with pytest.raises(PlanError, match="for which a SwinTransformer has no use"):
         accel.enable(model, "window")
+    with pytest.raises(PlanError, match="for which a SwinTransformer has no use"):
+        accel.enable(model, replace(plan_of(model, 0.5), dense="kernel"))
+
+
+@pytest.mark.parametrize("disabled", [True, False], ids=["disabled", "dropped"])
+def test_a_model_is_freed_that_nobody_holds(disabled):
+    model = pruned(windowed("swin"), 0.5)
+    model(images("swin"))
+    if disabled:
+        accel.disable(model)
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    assert held() is None
+
+
+def test_a_stage_called_twice_with_one_map_ranks_the_same_windows():
+    """With gradients too, where a ranking is looked for that a checkpoint runs again."""
+    model = pruned(windowed("swin"), 0.5)
+    entered = model.patch_embed(images("swin"))
+    first = model.layers(entered)
+    assert torch.equal(model.layers(entered), first)
+    with torch.no_grad():
+        assert torch.equal(model.layers(entered), first)
+
+
+def test_tables_of_a_few_sizes_are_kept():
+    model = pruned(windowed("swin any size"), 0.5)
+    with torch.no_grad():
+        for rows in range(2, 16):
+            model(images("swin", batch=1, size=(16 * rows, 48)))
+    for stage in interception(model).stages:
+        assert len(stage._tables) == len(stage._masks) == SIZES
+
+
+@pytest.mark.parametrize("share", ["dense_start", "dense_end"])
+def test_a_schedule_that_would_be_dense_is_refused(share):
+    model = windowed("swin")
+    schedule = {"dense_start": 0.0, share: 0.3}
+    plan = replace(plan_of(model, 0.5), schedule=Schedule(**schedule))
+    with pytest.raises(PlanError, match=rf"{share} 0\.3, but one call .* give {share} 0"):
+        accel.enable(model, plan)
+    x = images("swin")
+    dense = accel.enable(model, replace(plan, schedule=Schedule(dense_start=1.0)))
+    assert torch.equal(dense(x), windowed("swin")(x))
