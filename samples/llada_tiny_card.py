@@ -69,6 +69,9 @@ def card(model: Path, log: Path, command: str, notes: str) -> str:
     cached = e["cached"]
     cached_tasks = max(r["tasks"] for kind, r in cached["rates"].items() if kind != "all")
     same, both = cached["answers_as_dense"]
+    dense = "Dense answers, of all tokens in every call, were not made of these weights."
+    if e["rates"]:
+        dense = f"Dense, all tokens in every call:\n\n{_rates_table(e['rates'])}"
     more = f"--cached-tasks {cached_tasks} --windows {windows}" + (
         " --bfloat16" if e["bfloat16"] else ""
     )
@@ -135,6 +138,7 @@ before most of their neighbours are known:
 {_lengths_table(log)}
 
 {notes}
+
 ## Evaluation
 
     python samples/evaluate_llada_tiny.py --tasks {tasks} --steps {e["steps"]} {more}
@@ -146,9 +150,7 @@ With a cache of what is outside the block, filled anew for each block, which is 
 
 {_rates_table(cached["rates"])}
 
-Dense, all tokens in every call:
-
-{_rates_table(e["rates"])}
+{dense}
 
 Held-out source text, {windows} windows each, masked shares evenly from 0 to 1: mean loss of a
 masked token, and the bound of the negative log-likelihood that LLaDA's 1/t weights give.
