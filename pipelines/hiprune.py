@@ -79,7 +79,7 @@ def _depth(model: Any) -> int:
     """Layers of an encoder of timm, or of transformers."""
     if hasattr(model, "blocks"):
         return len(model.blocks)
-    config = _config(model)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "num_hidden_layers"):
         raise UnsupportedModelError(
             f"a {type(model).__name__} has no `blocks`, and no num_hidden_layers in its config;"
@@ -93,13 +93,9 @@ def _grid(model: Any, images: Tensor) -> tuple[int, int]:
     if hasattr(model, "patch_embed"):
         rows, columns = model.patch_embed.dynamic_feat_size(sides)
         return int(rows), int(columns)
-    patch = getattr(_config(model), "patch_size", None)
+    patch = getattr(getattr(model, "config", None), "patch_size", None)
     if not isinstance(patch, int):
         raise UnsupportedModelError(
             f"the patch size of this {type(model).__name__} is unknown; pass grid="
         )
     return sides[0] // patch, sides[1] // patch
-
-
-def _config(model: Any) -> Any:
-    return getattr(model, "config", None)

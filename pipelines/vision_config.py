@@ -179,6 +179,7 @@ class VisionConfig:
         with torch.device("meta"):
             model: Any = timm.create_model(name)
         data = timm.data.resolve_model_data_config(model)
+        mode = data["interpolation"]
         return cls(
             architecture=name.partition(".")[0],
             classes=tuple(map(str, range(model.num_classes))),
@@ -187,9 +188,7 @@ class VisionConfig:
             size=tuple(data["input_size"][1:]),
             crop_pct=data["crop_pct"],
             crop_mode="squash" if data["crop_mode"] == "squash" else "center",
-            interpolation=data["interpolation"]
-            if data["interpolation"] in INTERPOLATIONS
-            else "bilinear",
+            interpolation=mode if mode in INTERPOLATIONS else cls.interpolation,
         )
 
     @classmethod

@@ -35,6 +35,8 @@ def main(
     settings: LladaSettings | None = None,
 ) -> None:
     """One stage, whose prompts grow as it goes on."""
+    if not 0 <= begin_at < 1:
+        raise SystemExit(f"--begin-at is {begin_at}; it is a fraction of the phases, below 1")
     torch.set_num_threads(min(2, torch.get_num_threads()))
     work.mkdir(parents=True, exist_ok=True)
     if not resume and any(work.glob("*.pt")):

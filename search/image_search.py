@@ -37,7 +37,8 @@ def genes_for(space: Mapping[str, Any], pipe: Any) -> KeepGenes:
         )
     (model,) = denoisers_of(pipe)
     if adapter_of(model).intercept is not PARTS[part]:
-        raise AccelError(f"space {part!r} is not for a {type(model).__name__}")
+        (other,) = {*PARTS} - {part}
+        raise AccelError(f"space {part!r} is not for a {type(model).__name__}; take space={other}")
     names = [site.name for site in geometry_of(model).sites]
     stages = [names]
     if part == "windows":

@@ -122,6 +122,16 @@ def test_gradients_are_those_of_attention_in_every_window(generator):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+def test_autocast_gives_what_is_asked_in_the_precision_of_q(generator):
+    q, k, v = tensors(generator)
+    windows, added = case(generator, 4, 15, True, True, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = operation(q, k, v, windows, **added)
+    assert out.dtype == q.dtype
+    truth = plain(q, k, v, windows, **added)
+    torch.testing.assert_close(out.double(), truth, atol=0.05, rtol=0.05)
+
+
 def test_no_window_is_nothing(window_attention, generator):
     q, k, v = tensors(generator)
     out = window_attention(q, k, v, torch.empty(0, 16, dtype=torch.int64))

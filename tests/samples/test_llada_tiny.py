@@ -210,6 +210,29 @@ def test_what_comes_after_the_decoded_block_is_masked_and_counts_little() -> Non
     assert 6 <= found < 24
 
 
+def test_tokens_weigh_more_that_follow_from_what_is_before_them() -> None:
+    rows = Rows.of(tokenizer(), some_texts(), LladaSettings(certain_weight=5.0))
+    lengths = Lengths(prompt=320, answer=192, batch=24, shares=(0.0, 0.0, 1.0, 0.0, 0.0))
+    batch = rows.batch(lengths, 0, 0)
+    before = batch.masked.long().unfold(1, 4, 1).sum(2)[:, :-1]  # masked ones of the last four
+    weight, masked = batch.weight[:, 4:], batch.masked[:, 4:]
+    assert (weight[(before > 0) & masked] <= 1).all()
+    assert (weight == 5).sum() > 50
+    ends = batch.clean[:, 4:] == tokenizer().eos_token_id
+    assert (weight[ends] <= 1).all()
+
+
+def test_trained_weights_begin_at_later_phases(tmp_path: Path) -> None:
+    long = Lengths(prompt=90, answer=44, batch=4, reach=200)
+    phases = (Phase(0.5, (SHORT,)), Phase(1.0, (long,)))
+    settings = LladaSettings(phases=phases, begin_at=0.6)
+    step, _ = llada_step(tiny_model(), Rows.of(tokenizer(), some_texts(), settings), settings, 0)
+    assert any(key.endswith("_90") for key in step(0, 0.0))
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(SystemExit, match=f"--begin-at is {wrong}; it is a fraction"):
+            train_llada_tiny.main(1, 1, 0, tmp_path, tmp_path, False, False, False, None, wrong)
+
+
 def test_a_step_trains_all_parts_and_shows_each_kind() -> None:
     settings = LladaSettings(phases=(Phase(0.5, (SHORT,)), Phase(1.0, (SHORT,))))
     model = tiny_model()
