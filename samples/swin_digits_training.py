@@ -72,6 +72,7 @@ class SegmentationSettings:
     adam_rate: float = 2e-3
     dice_weight: float = 0.5
     average_decay: float = 0.995
+    bfloat16: bool = False
     compiled: bool = False
 
 
@@ -181,7 +182,8 @@ def segmentation_step(
         adam.param_groups[0]["lr"] = settings.adam_rate * rate
         pixels, classes = canvases(phase, seed, stage, index)
         with around(index):
-            logits = forward((pixels / 255 - mean) / std)
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
+                logits = forward((pixels / 255 - mean) / std).float()
             loss = segmentation_loss(logits, classes, phase.background, settings.dice_weight)
             loss.backward()
         nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)

@@ -78,6 +78,7 @@ def main(
     work: Path,
     keeps: Path | None,
     threads: int,
+    bfloat16: bool,
     compiled: bool,
     resume: bool,
     pipe: VisionPipeline | None = None,
@@ -94,6 +95,7 @@ def main(
     run = Run(work, seed)
     torch.manual_seed(seed)
     pipe = build_pipeline() if pipe is None else pipe
+    stages = {name: replace(stage, bfloat16=bfloat16) for name, stage in stages.items()}
     # a compiled step would be compiled again for every new keep
     dense = replace(stages["dense"], compiled=compiled)
     if keeps is not None:
@@ -134,6 +136,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "swin-digits")
     parser.add_argument("--keeps", type=Path, help="a plan whose keeps of windows to tune for")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="autocast: faster where the CPU has AMX"
+    )
     parser.add_argument(
         "--compiled",
         action="store_true",

@@ -27,6 +27,7 @@ def main(
     out: Path,
     work: Path,
     threads: int,
+    bfloat16: bool,
     compiled: bool,
     resume: bool,
     pipe: VisionPipeline | None = None,
@@ -42,7 +43,7 @@ def main(
     run = Run(work, seed)
     torch.manual_seed(seed)
     pipe = build_pipeline() if pipe is None else pipe
-    settings = replace(settings or ClassifierSettings(), compiled=compiled)
+    settings = replace(settings or ClassifierSettings(), bfloat16=bfloat16, compiled=compiled)
     patch = pipe.config.model_args.get("patch_size", PATCH)
     kept = VisionPipeline.create(pipe.config)
     write_crops(out)
@@ -66,6 +67,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE / "models" / "vit-digits")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "vit-digits")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="autocast: faster where the CPU has AMX"
+    )
     parser.add_argument(
         "--compiled", action="store_true", help="torch.compile: faster steps, after minutes"
     )

@@ -66,6 +66,7 @@ class ClassifierSettings:
     head_weight: float = 1.0
     smoothing: float = 0.05  # of the labels
     average_decay: float = 0.995
+    bfloat16: bool = False
     compiled: bool = False
 
 
@@ -168,9 +169,10 @@ def classifier_step(
             kept = window_around(seen.centres / patch, phase.side, rows, random)
             windows.kept, covered = kept, covered.gather(1, kept)
             inside = inside.gather(1, kept[..., None].expand(-1, -1, 2))
-        logits = forward((seen.pixels / 255 - mean) / std)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
+            logits = forward((seen.pixels / 255 - mean) / std).float()
+            meant = head(covered, inside)
         loss = F.cross_entropy(logits, seen.digits, label_smoothing=settings.smoothing)
-        meant = head(covered, inside)
         (loss + settings.head_weight * meant).backward()
         nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
         for optimiser in (muon, adam):

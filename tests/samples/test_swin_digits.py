@@ -149,8 +149,14 @@ def test_phases_grow_to_whole_canvases() -> None:
 
 def train(folder: Path, name: str, steps: list[int], **settings) -> dict[str, torch.Tensor]:
     out = folder / name
-    given = {"minutes": 0, "seed": 1, "keeps": None, "threads": 1, "compiled": False}
-    given |= {"resume": False, "work": folder / "work", "stages": STAGES, "pipe": tiny_pipe()}
+    given = {"minutes": 0, "seed": 1, "keeps": None, "threads": 1, "resume": False}
+    given |= {
+        "bfloat16": False,
+        "compiled": False,
+        "work": folder / "work",
+        "stages": STAGES,
+        "pipe": tiny_pipe(),
+    }
     train_swin_digits.main(steps=steps, out=out, **given | settings)
     return VisionPipeline.from_pretrained(out).model.state_dict()
 
@@ -260,7 +266,7 @@ def test_a_digit_is_right_where_most_of_it_is() -> None:
 
 @pytest.mark.usefixtures("few_files")
 def test_evaluation_and_card_tell_what_was_measured(tmp_path: Path) -> None:
-    train(tmp_path, "m", [2, 1])
+    train(tmp_path, "m", [2, 1], bfloat16=True)
     folder = tmp_path / "m"
     evaluate_swin_digits.main(folder, canvases=2, keeps=[0.5], threads=1, out=None)
     told = json.loads((folder / "evaluation.json").read_text())

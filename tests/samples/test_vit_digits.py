@@ -126,8 +126,14 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(folder: Path, name: str, **settings) -> dict[str, torch.Tensor]:
     out = folder / name
-    given = {"minutes": 0, "steps": 4, "seed": 1, "threads": 1, "compiled": False, "resume": False}
-    given |= {"work": folder / f"{name}.work", "pipe": tiny_pipe(), "settings": SETTINGS}
+    given = {"minutes": 0, "steps": 4, "seed": 1, "threads": 1, "resume": False}
+    given |= {
+        "bfloat16": False,
+        "compiled": False,
+        "work": folder / f"{name}.work",
+        "pipe": tiny_pipe(),
+        "settings": SETTINGS,
+    }
     train_vit_digits.main(out=out, **given | settings)
     return VisionPipeline.from_pretrained(out).model.state_dict()
 
@@ -189,7 +195,7 @@ def test_rates_count_each_digit_and_what_it_is_taken_for() -> None:
 
 @pytest.mark.usefixtures("few_files")
 def test_evaluation_and_card_tell_what_was_measured(tmp_path: Path) -> None:
-    train(tmp_path, "m", settings=replace(SETTINGS, phases=SETTINGS.phases[1:]))
+    train(tmp_path, "m", settings=replace(SETTINGS, phases=SETTINGS.phases[1:]), bfloat16=True)
     folder = tmp_path / "m"
     labels = json.loads((folder / "test" / "labels.json").read_text())
     named = {
