@@ -23,6 +23,7 @@ _HOMES = {
     "disable": "accel.pipelines.enable",
     "enabled": "accel.pipelines.enable",
     "summary": "accel.pipelines.enable",
+    "geometry_of": "accel.pipelines.adapters",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from accel.errors import AccelError as AccelError
     from accel.errors import PlanError as PlanError
     from accel.layout import Layout as Layout
+    from accel.pipelines.adapters import geometry_of as geometry_of
     from accel.pipelines.enable import disable as disable
     from accel.pipelines.enable import enable as enable
     from accel.pipelines.enable import enabled as enabled

@@ -46,10 +46,6 @@ class BlockMeans:
         of_q, of_k = (x.abs().sum((2, 3)) for x in (q, k))
         return of_q + of_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
-    def has_left(self, made_for: "BlockMeans", bound: float, heads: list[int]) -> bool:
-        """Whether more than half of `heads` (over the batch) have a drift above `bound`."""
-        return most(self.moved(made_for, bound, heads))
-
     def moved(self, made_for: "BlockMeans", bound: float, heads: list[int]) -> Int[Tensor, " 2"]:
         """How many of `heads` (over the batch) have a drift above `bound`, and how many there are;
         counts of several ranks may be added.

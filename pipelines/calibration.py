@@ -61,7 +61,7 @@ def calibrate(
     is not made for other ones.
     """
     model = denoisers_of(host.pipe)[0]
-    prompts = host.config.calibration if prompts is None else tuple(prompts)
+    prompts = host.config.calibrated_on if prompts is None else tuple(prompts)
     _check_bands(asked, host.steps)
     told = {
         "model_path": host.config.path,

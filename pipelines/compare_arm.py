@@ -136,7 +136,8 @@ class Arm:
         self._disable_cache()  # prices are those of what is computed
         disable(self.host.pipe)
         path = Path(folder) / "baseline.json"
-        baseline = load_or_measure_baseline(self.host, self._config.calibration[0], 0, path)
+        prompt = (self._config.calibration or self._config.prompts)[0]
+        baseline = load_or_measure_baseline(self.host, prompt, 0, path)
         # how much some selections keep is known since they have run
         keeps, where = self._keeps, Path(folder)
         plans = [priced(self.host, plan, baseline, where, keeps=keeps) for plan in plans]
@@ -210,7 +211,7 @@ class Arm:
         if self._cache is not None and self._cache.kind == "magcache":
             path = self._folder / "magcache.json"
             if not path.is_file():
-                ratios = magnitude_ratios(self.host, self._config.calibration[0], 0)
+                ratios = magnitude_ratios(self.host, self._config.calibrated_on[0], 0)
                 write_atomically(path, json.dumps({"ratios": ratios}))
             self._ratios = json.loads(path.read_text())["ratios"]
         if self._plan in RECIPES:

@@ -4,6 +4,7 @@
 does not say otherwise.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from accel.commit import Generators, Sampling
 from accel.decoding import Decoding
 from accel.errors import AccelError
 from accel.pipelines.enable import plan_of
+from accel.pipelines.text_checkpoint import is_pipeline, load_checkpoint
 from accel.pipelines.text_generation import Asked, Generation
 from accel.pipelines.text_host import TextHost
 from accel.pipelines.text_prompts import encoded, left_padded, together
@@ -68,6 +70,22 @@ class MaskedDiffusionPipeline(_Pipeline):
         self.register_modules(model=model, tokenizer=tokenizer)
         self.register_to_config(shift_logits=shift_logits, mask_token_id=mask_token_id)
         self._host: TextHost | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], **load: Any
+    ) -> "MaskedDiffusionPipeline":
+        """From a folder that `save_pretrained` wrote, or a repository of the hub that holds one; or
+        from a checkpoint of transformers alone.
+
+        load: of diffusers' or transformers' `from_pretrained`, as dtype, and the arguments of this
+        class; `trust_remote_code=True` for a model whose code comes with it.
+        """
+        if is_pipeline(path, **load):
+            return super().from_pretrained(path, **load)
+        own = {k: load.pop(k) for k in ("shift_logits", "mask_token_id") if k in load}
+        model, tokenizer = load_checkpoint(path, **load)
+        return cls(model.eval(), tokenizer, **own)
 
     @torch.no_grad()
     def __call__(

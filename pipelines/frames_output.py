@@ -66,7 +66,7 @@ class FramesOutput(Output):
         check_whole("model.call.num_inference_steps", config.call.get("num_inference_steps"), 1)
 
     def serves(self, recipe: Recipe) -> bool:
-        return recipe.vision
+        return recipe.frames
 
     def steps(self, call: Mapping[str, Any]) -> int:
         return int(call["num_inference_steps"])

@@ -39,7 +39,7 @@ def generate(config: dict[str, Any]) -> None:
     if cache is not None:
         ratios = None
         if cache.kind == "magcache":  # which a whole generation has to come before
-            ratios = magnitude_ratios(host, model.calibration[0], 0)
+            ratios = magnitude_ratios(host, model.calibrated_on[0], 0)
         enable_cache(host.pipe, cache, steps=config["steps"] or host.steps, ratios=ratios)
     begun = time.perf_counter()
     host.pipe.set_progress_bar_config(disable=False)

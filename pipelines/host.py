@@ -24,15 +24,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelConfig:
     """One entry of `configs/model`.
 
-    path: a directory below the current one or below the checkout, or a hub repository.
-    call: arguments of the pipeline's `__call__`; prompts: what comparisons generate;
-    calibration: what a search looks at; output: what is generated, `frames`, `text` or `vision`.
-    Of frames, classifier: a directory with a classifier, or ""; places: where the frames show the
-    places that prompts name, for the classifier to look there: {name: [top, left, bottom, right]}
-    in pixels. Of text, tasks and calibration_tasks: files of tasks (`accel.pipelines.tasks`), or
-    ""; their prompts, of one kind after another, stand for those that are not given. Of vision,
-    images and calibration_images: folders of images (`accel.pipelines.vision_images`), whose names
-    are the prompts.
+    path: a directory below the current one or below the checkout, or a hub repository. call:
+    arguments of the pipeline's `__call__`; prompts: what comparisons generate; calibration: what a
+    search looks at, and methods that calibrate, not needed for anything else; output: what is
+    generated, `frames`, `text` or `vision`. Of frames, classifier: a directory with a classifier,
+    or ""; places: where the frames show the places that prompts name, for the classifier to look
+    there: {name: [top, left, bottom, right]} in pixels. Of text, tasks and calibration_tasks: files
+    of tasks (`accel.pipelines.tasks`), or ""; their prompts, of one kind after another, stand for
+    those that are not given. Of vision, images and calibration_images: folders of images
+    (`accel.pipelines.vision_images`), whose names are the prompts.
     """
 
     name: str
@@ -63,7 +63,8 @@ class ModelConfig:
             )
         for name in ("prompts", "calibration"):
             prompts = tuple(getattr(self, name)) or self.kind.asked(self, name)
-            if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
+            blank = any(not isinstance(p, str) or not p.strip() for p in prompts)
+            if blank or (not prompts and name == "prompts"):
                 raise AccelError(f"model.{name} must be prompts with text in them, got {prompts}")
             object.__setattr__(self, name, prompts)
         self.kind.check(self)
@@ -73,6 +74,16 @@ class ModelConfig:
     def kind(self) -> Output:
         """How what is generated is kept, judged and shown."""
         return output_of(self.output)
+
+    @property
+    def calibrated_on(self) -> tuple[str, ...]:
+        """The calibration prompts, of which there is one at least. Raises AccelError."""
+        if not self.calibration:
+            raise AccelError(
+                f"model.calibration of {self.name!r} is empty: searches, methods that calibrate and"
+                " MagCache look at prompts (tasks, images) that nothing else sees"
+            )
+        return self.calibration
 
     @property
     def steps(self) -> int:

@@ -9,6 +9,8 @@ from torch import nn
 
 from accel.errors import PlanError, nearest
 from accel.geometry import Geometry
+from accel.intercept_calls import CallInterception
+from accel.intercept_interface import InterfaceInterception
 from accel.pipelines.adapters import Adapter, adapter_of, sites_of
 from accel.pipelines.token_blocks import TokenInterception
 from accel.pipelines.window_blocks import WindowInterception
@@ -19,8 +21,14 @@ from accel.schedule import Schedule
 
 __all__ = ["resolved"]
 
-# parts of a plan that only one kind of interception looks at
-_REDUCED = {"windows": WindowInterception, "tokens": TokenInterception}
+# parts of a plan that only some kinds of interception look at
+_TEXT = (InterfaceInterception, CallInterception)
+_READ = {
+    "windows": (WindowInterception,),
+    "tokens": (TokenInterception,),
+    "cache": _TEXT,
+    "decoding": _TEXT,
+}
 
 
 def resolved(plan: Any, model: nn.Module) -> Plan:
@@ -56,11 +64,13 @@ def _at_once(plan: Plan) -> Plan:
 
 
 def _refuse_parts(plan: Plan, adapter: Adapter, model: str) -> None:
-    """Refuse a plan that asks for fewer windows or tokens of a model without them."""
-    for part, interception in _REDUCED.items():
-        if getattr(plan, part) is not None and adapter.intercept is not interception:
+    """Refuse a plan with parts that nothing reads in such a model: windows of one without, caches
+    of one that generates no text.
+    """
+    for part, interceptions in _READ.items():
+        if getattr(plan, part) is not None and adapter.intercept not in interceptions:
             raise PlanError(
-                f"plan {plan.name!r} has `{part}`, which accel does not reduce in a {model};"
+                f"plan {plan.name!r} has `{part}`, which does nothing in a {model};"
                 f" leave `{part}` out"
             )
 

@@ -125,7 +125,7 @@ class ClassesOutput(Output):
         }
 
     def serves(self, recipe: Recipe) -> bool:
-        return recipe.images
+        return recipe.vision
 
     def steps(self, call: Mapping[str, Any]) -> int:
         return 1

@@ -1,10 +1,11 @@
 """`accel-search`: the hydra command of the search."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from accel.command import hydra_version, run_command
@@ -23,6 +24,16 @@ from accel.search.task_search import TaskSearch, TaskSettings
 from accel.search.task_search import describe as describe_tasks
 from accel.search.text_genes import TextGenes
 from accel.search.text_search import TextSearch
+
+# what a search by tasks does not read: it knows no dB, calibrates no heads and prices no choices
+OF_FRAMES = (
+    *("budget.psnr", "budget.time", "schedule", "dense_starts", "precisions", "rows"),
+    *("tolerance", "recipes", "hardware"),
+    *(
+        f"search.{name}"
+        for name in ("levels", "fidelity", "steps", "time_limit", "floor", "memory")
+    ),
+)
 
 
 def settings_of(config: Mapping[str, Any]) -> SearchSettings:
@@ -45,8 +56,11 @@ def settings_of(config: Mapping[str, Any]) -> SearchSettings:
     )
 
 
-def search(config: dict[str, Any]) -> None:
-    """Run the search that `config` describes and say where the plan is."""
+def search(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    """Run the search that `config` describes and say where the plan is.
+
+    overrides: what was asked for on the command line; what would not be read is an error.
+    """
     folder = Path(config["out"])
     model = model_config(config["model"])
     if config["recipe"]:
@@ -62,6 +76,7 @@ def search(config: dict[str, Any]) -> None:
         print(f"plan: {_save(plan, config, folder / f'{plan.name}.json')}")
         return
     if model.output != "frames":
+        refuse_unread(model, overrides)
         _search_tasks(config, model, folder)
         return
     settings = settings_of(config)
@@ -71,6 +86,17 @@ def search(config: dict[str, Any]) -> None:
     print(f"plan: {_save(outcome.plan, config, folder / 'plan.json')}")
     print(f"front: {folder / 'front.json'}\ntrade-off: {folder / 'front.png'}")
     print(f"what every head does: {folder / 'heads.png'}")
+
+
+def refuse_unread(model: ModelConfig, overrides: Sequence[str]) -> None:
+    """Refuse settings that a search by tasks does not read."""
+    for override in overrides:
+        name = override.lstrip("+~").partition("=")[0]
+        if any(name == unread or name.startswith(f"{unread}.") for unread in OF_FRAMES):
+            raise AccelError(
+                f"{name} does nothing in a search of a {model.output} model; leave it out"
+                " (budget.accuracy is its budget)"
+            )
 
 
 def by_tasks(config: Mapping[str, Any], model: ModelConfig, folder: Path) -> TaskSearch:
@@ -110,7 +136,8 @@ def _save(plan: Plan, config: Mapping[str, Any], default: Path) -> Path:
 def main(config: DictConfig) -> None:
     """Entry point of the console script."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    run_command(lambda: search(settings), resumes=True)
+    overrides = list(HydraConfig.get().overrides.task)
+    run_command(lambda: search(settings, overrides), resumes=True)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class Finish:
         return points
 
     def _measure(self, plans: Mapping[str, Plan]) -> dict[str, Measured]:
-        return self._bench.measure(plans, self._host.config.calibration, "measuring")
+        return self._bench.measure(plans, self._host.config.calibrated_on, "measuring")
 
     def _name(self, done: Done) -> str:
         return f"{self._host.config.name}-{done.number:03d}"
@@ -243,7 +243,7 @@ class Finish:
             "hypervolume": outcome.hypervolume,
             "chosen": outcome.chosen.name,
             "prediction": None if outcome.prediction is None else str(outcome.prediction),
-            "calibration": list(self._host.config.calibration),
+            "calibration": list(self._host.config.calibrated_on),
             "seed": self._settings.seed,
             "device": device_name(self._host.device),
             "versions": versions("optuna"),

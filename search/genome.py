@@ -39,6 +39,25 @@ class GeneNumbers:
         return tuple(rng.randrange(size) for size in self.sizes.values())
 
 
+class ListedGenes(GeneNumbers):
+    """Genes whose values stand in an order in which neighbours are alike."""
+
+    __slots__ = ()
+
+    def child(self, one: Genome, other: Genome, rng: Random) -> Genome:
+        """Uniform crossover of two parents; then one gene at least takes a neighbouring
+        value, or every other time any other.
+        """
+        sizes = list(self.sizes.values())
+        mixed = [rng.choice(pair) for pair in zip(one, other, strict=True)]
+        moved = {i for i in range(len(sizes)) if rng.random() < 1 / len(sizes)}
+        for i in moved or {rng.randrange(len(sizes))}:
+            near = rng.random() < 0.5
+            others = [n for n in range(sizes[i]) if n != mixed[i]]
+            mixed[i] = rng.choice([n for n in others if not near or abs(n - mixed[i]) == 1])
+        return tuple(mixed)
+
+
 @dataclass(frozen=True, slots=True)
 class Genes(GeneNumbers):
     """The genes of one search.

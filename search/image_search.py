@@ -65,7 +65,7 @@ class ImageSearch(TaskSearch):
     def __init__(
         self, host: Host, settings: TaskSettings, folder: Path, genes: KeepGenes, rounds: int
     ) -> None:
-        prompts = host.config.calibration
+        prompts = host.config.calibrated_on
         self._genes, self._rounds = genes, rounds
         stands = [host.kind.stands_for(host.config, prompt) for prompt in prompts]
         setup = host.kind.setup("fused", {}) or {}

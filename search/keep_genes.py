@@ -7,7 +7,6 @@ depth; a genome in which they do is sorted. One more gene says how it is chosen 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 from accel.choice import DENSE
@@ -15,7 +14,7 @@ from accel.errors import AccelError, PlanError, nearest
 from accel.geometry import Geometry
 from accel.plan import PARTS, Plan
 from accel.schedule import Schedule
-from accel.search.genome import GeneNumbers, Genome
+from accel.search.genome import Genome, ListedGenes
 from accel.window_keeps import checked_keeps
 
 __all__ = ["KeepGenes"]
@@ -24,7 +23,7 @@ SPACE = {"keep", "how", "group"}
 
 
 @dataclass(frozen=True, slots=True)
-class KeepGenes(GeneNumbers):
+class KeepGenes(ListedGenes):
     """The genes of one search.
 
     part: of the plan, `windows` or `tokens`. stages: of each stage its groups, and of each of these
@@ -96,19 +95,6 @@ class KeepGenes(GeneNumbers):
         if len(self.hows) > 1:
             found["how"] = len(self.hows)
         return found
-
-    def child(self, one: Genome, other: Genome, rng: Random) -> Genome:
-        """Uniform crossover of two parents; then one gene at least takes a neighbouring
-        value, or every other time any other.
-        """
-        sizes = list(self.sizes.values())
-        mixed = [rng.choice(pair) for pair in zip(one, other, strict=True)]
-        moved = {i for i in range(len(sizes)) if rng.random() < 1 / len(sizes)}
-        for i in moved or {rng.randrange(len(sizes))}:
-            near = rng.random() < 0.5
-            others = [n for n in range(sizes[i]) if n != mixed[i]]
-            mixed[i] = rng.choice([n for n in others if not near or abs(n - mixed[i]) == 1])
-        return tuple(mixed)
 
     def nearest(self, wanted: Mapping[str, Any]) -> Genome:
         """keep: one for all, or one for each stage, or of a stage a list with one for each group;

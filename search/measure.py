@@ -11,17 +11,15 @@ from statistics import mean, median
 
 from tqdm import tqdm
 
-from accel.errors import AccelError
 from accel.files import write_atomically
-from accel.origin import read_json
 from accel.pipelines.cost_files import kept
 from accel.pipelines.enable import enabled
 from accel.pipelines.host import Host, Video
 from accel.pipelines.pricing import warm_up_steps
 from accel.plan import Plan
 from accel.schedule import Schedule
+from accel.search.known import read_known
 from accel.search.objective import Objective
-from accel.untrusted import finite, table, typed
 
 ENTRY = {"seconds", "dense_seconds", "psnr"}
 
@@ -46,7 +44,9 @@ class Bench:
         self._reference = reference
         self._path = path
         self._seed = seed
-        self._known: dict[str, dict[str, dict[str, float]]] = kept(path, _read) or {}
+        self._known: dict[str, dict[str, dict[str, float]]] = (
+            kept(path, lambda p: read_known(p, ENTRY)) or {}
+        )
 
     def measure(
         self, plans: Mapping[str, Plan], prompts: Sequence[str], what: str
@@ -117,14 +117,3 @@ class Bench:
             psnr=mean(f["psnr"] for f in found),
             by_prompt=tuple(f["psnr"] for f in found),
         )
-
-
-def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Plan -> prompt -> what was measured, as untrusted input."""
-    plans = typed(f"{path}", read_json(path), dict)
-    for plan, prompts in plans.items():
-        for prompt, entry in typed(f"{path}: {plan!r:.20}", prompts, dict).items():
-            what = f"{path}: {plan!r:.20} on {prompt!r:.80}"
-            if not all(finite(value) for value in table(what, entry, ENTRY, ENTRY).values()):
-                raise AccelError(f"{what} has something that is not a number")
-    return dict(plans)

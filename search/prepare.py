@@ -117,7 +117,7 @@ def prepare(host: Host, settings: SearchSettings, folder: Path) -> Known:
     denoiser = denoisers_of(host.pipe)[0]
     digest = digest_of(settings, host.config, fingerprint(denoiser))
     geometry, candidates = geometry_of(denoiser), candidates_of(settings.space)
-    prompt = host.config.calibration[0]
+    prompt = host.config.calibrated_on[0]
     baseline = load_or_measure_baseline(
         host, prompt, settings.seed, folder / f"baseline-{digest}.json", settings.hardware
     )
@@ -245,7 +245,7 @@ def _sensitivities(
     )
     steps = times[settings.dense_starts[0], settings.precisions[0]].steps
     bands = range(settings.schedule.n_bands)
-    prompts = host.config.calibration
+    prompts = host.config.calibrated_on
     jobs = [(b, p) for p in prompts for b in bands if p not in known.get(str(b), {})]
     harms = []
     with tqdm(total=len(jobs), desc="probing", unit="run", disable=not jobs) as bar:

@@ -118,7 +118,7 @@ class Search:
             steps=evolution.steps,
             seed=self.settings.seed,
         )
-        prompts = self.host.config.calibration[: evolution.prompts]
+        prompts = self.host.config.calibrated_on[: evolution.prompts]
         device = self.host.device
 
         def evaluate(genome: Genome) -> list[float]:

@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 
 @runtime_checkable
 class TaskGenes(Protocol):
-    """What genomes mean: `text_genes` and `image_genes` have it."""
+    """What genomes mean: `text_genes` and `keep_genes` have it."""
 
     @property
     def values(self) -> Mapping[str, Any]: ...

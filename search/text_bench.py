@@ -5,7 +5,7 @@ answer is right, and how many tokens are those of dense decoding. Nothing is gen
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from accel.files import write_atomically
-from accel.origin import read_json
 from accel.pipelines.cost_files import kept
 from accel.pipelines.enable import enabled
 from accel.pipelines.host import Host
 from accel.pipelines.tasks import Task
 from accel.plan import Plan
+from accel.search.known import read_known
 from accel.search.worth import Worth
-from accel.untrusted import finite, table, typed
 
 __all__ = ["TextBench"]
 
@@ -35,7 +34,9 @@ class TextBench:
     def __init__(self, host: Host, folder: Path, key: str, seed: int) -> None:
         self._host, self._folder, self._key, self._seed = host, folder, key, seed
         self._path = folder / f"measured-{key}.json"
-        self._known: dict[str, dict[str, dict[str, float]]] = kept(self._path, _read) or {}
+        self._known: dict[str, dict[str, dict[str, float]]] = (
+            kept(self._path, lambda p: read_known(p, ENTRY)) or {}
+        )
         self._warm = False
 
     def dense(self, tasks: Sequence[Task]) -> Worth:
@@ -82,7 +83,7 @@ class TextBench:
         """Kernels are built and memory is touched before the first time counts."""
         if not self._warm:
             short = self._host.kind.shortened(self._host.config.call, 2)
-            self._host.generate(self._host.config.calibration[0], self._seed, **short)
+            self._host.generate(self._host.config.calibrated_on[0], self._seed, **short)
             self._warm = True
 
     def _generate(self, task: Task) -> tuple[Any, float]:
@@ -108,14 +109,3 @@ class TextBench:
             agreement=mean(f["agreement"] for f in found),
             calls=float(mean(f["calls"] for f in found)),
         )
-
-
-def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Plan -> task -> what was measured, as untrusted input."""
-    plans: Mapping[str, Any] = typed(f"{path}", read_json(path), dict)
-    for plan, tasks in plans.items():
-        for task, entry in typed(f"{path}: {plan!r:.20}", tasks, dict).items():
-            what = f"{path}: {plan!r:.20} on {task!r:.80}"
-            if not all(finite(value) for value in table(what, entry, ENTRY, ENTRY).values()):
-                raise ValueError(f"{what} has something that is not a number")
-    return dict(plans)

@@ -7,7 +7,6 @@ Values that do not go together are brought together by `repaired`, so that every
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 from accel.choice import DENSE, Choice
@@ -17,7 +16,7 @@ from accel.geometry import Geometry
 from accel.kernels.arguments import PRECISIONS
 from accel.plan import DENSE_BY, Plan
 from accel.schedule import Schedule
-from accel.search.genome import GeneNumbers, Genome
+from accel.search.genome import Genome, ListedGenes
 from accel.token_cache import TokenCache
 
 __all__ = ["GENES", "TextGenes"]
@@ -37,7 +36,7 @@ GENES: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class TextGenes(GeneNumbers):
+class TextGenes(ListedGenes):
     """The genes of one search: name -> its values, in an order in which neighbours are alike.
 
     commit: fields of a `Decoding` besides its block length; masks: a choice of blocks for whole
@@ -70,19 +69,6 @@ class TextGenes(GeneNumbers):
     def sizes(self) -> dict[str, int]:
         """The name of every gene with a choice, and how many values it has."""
         return {name: len(values) for name, values in self.values.items() if len(values) > 1}
-
-    def child(self, one: Genome, other: Genome, rng: Random) -> Genome:
-        """Uniform crossover of two parents; then one gene at least takes a neighbouring
-        value, or every other time any other.
-        """
-        sizes = list(self.sizes.values())
-        mixed = [rng.choice(pair) for pair in zip(one, other, strict=True)]
-        moved = {i for i in range(len(sizes)) if rng.random() < 1 / len(sizes)}
-        for i in moved or {rng.randrange(len(sizes))}:
-            near = rng.random() < 0.5
-            others = [n for n in range(sizes[i]) if n != mixed[i]]
-            mixed[i] = rng.choice([n for n in others if not near or abs(n - mixed[i]) == 1])
-        return tuple(mixed)
 
     def nearest(self, wanted: Mapping[str, Any]) -> Genome:
         """The genome that has the values of `wanted`, and of other genes their usual ones, as far

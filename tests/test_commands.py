@@ -1,6 +1,7 @@
 """The commands as they are typed: their configurations, their help, and what goes wrong in them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,12 @@ COMMANDS = {
     "accel-generate": "accel.pipelines.generate",
     "accel-bench": "accel.pipelines.bench",
     "accel-search": "accel.search",
+}
+GROUPS = {
+    "accel-compare": ("model", "experiment"),
+    "accel-generate": ("model",),
+    "accel-bench": ("shapes",),
+    "accel-search": ("model", "space", "hardware"),
 }
 CHECKOUT = Path(__file__).parent.parent
 
@@ -204,6 +211,11 @@ def test_help_teaches(command):
     assert said.returncode == 0
     assert f"{command} " in said.stdout
     assert "Configuration" in said.stdout
+    about = said.stdout.partition("== What can be chosen ==")[2].partition("== Configuration ==")[0]
+    for group in GROUPS[command]:
+        assert f"\n{group}: " in about
+        for file in (CHECKOUT / "configs" / group).glob("*.yaml"):
+            assert re.search(rf"\b{file.stem}\b", about), file
 
 
 @pytest.mark.parametrize(
@@ -212,6 +224,11 @@ def test_help_teaches(command):
         ("accel-compare", ["rounds=two"], "error: rounds is 'two'"),
         ("accel-compare", ["recipes=[7]"], "error: recipes is [7]"),
         ("accel-search", ["budget.time=half"], "error: budget.time is 'half'"),
+        (
+            "accel-search",
+            ["model=llada-tiny", "space=text", "budget.time=0.5"],
+            "error: budget.time does nothing in a search of a text model",
+        ),
         ("accel-bench", ["dtype=float64"], "error: dtype 'float64' is unknown"),
         (
             "accel-generate",

@@ -6,7 +6,7 @@ import torch
 import accel
 from accel.choice import DENSE
 from accel.pipelines.adapters import geometry_of
-from accel.pipelines.enable import HANDLE
+from accel.pipelines.handle import HANDLE
 from accel.plan import Plan
 from accel.schedule import Schedule
 from accel.token_reduction import TokenReduction

@@ -7,7 +7,7 @@ from accel.recipes.registry import published
 from accel.schedule import Schedule
 
 
-@published(text=True, images=True)
+@published(text=True, vision=True)
 def full(geometry: Geometry, *, block: tuple[int, int] = (128, 64)) -> Plan:
     """Dense attention by accel's own kernel: nothing is left out, so results agree up to rounding.
 
@@ -17,7 +17,7 @@ def full(geometry: Geometry, *, block: tuple[int, int] = (128, 64)) -> Plan:
     return _own_dense("full", geometry, block)
 
 
-@published(text=True, images=True)
+@published(text=True, vision=True)
 def half(geometry: Geometry, *, block: tuple[int, int] = (128, 64)) -> Plan:
     """`full` with 16-bit operands: the dense baseline of plans whose precision is `half` or less.
 

@@ -10,7 +10,7 @@ from accel.token_cache import TokenCache
 FEEDS = {"decode": "undecided", "prefill": "generated"}
 
 
-@published(vision=False, text=True)
+@published(frames=False, text=True)
 def dkv(geometry: Geometry, *, variant: str = "decode", refresh: int = 8) -> Plan:
     """dKV-Cache: the keys and values of a token are kept one step after it was committed, when they
     have changed most.

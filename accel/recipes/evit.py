@@ -10,7 +10,7 @@ from accel.schedule import Schedule
 from accel.token_reduction import TokenReduction
 
 
-@published(vision=False, images=True)
+@published(frames=False, vision=True)
 def evit(
     geometry: Geometry,
     *,

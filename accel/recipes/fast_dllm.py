@@ -15,7 +15,7 @@ CACHES = {
 }
 
 
-@published(vision=False, text=True)
+@published(frames=False, text=True)
 def fast_dllm(
     geometry: Geometry,
     *,

@@ -8,7 +8,7 @@ from accel.recipes.registry import published
 from accel.token_cache import TokenCache
 
 
-@published(vision=False, text=True)
+@published(frames=False, text=True)
 def flashblock(geometry: Geometry, *, delay: int = 0, block_length: int = 32) -> Plan:
     """FlashBlock: what a block's tokens see outside of it is computed once, in its first step, and
     merged by log-sum-exp with what they see of each other (arXiv 2602.05305).

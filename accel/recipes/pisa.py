@@ -8,7 +8,7 @@ from accel.recipes.registry import behind, published
 from accel.schedule import Schedule
 
 
-@published(images=True)
+@published(vision=True)
 def pisa(
     geometry: Geometry,
     *,

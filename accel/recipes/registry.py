@@ -89,15 +89,15 @@ class Recipe:
     plan: (geometry, **parameters), or (geometry, profile, **parameters) of one with a demand.
     demand: (geometry, **those of the parameters that it names), which all have their defaults from
         the plan; None for a method that needs no calibration.
-    vision, text, images: what kinds of model it is for: what generates frames or texts, and what
-        sees images.
+    frames, text, vision: what kinds of model it is for: those that generate frames (images too)
+        or texts, and those that see images.
     """
 
     plan: Callable[..., Plan]
     demand: Callable[..., Demand] | None = None
-    vision: bool = True
+    frames: bool = True
     text: bool = False
-    images: bool = False
+    vision: bool = False
 
 
 RECIPES: dict[str, Recipe] = {}
@@ -107,16 +107,16 @@ def published(
     function: Callable[..., Plan] | None = None,
     *,
     demand: Callable[..., Demand] | None = None,
-    vision: bool = True,
+    frames: bool = True,
     text: bool = False,
-    images: bool = False,
+    vision: bool = False,
 ) -> Callable[..., Any]:
     """Decorator: the recipe is called like its function."""
 
     def add(function: Callable[..., Plan]) -> Callable[..., Plan]:
         if function.__name__ in RECIPES:
             raise ValueError(f"there is a recipe {function.__name__!r} already")
-        RECIPES[function.__name__] = Recipe(function, demand, vision, text, images)
+        RECIPES[function.__name__] = Recipe(function, demand, frames, text, vision)
         return function
 
     return add if function is None else add(function)

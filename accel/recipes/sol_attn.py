@@ -11,7 +11,7 @@ from accel.recipes.registry import behind, published
 from accel.schedule import Schedule
 
 
-@published(images=True)
+@published(vision=True)
 def sol_attn(
     geometry: Geometry,
     *,

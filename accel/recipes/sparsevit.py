@@ -17,7 +17,7 @@ STAGE = re.compile(r"(.*layers\.\d+)\.blocks\.\d+\.attn")
 KEEPS = (0.4, 1.0, (0.8, 0.6, 0.5), 1.0)
 
 
-@published(vision=False, images=True)
+@published(frames=False, vision=True)
 def sparsevit(
     geometry: Geometry,
     *,

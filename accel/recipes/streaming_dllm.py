@@ -8,7 +8,7 @@ from accel.recipes.registry import published
 from accel.token_cache import TokenCache
 
 
-@published(vision=False, text=True)
+@published(frames=False, text=True)
 def streaming_dllm(
     geometry: Geometry,
     *,

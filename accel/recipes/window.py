@@ -9,7 +9,7 @@ from accel.recipes.registry import published
 from accel.schedule import Schedule
 
 
-@published(images=True)
+@published(vision=True)
 def window(
     geometry: Geometry,
     *,

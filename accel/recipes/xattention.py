@@ -8,7 +8,7 @@ from accel.recipes.registry import published
 from accel.schedule import Schedule
 
 
-@published(text=True, images=True)
+@published(text=True, vision=True)
 def xattention(
     geometry: Geometry,
     *,

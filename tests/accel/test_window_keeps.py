@@ -137,8 +137,8 @@ def test_the_recipe_has_what_the_papers_search_found():
     assert found == [0.4] * 2 + [1.0] * 2 + [0.8] * 2 + [0.6] * 2 + [0.5] * 2 + [1.0] * 2
     assert plan.windows.score == "norm_of_means"
     assert not plan.wants_sparse
-    assert RECIPES["sparsevit"].images
-    assert not RECIPES["sparsevit"].vision
+    assert RECIPES["sparsevit"].vision
+    assert not RECIPES["sparsevit"].frames
 
 
 def test_numbers_of_the_recipe_are_spread_over_the_pairs_of_a_deep_stage():

@@ -99,6 +99,13 @@ def test_what_cannot_be_loaded_says_why(config, changes, message):
         Host(dataclasses.replace(config, **changes))
 
 
+def test_who_looks_at_calibration_prompts_says_that_there_are_none(config):
+    without = dataclasses.replace(config, calibration=())
+    assert without.prompts == config.prompts
+    with pytest.raises(AccelError, match=r"model\.calibration of .* is empty"):
+        _ = without.calibrated_on
+
+
 def test_a_call_that_the_pipeline_does_not_take_is_refused_in_one_line(host):
     with pytest.raises(AccelError, match=r"model.call.hight: .* did you mean 'height'"):
         host.generate("a two", 0, hight=64)

@@ -23,7 +23,7 @@ from token_loops import reference
 
 import accel
 from accel.errors import AccelError
-from accel.pipelines.enable import HANDLE
+from accel.pipelines.handle import HANDLE
 from accel.schedule import Schedule
 from accel.token_scores import mass_scores
 

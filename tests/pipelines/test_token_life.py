@@ -246,12 +246,15 @@ class TestRefusals:
             accel.enable(model, plan)
         assert not any("forward" in m.__dict__ for m in model.modules())
 
-    def test_models_without_tokens_to_reduce(self):
+    def test_models_that_a_part_does_nothing_in(self):
         swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=12)
         geometry = geometry_of(swin)
         tokens = TokenReduction({geometry.sites[0].name: 0.5})
-        with pytest.raises(PlanError, match="`tokens`, which accel does not reduce in a Swin"):
+        with pytest.raises(PlanError, match="`tokens`, which does nothing in a Swin"):
             accel.enable(swin, Plan.uniform("t", geometry, DENSE, tokens=tokens))
+        for name, part in (("fast_dllm", "cache"), ("sparse_dllm", "cache")):
+            with pytest.raises(PlanError, match=f"`{part}`, which does nothing in a Swin"):
+                accel.enable(swin, name)
 
     @pytest.mark.parametrize(
         ("name", "said"),

@@ -44,6 +44,8 @@ def test_prompts_are_groups_of_images(host, paths):
     assert config.calibration == ("calibration/000-001",)
     assert (config.kind.name, config.steps) == ("vision", 1)
     assert replace(config, prompts=("test/003",)).prompts == ("test/003",)
+    alone = replace(config, calibration=(), calibration_images="")
+    assert (alone.prompts, alone.calibration) == (config.prompts, ())
     names = tuple(f"{n:03d}" for n in range(21))
     folder = replace(ImageFolder.of(config.images), names=names)
     eights = ("test/000-007", "test/008-015")
