@@ -118,6 +118,11 @@ class TilesKey(NamedTuple):
     rest: str
     arithmetic: str
 
+    @property
+    def name(self) -> str:
+        """As files of tiles have it."""
+        return " ".join(map(str, self))
+
 
 def tiles_key(
     *,
@@ -244,7 +249,7 @@ def save_tiles(table: dict[TilesKey, Tiles]) -> Path:
     path = cache_folder() / "tiles.json"
     _user_table.cache_clear()  # another process may have added to the file
     merged = _user_table(path) | table
-    content = {_name(key): tiles._asdict() for key, tiles in sorted(merged.items())}
+    content = {key.name: tiles._asdict() for key, tiles in sorted(merged.items())}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     _user_table.cache_clear()
     return path
@@ -286,10 +291,6 @@ def _user_table(path: Path | None) -> dict[TilesKey, Tiles]:
     return table
 
 
-def _name(key: TilesKey) -> str:
-    return " ".join(map(str, key))
-
-
 def _parse_key(name: str) -> TilesKey | None:
     parts = name.split(" ")
     if len(parts) != len(TilesKey._fields) or not all(x.isdecimal() for x in parts[:5]):
@@ -297,7 +298,7 @@ def _parse_key(name: str) -> TilesKey | None:
     arch, q_block, kv_block, dim, size = (int(x[:6]) for x in parts[:5])
     key = TilesKey(arch, q_block, kv_block, dim, size, *parts[5:])
     words = (key.access in ACCESS, key.rest in RESTS, key.arithmetic in ARITHMETIC)
-    return key if all(words) and _name(key) == name else None
+    return key if all(words) and key.name == name else None
 
 
 def _parse_tiles(fields) -> Tiles | None:

@@ -69,6 +69,7 @@ def card(model: Path, log: Path, command: str, notes: str) -> str:
     cached = e["cached"]
     cached_tasks = max(r["tasks"] for kind, r in cached["rates"].items() if kind != "all")
     same, both = cached["answers_as_dense"]
+    alike = f"; {same} of {both} answers that were also made without are the same" if both else ""
     dense = "Dense answers, of all tokens in every call, were not made of these weights."
     if e["rates"]:
         dense = f"Dense, all tokens in every call:\n\n{_rates_table(e['rates'])}"
@@ -86,10 +87,12 @@ that sees all places and fills masked ones, block by block. It answers questions
 searched, tested and shown on long contexts, on two CPU cores; it is of no other use.
 
 ```python
+import json
 from accel.pipelines.dllm import MaskedDiffusionPipeline
 
 pipe = MaskedDiffusionPipeline.from_pretrained("samples/models/llada-tiny")
-out = pipe(prompt, gen_length={GEN_LENGTH}, block_length={e["block"]})
+task = json.loads(open("samples/models/llada-tiny/tasks.jsonl").readline())
+out = pipe(task["prompt"], gen_length={GEN_LENGTH}, block_length={e["block"]})
 ```
 
 A prompt goes through the tokenizer's chat template; {GEN_LENGTH} `<|mask|>` tokens after it are the
@@ -146,8 +149,8 @@ before most of their neighbours are known:
 
 Prompts of 4,096 tokens and {e["gen_length"]} generated ones in blocks of {e["block"]}, {e["steps"]}
 steps, the likeliest places first, {precision}. A value is right if the answer has it as a line.
-With a cache of what is outside the block, filled anew for each block, which is many times as fast
-({same} of {both} answers that were also made without are the same):
+With a cache of what is outside the block, filled anew for each block, which is many times as
+fast{alike}:
 
 {_rates_table(cached["rates"])}
 

@@ -69,12 +69,12 @@ def tune(settings: BenchSettings) -> dict[TilesKey, Tiles]:
 
 def is_tuned(key: TilesKey, device: torch.device) -> bool:
     """Whether the tiles that hold for a key were found here, and by this code."""
-    return _notes().get(_name(key)) == _note(choose_tiles(key), device)
+    return _notes().get(key.name) == _note(choose_tiles(key), device)
 
 
 def note_tuned(key: TilesKey, tiles: Tiles, device: torch.device) -> None:
     """Note beside the user's table what found its tiles for a key."""
-    notes = {**_notes(), _name(key): _note(tiles, device)}
+    notes = {**_notes(), key.name: _note(tiles, device)}
     write_atomically(_notes_path(), json.dumps(notes, indent=1) + "\n")
 
 
@@ -88,10 +88,6 @@ def _notes() -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # tuning again is all that comes of it
     return found if isinstance(found, dict) else {}
-
-
-def _name(key: TilesKey) -> str:
-    return " ".join(map(str, key))
 
 
 def _note(tiles: Tiles, device: torch.device) -> dict[str, Any]:
