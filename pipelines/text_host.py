@@ -141,24 +141,45 @@ class TextHost:
         return type(self._own).__name__
 
     def _tried(self, real: Bool[Tensor, " tokens"] | None) -> tuple[bool, bool]:
-        """Whether a token sees the last one, and does not see the first, which may be padding."""
+        """Whether a token sees the last one, and does not see the first, which may be padding.
+
+        By the gradient of its logits, which is zero for what it does not see; what it does see may
+        change them by less than they are rounded. Tokens are from all over the vocabulary, whose
+        first are often special ones that a trained model pays no heed to.
+        """
+        embeddings = next((m for m in self._own.modules() if isinstance(m, nn.Embedding)), None)
+        if embeddings is None:
+            raise UnsupportedModelError(
+                f"a {self._name} has no embeddings of tokens that are known"
+            )
         device = next(self._own.parameters()).device
-        tokens = torch.zeros(3, _TRIED, dtype=torch.long, device=device)
-        tokens[1, -1] = 1
-        tokens[2, 0] = 1
+        words = torch.arange(1, _TRIED + 1, device=device) * embeddings.num_embeddings
+        tokens = (words // (_TRIED + 1))[None]
         positions = None
         if real is not None:
-            real = real.to(device).expand(3, -1)
+            real = real.to(device)[None]
             positions = (real.cumsum(1) - 1).clamp(min=0)
-        with untouched(self._own):
-            found = self.logits(tokens, positions, real, None)[:, 1]
-        # samples of a batch may be rounded differently, of which no more than some bits come
-        rounding = _ROUNDINGS * torch.finfo(found.dtype).eps * found.abs().max()
-        ahead, behind = ((found[0] - other).abs().max() for other in found[1:])
-        return bool(ahead > rounding), bool(behind <= rounding)
+        read: list[Tensor] = []
+
+        def kept(module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
+            read.append(embedded.detach().requires_grad_(True))
+            return read[0]
+
+        hook = embeddings.register_forward_hook(kept)
+        try:
+            with (
+                untouched(self._own),
+                torch.enable_grad(),
+                torch.compiler.set_stance("force_eager"),
+            ):
+                found = self.logits(tokens, positions, real, None)[0, 1]
+                (seen,) = torch.autograd.grad(found.float().square().sum(), read)
+        finally:
+            hook.remove()
+        first, last = seen[0, 0], seen[0, -1]
+        return bool(last.any()), not bool(first.any())
 
 
-_ROUNDINGS = 16
 _AHEAD = (
     "a token does not see those after it, so it cannot be a masked diffusion model. If it was"
     " trained as one, load it with is_causal=False in its configuration"

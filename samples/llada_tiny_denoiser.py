@@ -19,6 +19,7 @@ __all__ = ["PHASES", "Batch", "Lengths", "LladaSettings", "Phase", "Rows", "llad
 BLOCK = 32  # of semi-autoregressive decoding
 LABELS = (*KINDS, "text", "echo")
 SEEN = 4  # tokens before one of an answer, by which it is found: a line
+HOLE = 4  # tokens of a hole at most, so that none is told by those after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +59,14 @@ SHORT = Lengths(prompt=160, answer=96, batch=16)
 K_HALF = Lengths(prompt=320, answer=192, batch=8)
 K_ONE = Lengths(prompt=768, answer=256, batch=4)
 K_TWO = Lengths(prompt=1792, answer=256, batch=3)
-WHOLE = Lengths(prompt=4096, answer=256, batch=2)
+WHOLE = Lengths(prompt=4096, answer=256, batch=2, shares=(0.1, 0.2, 0.6, 0.1, 0.0))
 PHASES = (
     Phase(0.03, (ECHO,)),
     Phase(0.18, (TINY,)),
     Phase(0.3, (TINY, SHORT, K_HALF)),
     Phase(0.55, (TINY, SHORT, K_HALF, K_ONE)),
     Phase(0.85, (TINY, SHORT, K_HALF, SHORT, K_ONE, K_TWO)),
-    Phase(1.0, (SHORT, K_HALF, K_ONE, K_TWO, WHOLE)),
+    Phase(1.0, (WHOLE, SHORT, K_TWO, WHOLE, K_ONE)),  # most errors are left in whole prompts
 )
 
 
@@ -117,6 +118,14 @@ def _gaps(rng: np.random.Generator, tokens: int, prompt: int, reach: int) -> np.
     for place, skip in zip(rng.integers(1, prompt, count), skips, strict=True):
         positions[place:] += skip
     return positions
+
+
+def _holes(begun: Tensor, lengths: Tensor) -> Tensor:
+    """Holes of `lengths` tokens from where they are begun; they may run into each other."""
+    chosen = begun.clone()
+    for back in range(1, int(lengths.max())):
+        chosen[back:] |= begun[:-back] & (lengths[:-back] > back)
+    return chosen
 
 
 def _any_of_last(chosen: Tensor, count: int) -> Tensor:
@@ -186,7 +195,7 @@ class Rows:
                 ends = clean[row] == self.tokenizer.eos_token_id
                 weight[row][ends & ends.roll(1)] = self.settings.filling_weight
                 kind = rng.random()
-                if kind < 0.5:  # one block is being decoded, what comes later is masked
+                if kind < 0.4:  # one block is being decoded, what comes later is masked
                     answered = max(1, int((~ends[prompt:]).sum()))
                     block = int(rng.integers(answered // BLOCK + 1))
                     if rng.random() < 0.6:  # known as far as a place
@@ -195,8 +204,9 @@ class Rows:
                     later = place >= (block + 1) * BLOCK
                     chosen |= later
                     weight[row][later] *= self.settings.later_weight
-                elif kind < 0.8:  # a few holes, most of which can be told for certain
-                    chosen = drawn < 0.05 + 0.25 * share
+                elif kind < 0.9:  # a few holes, whose first tokens can be told for certain
+                    begun, sizes = drawn < 0.02 + 0.08 * share, rng.integers(1, HOLE + 1, tokens)
+                    chosen = _holes(begun, torch.from_numpy(sizes))
                 chosen &= place >= 0
                 certain = ~_any_of_last(chosen, SEEN) & ~ends
                 weight[row][certain] *= self.settings.certain_weight

@@ -470,6 +470,19 @@ class TestRefused:
         with pytest.raises(AccelError, match=r"Causal is causal: .*is_causal=False"):
             run(pipe, prompts(7), **HOW)
 
+    @pytest.mark.parametrize(
+        ("dtype", "less"), [(torch.float32, 1e-7), (torch.bfloat16, 1e-5), (torch.float16, 1e-4)]
+    )
+    def test_what_is_seen_may_matter_less_than_rounding(self, dtype, less):
+        model = euro_bert()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight *= less
+            model.model.embed_tokens.weight[:2] = model.model.embed_tokens.weight[2:4]
+        model.to(dtype)
+        ids = run(pipe_of(model), prompts(7, 4), **HOW)
+        assert not (ids == MASK).any()
+
     def test_a_model_that_is_asked_not_to_be_causal(self):
         assert not (run(pipe_of(qwen3(is_causal=True)), prompts(7), **HOW) == MASK).any()
 

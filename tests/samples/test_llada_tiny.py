@@ -22,6 +22,7 @@ from llada_tiny_denoiser import (
     LladaSettings,
     Phase,
     Rows,
+    _holes,
     llada_step,
 )
 from llada_tiny_model import (
@@ -220,6 +221,12 @@ def test_tokens_weigh_more_that_follow_from_what_is_before_them() -> None:
     assert (weight == 5).sum() > 50
     ends = batch.clean[:, 4:] == tokenizer().eos_token_id
     assert (weight[ends] <= 1).all()
+
+
+def test_holes_are_as_long_as_they_are_drawn() -> None:
+    begun = torch.tensor([0, 1, 0, 0, 0, 0, 1, 1, 0, 1], dtype=torch.bool)
+    sizes = torch.tensor([4, 4, 1, 1, 1, 1, 2, 1, 3, 4])
+    assert _holes(begun, sizes).int().tolist() == [0, 1, 1, 1, 1, 0, 1, 1, 0, 1]
 
 
 def test_trained_weights_begin_at_later_phases(tmp_path: Path) -> None:
