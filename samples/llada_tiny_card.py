@@ -130,9 +130,9 @@ four times in ten only within one block of {e["block"]} tokens, with all later o
 decoding sees them, and five times in ten a few holes of one to four tokens. What can be told for
 certain from the tokens before it weighs more: one error costs the rest of a long answer. Prompts
 grow from 96 to 4,096 tokens; gaps in the positions of short ones let far distances be seen early.
-The weights begin as a weak induction circuit, which small models are slow to find: heads of the first layer
-copy a neighbour each, later ones match what these copied. Random tokens that come again and again
-teach matching at the start (see `samples/llada_tiny_denoiser.py`).
+The weights begin as a weak induction circuit, which small models are slow to find: heads of the
+first layer copy a neighbour each, later ones match what these copied. Random tokens that come again
+and again teach matching at the start (see `samples/llada_tiny_denoiser.py`).
 
 {stages_table(log)}
 

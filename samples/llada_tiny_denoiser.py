@@ -206,6 +206,7 @@ class Rows:
                     weight[row][later] *= self.settings.later_weight
                 elif kind < 0.9:  # a few holes, whose first tokens can be told for certain
                     begun, sizes = drawn < 0.02 + 0.08 * share, rng.integers(1, HOLE + 1, tokens)
+                    begun[int(rng.integers(prompt, tokens))] = True  # one at least
                     chosen = _holes(begun, torch.from_numpy(sizes))
                 chosen &= place >= 0
                 certain = ~_any_of_last(chosen, SEEN) & ~ends
