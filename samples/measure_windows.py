@@ -46,7 +46,12 @@ def model_of(name: str, size: int) -> nn.Module:
     if Path(name).is_dir():
         model = VisionPipeline.from_pretrained(name).model
         return model.backbone if isinstance(model, Segmenter) else model
-    return timm.create_model(name, pretrained=False, img_size=size).eval()
+    try:
+        return timm.create_model(name, pretrained=False, img_size=size).eval()
+    except (TypeError, RuntimeError) as error:
+        raise SystemExit(
+            f"{name!r} is no folder and no windowed model of timm at {size} pixels: {error}"
+        ) from error
 
 
 def keeping(model: nn.Module, keep: float) -> Plan:

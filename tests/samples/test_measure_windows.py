@@ -41,3 +41,9 @@ def test_parts_are_those_of_the_pruned_stage(model):
             seconds = measure_windows.part_seconds(stage, x)
             assert torch.equal(x, before)
             assert (seconds["ranking"] > 0) == (stage.last is not None)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "no_such_model"])
+def test_what_has_no_windows_is_refused_in_one_line(name):
+    with pytest.raises(SystemExit, match=f"{name}' is no folder and no windowed model of timm"):
+        measure_windows.model_of(name, 64)
