@@ -14,6 +14,7 @@ from tiny_wan import tiny_wan_config
 from accel.command import hydra_version
 from accel.pipelines.compare import compare
 from accel.pipelines.generate import generate
+from accel.pipelines.model_settings import model_config
 from accel.plan import Plan
 from accel.search.__main__ import search
 
@@ -42,12 +43,12 @@ def configured(name, tiny, out, *overrides):
     return values
 
 
-@pytest.mark.parametrize("experiment", ["demo", "wan-digits"])
+@pytest.mark.parametrize("experiment", ["demo", "wan-digits", "llada-tiny"])
 def test_the_comparisons_of_the_readme_are_configured(experiment, tmp_path):
     config = configured("compare", None, tmp_path, f"experiment={experiment}")
     assert (CHECKOUT / config["plan"]).is_file()
     assert (CHECKOUT / config["model"]["path"]).is_dir()
-    assert len(config["model"]["prompts"]) >= config["prompts"]
+    assert len(model_config(config["model"]).prompts) >= config["prompts"]
 
 
 def test_demo_and_the_whole_comparison_keep_apart():
