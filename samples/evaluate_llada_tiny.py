@@ -3,10 +3,12 @@ it know source text?
 
     python samples/evaluate_llada_tiny.py
     python samples/evaluate_llada_tiny.py --tasks 1 --cached-tasks 16
+    python samples/evaluate_llada_tiny.py --tasks 0 --plan my-plan.json --out plan.json
 
 A dense answer is 256 calls with all tokens, minutes on a CPU; `--cached-tasks` are answered with a
 cache of all tokens outside the block (Fast-dLLM's dual cache), filled anew for each block, one
-token a step like the dense ones, whose answers theirs are held against. Writes `evaluation.json`
+token a step like the dense ones, whose answers theirs are held against; with `--plan` they are
+answered by that plan instead. Writes `evaluation.json`
 into the model folder. Finished tasks are kept in the work folder, so that the same command goes on
 where a killed one stopped.
 """
@@ -31,6 +33,7 @@ from accel.pipelines.adapters import geometry_of
 from accel.pipelines.dllm import MaskedDiffusionPipeline
 from accel.pipelines.enable import enabled
 from accel.pipelines.provenance import device_name
+from accel.plan import Plan
 from accel.recipes import recipe
 
 HERE = Path(__file__).parent
@@ -98,18 +101,18 @@ def judged(
     tasks: list[tuple[str, Task]],
     steps: int,
     folder: Path,
-    cached: bool = False,
+    plan: Plan | None = None,
 ) -> list[dict]:
-    """One row per task, answered in `steps` steps and as far as the first end of text; those that
-    an earlier call made come from `folder`.
+    """One row per task, answered in `steps` steps and as far as the first end of text, by a plan
+    where one is given; those that an earlier call made come from `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, rows = digest(pipe.model), []
-    plan = recipe("fast_dllm", geometry_of(pipe.model), threshold=None)
-    on = enabled(pipe, plan, check=False, guard=False) if cached else nullcontext()
-    with on, tqdm(tasks, desc="cached tasks" if cached else "tasks", mininterval=10) as bar:
+    on = nullcontext() if plan is None else enabled(pipe, plan, check=False, guard=False)
+    with on, tqdm(tasks, desc="dense" if plan is None else plan.name, mininterval=10) as bar:
         for name, task in bar:
-            words = json.dumps([weights, task.prompt, steps, str(pipe.model.dtype), cached])
+            how = None if plan is None else plan.digest
+            words = json.dumps([weights, task.prompt, steps, str(pipe.model.dtype), how])
             path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.json"
             if not path.exists():
                 call = {"block_length": BLOCK, "num_inference_steps": steps, "stop_at_eos": True}
@@ -142,6 +145,7 @@ def main(
     windows: int,
     bfloat16: bool,
     out: Path,
+    plan_file: Path | None = None,
 ) -> None:
     """Evaluate and write."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -154,7 +158,9 @@ def main(
     print(json.dumps(loss, indent=2))
     whole = load_tasks(model_folder / "tasks.jsonl")
     pipe.to(torch.bfloat16 if bfloat16 else torch.float32)
-    cached = judged(pipe, _first(whole, cached_tasks), steps, work, cached=True)
+    exact = recipe("fast_dllm", geometry_of(pipe.model), threshold=None)
+    plan = exact if plan_file is None else Plan.load(plan_file).check(geometry_of(pipe.model))
+    cached = judged(pipe, _first(whole, cached_tasks), steps, work, plan)
     print(json.dumps(rates(cached), indent=2))
     rows = judged(pipe, _first(whole, tasks), steps, work)
     by_id = {row["id"]: row["answer"] for row in cached}
@@ -189,6 +195,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64, help="of held-out text, each length")
     parser.add_argument("--bfloat16", action="store_true", help="answer tasks in bfloat16")
     parser.add_argument("--out", type=Path, help="instead of evaluation.json of the model")
+    parser.add_argument(
+        "--plan", type=Path, help="a plan, by which the cached tasks are answered instead"
+    )
     return parser.parse_args()
 
 
@@ -203,4 +212,5 @@ if __name__ == "__main__":
         options.windows,
         options.bfloat16,
         options.out or options.model / "evaluation.json",
+        options.plan,
     )
