@@ -96,7 +96,7 @@ def draw(rows: dict[str, dict[int, float]], crossover: int, title: str, path: Pa
     dense = rows["dense"]
     colours = ("#0f766e", "#2563eb", "#d97706", "#9333ea")
     for (name, found), colour in zip(list(rows.items())[1:], colours, strict=True):
-        axes.plot(found, [found[n] / dense[n] for n in found], "o-", color=colour, label=name)
+        axes.plot(list(found), [found[n] / dense[n] for n in found], "o-", color=colour, label=name)
     axes.axhline(1.0, color="#1e293b", lw=1)
     axes.axvline(crossover, color="#94a3b8", ls="--", lw=1)
     axes.annotate(f" crossover of sparsed: {crossover}", (crossover, 1.02), color="#475569")
@@ -139,7 +139,6 @@ def main() -> None:
     crossover = arms["sparsed"].expected["crossover"]["tokens"]
     title = f"llada-tiny, {args.dtype}, {device_name(torch.device('cpu'))}"
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(rows, crossover, title, args.out / "contexts.svg")
     told = {"step_seconds": rows, "crossover": crossover, "dtype": args.dtype}
     told |= {
         "device": device_name(torch.device("cpu")),
@@ -147,6 +146,7 @@ def main() -> None:
         "steps": args.steps,
     }
     write_atomically(args.out / "contexts.json", json.dumps(told, indent=1))
+    draw(rows, crossover, title, args.out / "contexts.svg")
     print(f"{title}, {torch.get_num_threads()} threads; crossover of sparsed: {crossover} tokens")
     print(f"| ms a step | {' | '.join(map(str, args.lengths))} |")
     print("|---|" + "---:|" * len(args.lengths))
