@@ -9,6 +9,7 @@ from accel.errors import AccelError
 __all__ = ["is_pipeline", "load_checkpoint"]
 
 INDEX = "model_index.json"
+HUB = ("revision", "token", "cache_dir")  # which file of a repository is meant
 # of remote code, by what a masked diffusion model is published as
 AUTO = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
 
@@ -19,7 +20,7 @@ def is_pipeline(path: str | os.PathLike[str], **load: Any) -> bool:
 
     if Path(path).is_dir():
         return (Path(path) / INDEX).is_file()
-    where = {k: v for k, v in load.items() if k in ("revision", "token", "cache_dir")}
+    where = {k: load[k] for k in HUB if k in load}
     found = cached_file(
         str(path),
         INDEX,
@@ -39,7 +40,7 @@ def load_checkpoint(path: str | os.PathLike[str], **load: Any) -> tuple[Any, Any
     """
     import transformers
 
-    shared = {k: load[k] for k in ("trust_remote_code", "revision", "token") if k in load}
+    shared = {k: load[k] for k in ("trust_remote_code", *HUB) if k in load}
     config: Any = transformers.AutoConfig.from_pretrained(path, **shared)
     remote = getattr(config, "auto_map", None) or {}
     names = [name for name in AUTO if name in remote] or list(config.architectures or ())
