@@ -27,8 +27,8 @@ ASKED = {"sparsed": 0.3, "adaspa": 0.2, "pisa": 0.15, "subblock": 0.25, "svg_ear
 # dense steps of 50 where they are not 10
 DENSE_STEPS = {"radial": 12, "xattention": 5, "jenga": 0, "sparge": 0}
 # those that need no calibration; of the others test_calibrated_recipes.py says more
-VISION = [name for name, found in RECIPES.items() if found.vision]
-SPARSE = [n for n in VISION if RECIPES[n].demand is None and n not in ("full", "half")]
+FRAMES = [name for name, found in RECIPES.items() if found.frames]
+SPARSE = [n for n in FRAMES if RECIPES[n].demand is None and n not in ("full", "half")]
 
 
 def made(name, geometry, **parameters):
@@ -41,8 +41,8 @@ def made(name, geometry, **parameters):
 @pytest.fixture(scope="module")
 def plans():
     """In small blocks, but where the method ties them to its tiles."""
-    blocks = {name: {} if name == "sta" else {"block": BLOCK} for name in VISION}
-    return {name: made(name, tiny_geometry(), **blocks[name]) for name in VISION}
+    blocks = {name: {} if name == "sta" else {"block": BLOCK} for name in FRAMES}
+    return {name: made(name, tiny_geometry(), **blocks[name]) for name in FRAMES}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def ran(plans):
     return done
 
 
-@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("name", FRAMES)
 class TestContract:
     def test_it_makes_a_plan_that_checks_and_round_trips(self, name, plans, tmp_path):
         plan = plans[name]

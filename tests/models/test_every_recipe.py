@@ -11,7 +11,7 @@ from accel.pipelines.enable import session_of
 from accel.recipes import RECIPES
 
 # those that are calibrated need a pipeline, and make plans of the patterns that the others have
-UNCALIBRATED = [name for name, made in RECIPES.items() if made.demand is None and made.vision]
+UNCALIBRATED = [name for name, made in RECIPES.items() if made.demand is None and made.frames]
 FEW = ("Flux Kontext", "HunyuanVideo", "Mochi", "SD3.5", "Lumina2", "Latte")
 STEPS = 4
 

@@ -145,7 +145,7 @@ def test_recipes_compute_in_the_precision_of_the_baselines(front):
 
 def test_all_recipes_are_those_that_leave_something_out():
     names = settings(recipes="all").recipes
-    assert set(names) == {n for n, r in RECIPES.items() if r.vision} - {"full", "half"}
+    assert set(names) == {n for n, r in RECIPES.items() if r.frames} - {"full", "half"}
     assert next(iter(settings(recipes=("window", "all")).recipes)) == "window"
     assert len(settings(recipes=("window", "all")).recipes) == len(names)
 
