@@ -455,6 +455,7 @@ void in_parallel(int64_t threads, Make make, Stages... stages) {
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(threads)
     {
+        const FlushTiny flush;
         decltype(make()) own;
         const auto guarded = [&](auto&& stage) {
             try {

@@ -228,6 +228,21 @@ class TestCompiled:
         mask = BlockMask.from_dense(keep, block=(32, 32), q_length=32, kv_length=256)
         check(NATIVE, q, k, v, mask)
 
+    @pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"), reason="no such switch"
+    )
+    def test_what_is_too_small_is_nothing_inside_and_stays_outside(self):
+        # sharp attention is full of weights like these, and such products take a processor long
+        weight, value, tiny = 2.0**-40, 2.0**-100, 2.0**-140
+        logit = torch.tensor(weight).log() * 64**0.5
+        q, k, v = (torch.zeros(1, 1, tokens, 64) for tokens in (64, 4096, 4096))
+        q[..., 0], k[:, :, 1:, 0], v[:, :, 1:] = 1.0, logit, value
+        assert v.new_tensor(weight) * value == tiny > 0
+        mask = BlockMask.full(block=(64, 64), q_length=64, kv_length=4096, heads=1)
+        assert (sparse_attention(q, k, v, mask, backend="native") == 0).all()
+        # in every thread
+        assert (torch.full((1 << 20,), value) * weight == tiny).all()
+
     def test_tensors_elsewhere_are_refused(self):
         q = torch.randn(1, 1, 32, 64, device="meta")
         with pytest.raises(ValueError, match="q is on meta; move it, or take backend='auto'"):
