@@ -2,8 +2,9 @@
 
 Prompts of text differ in length, and below some length block masks cost more than they leave out
 (SparseD, arXiv 2509.24014, is slower than dense attention below 16k tokens, and does not tell). The
-lengths are tried one by one, doubling; every try times the host's dense attention, a sparse call
-with as many blocks as the plan keeps, and the selection of its blocks, in turn.
+lengths are tried from the longest down to the first that does not gain, so that none above the
+crossover loses; every try times the host's dense attention, a sparse call with as many blocks as
+the plan keeps, and the selection of its blocks, in turn.
 """
 
 from collections import Counter
@@ -28,6 +29,7 @@ from accel.layout import Layout
 from accel.masks import selectable
 from accel.pipelines.adapters import denoisers_of, sites_of
 from accel.pipelines.devices import execution_device
+from accel.pipelines.text_host import TextHost
 from accel.plan import Plan
 from accel.timing import in_turns
 
@@ -39,10 +41,10 @@ ROUNDS = 5
 
 
 def with_crossover(
-    plan: Plan, target: Any, *, steps: int, lengths: Sequence[int] = LENGTHS
+    plan: Plan, target: Any, *, steps: int, lengths: Sequence[int] | None = None
 ) -> Plan:
     """`plan`, with the length from which on its sparse calls are worth while here; shorter calls
-    run dense. steps: of a run, over which its selections are spread.
+    run dense. steps: of a run, over which its selections are spread. lengths: see `crossover`.
 
     A plan whose heads are all dense comes back as it is.
     """
@@ -59,20 +61,28 @@ def with_crossover(
 
 
 def crossover(
-    plan: Plan, target: Any, *, steps: int, lengths: Sequence[int] = LENGTHS
+    plan: Plan, target: Any, *, steps: int, lengths: Sequence[int] | None = None
 ) -> int | None:
-    """The first of `lengths` at which sparse calls win, and that after which there is none: twice
-    the last one. None for a plan without sparse heads.
+    """The least of `lengths` from which on sparse calls win at all of them, and where they lose at
+    the longest, twice that. None for a plan without sparse heads.
+
+    lengths: in tokens; `LENGTHS` that the model was made for, unless given.
     """
     if not plan.wants_sparse:
         return None
     model = denoisers_of(target)[0]
-    with tqdm(lengths, desc="crossover", unit="length", leave=False) as bar:
+    if lengths is None:
+        longest = TextHost(model).longest or LENGTHS[-1]
+        lengths = [n for n in LENGTHS if n <= longest] or LENGTHS[:1]
+    down = sorted(lengths, reverse=True)
+    found = 2 * down[0]
+    with tqdm(down, desc="crossover", unit="length", leave=False) as bar:
         for tokens in bar:
             bar.set_postfix_str(f"{tokens} tokens")
-            if price_at(plan, model, tokens, steps=steps) < WINS:
-                return tokens
-    return 2 * lengths[-1]
+            if price_at(plan, model, tokens, steps=steps) >= WINS:
+                break
+            found = tokens
+    return found
 
 
 def price_at(plan: Plan, model: nn.Module, tokens: int, *, steps: int) -> float:

@@ -37,16 +37,29 @@ def with_prices(monkeypatch, prices):
     return asked
 
 
-def test_the_first_length_that_gains(monkeypatch, model, plan):
-    asked = with_prices(monkeypatch, {64: 1.4, 128: 0.99, 256: 0.9, 512: 0.5})
+def test_the_least_length_above_which_all_gain(monkeypatch, model, plan):
     lengths = (64, 128, 256, 512)
+    asked = with_prices(monkeypatch, {64: 1.4, 128: 0.99, 256: 0.9, 512: 0.5})
     assert crossover.crossover(plan, model, steps=10, lengths=lengths) == 256
-    assert asked == [64, 128, 256]
+    assert asked == [512, 256, 128]
+    # one that gains below one that loses is no crossover
+    with_prices(monkeypatch, {64: 0.8, 128: 0.7, 256: 1.1, 512: 0.5})
+    assert crossover.crossover(plan, model, steps=10, lengths=lengths) == 512
+    with_prices(monkeypatch, dict.fromkeys(lengths, 0.9))
+    assert crossover.crossover(plan, model, steps=10, lengths=lengths) == 64
 
 
 def test_where_nothing_gains(monkeypatch, model, plan):
-    with_prices(monkeypatch, {64: 1.4, 128: 1.2})
+    asked = with_prices(monkeypatch, {64: 0.4, 128: 1.2})
     assert crossover.crossover(plan, model, steps=10, lengths=(64, 128)) == 256
+    assert asked == [128]
+
+
+def test_lengths_are_those_that_the_model_was_made_for(monkeypatch, model, plan):
+    model.config.max_position_embeddings = 2048
+    asked = with_prices(monkeypatch, dict.fromkeys(crossover.LENGTHS, 0.5))
+    assert crossover.crossover(plan, model, steps=10) == 512
+    assert asked == [2048, 1024, 512]
 
 
 def test_a_plan_without_masks_has_none(model):
