@@ -92,7 +92,8 @@ def refuse_unread(model: ModelConfig, overrides: Sequence[str]) -> None:
     """Refuse settings that a search by tasks does not read."""
     for override in overrides:
         name = override.lstrip("+~").partition("=")[0]
-        if any(name == unread or name.startswith(f"{unread}.") for unread in OF_FRAMES):
+        unread = OF_FRAMES if model.output == "vision" else (*OF_FRAMES, "cost_rounds")
+        if any(name == one or name.startswith(f"{one}.") for one in unread):
             raise AccelError(
                 f"{name} does nothing in a search of a {model.output} model; leave it out"
                 " (budget.accuracy is its budget)"

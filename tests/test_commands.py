@@ -16,7 +16,7 @@ from accel.pipelines.compare import compare
 from accel.pipelines.generate import generate
 from accel.pipelines.model_settings import model_config
 from accel.plan import Plan
-from accel.search.__main__ import search
+from accel.search.__main__ import OF_FRAMES, search
 
 COMMANDS = {
     "accel-compare": "accel.pipelines.compare",
@@ -163,7 +163,7 @@ from omegaconf import OmegaConf
 from accel.errors import AccelError
 from accel.pipelines.bench import bench
 from accel.pipelines.compare import compare
-from accel.search.__main__ import search
+from accel.search.__main__ import OF_FRAMES, search
 
 told = {"bench": bench, "compare": compare}
 jobs = {name: lambda config, job=job: job(config, "") for name, job in told.items()}
@@ -219,6 +219,17 @@ def test_help_teaches(command):
             assert re.search(rf"\b{file.stem}\b", about), file
 
 
+def test_settings_of_frames_are_told_from_others():
+    told, above = {"hardware"}, ""
+    for line in (CHECKOUT / "configs" / "search.yaml").read_text().splitlines():
+        if found := re.match(r"(  )?(\w+):(.*)", line):
+            inner, name, rest = found.groups()
+            above = above if inner else name
+            if "# of frames" in rest:
+                told.add(f"{above}.{name}" if inner else name)
+    assert told == set(OF_FRAMES)
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
@@ -229,6 +240,11 @@ def test_help_teaches(command):
             "accel-search",
             ["model=llada-tiny", "space=text", "budget.time=0.5"],
             "error: budget.time does nothing in a search of a text model",
+        ),
+        (
+            "accel-search",
+            ["model=llada-tiny", "space=text", "cost_rounds=3"],
+            "error: cost_rounds does nothing in a search of a text model",
         ),
         ("accel-bench", ["dtype=float64"], "error: dtype 'float64' is unknown"),
         (
