@@ -162,7 +162,7 @@ class Session:
             return dense()
         run = self.run
         if run.text is not None:
-            how = (valid, dense, obstacle, self._kernel(site, q))
+            how = (valid, dense, obstacle, partial(self._kernel, site, q))
             found = self.text.attend(site, run, run.text, self.records, q, k, v, *how)
             if found is not None:
                 return found

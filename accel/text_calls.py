@@ -42,11 +42,11 @@ class TextCalls:
         valid: Bool[Tensor, "batch kv_tokens"] | None,
         dense: Callable[[], Heads],
         obstacle: str | None,
-        kernel: str,
+        kernel: Callable[[], str],
     ) -> Heads | None:
         """The output of a call that sees a cache, or keys that the model keeps itself; None for one
-        with all tokens. dense, obstacle, valid: as the router has them; kernel: the name of
-        accel's own.
+        with all tokens. dense, obstacle, valid: as the router has them; kernel: tells the name
+        of accel's own.
         """
         if step.cached and obstacle is not None:
             raise AccelError(
@@ -54,9 +54,9 @@ class TextCalls:
                 f" {obstacle}; take a plan without a cache"
             )
         if step.fed is not None:
-            return self._fed(site, run, step, records, q, k, v, kernel)
+            return self._fed(site, run, step, records, q, k, v, kernel())
         if step.beside:
-            return self._beside(site, run, step, records, q, k, v, valid, dense, kernel)
+            return self._beside(site, run, step, records, q, k, v, valid, dense, kernel())
         return None
 
     def _fed(
