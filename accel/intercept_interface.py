@@ -9,7 +9,7 @@ AttentionMaskInterface. `tests/accel/test_intercept_interface.py` checks the con
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -114,11 +114,17 @@ def _base(config: Any) -> str:
 
 
 def _function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
-    from transformers import AttentionInterface
-
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
-    return AttentionInterface()[base]
+    return _interface()[base]
+
+
+@cache
+def _interface() -> Any:
+    """The functions by name, as they stand at each look."""
+    from transformers import AttentionInterface
+
+    return AttentionInterface()
 
 
 def _register(base: str) -> None:

@@ -124,6 +124,7 @@ class Session:
             )
             return
         run.phase = self.plan.schedule.at(where)
+        run.then = self.plan.schedule.after(where)
         if layout is None or self.unfit:
             run.reason = self.unfit or why
 
@@ -319,11 +320,9 @@ class Session:
 
     def _keep(self, site: Site, run: Run, out: Heads) -> None:
         """Keep of an output what later calls will take over."""
-        assert run.where is not None
-        then = self.plan.schedule.after(run.where)
         choices = [
             () if phase.band is None else self.plan.choices(site.name, phase.band) or ()
-            for phase in (run.phase, then)
+            for phase in (run.phase, run.then)
         ]
         run.outputs.keep(site.name, run.branch, out, *choices)
 

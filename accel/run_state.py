@@ -47,8 +47,9 @@ class MaskKey(NamedTuple):
 class Run:
     """What one generation keeps between steps. A fresh one replaces it when a run begins.
 
-    where, layouts: the last ones known; placed: whether the call of the moment has a place of its
-    own; first_step, first_branches: where the run began.
+    where, layouts: the last ones known; phase, then: of this step and of the one after it; placed:
+    whether the call of the moment has a place of its own; first_step, first_branches: where the run
+    began.
     here, layout, branch: of the site that is running: the layouts of its samples, the one of all of
     them (None where they differ), and the guidance branch; a model that calls a site sample by
     sample (Mochi) has a branch for each. calls: of the sites in this denoiser call, as
@@ -74,6 +75,7 @@ class Run:
     calls: Counter[str] = field(default_factory=Counter)
     placed: bool = False
     phase: Phase = field(default_factory=lambda: Phase(None, 0))
+    then: Phase = field(default_factory=lambda: Phase(None, 0))
     reason: str | None = None
     masks: dict["MaskKey", SiteMask] = field(default_factory=dict)
     explained: set[tuple[str, str]] = field(default_factory=set)
