@@ -9,7 +9,7 @@ AttentionMaskInterface. `tests/accel/test_intercept_interface.py` checks the con
 
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,17 +114,11 @@ def _base(config: Any) -> str:
 
 
 def _function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
-    if base == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return _interface()[base]
-
-
-@cache
-def _interface() -> Any:
-    """The functions by name, as they stand at each look."""
     from transformers import AttentionInterface
 
-    return AttentionInterface()
+    if base == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return AttentionInterface()[base]
 
 
 def _register(base: str) -> None:

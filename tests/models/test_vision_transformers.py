@@ -29,7 +29,7 @@ ROWS, COLUMNS = 9, 13
 IMAGES = [
     name
     for name, made in RECIPES.items()
-    if made.images and made.demand is None and name != "sparsevit"
+    if made.vision and made.demand is None and name != "sparsevit"
 ]
 
 
