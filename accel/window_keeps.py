@@ -14,7 +14,7 @@ from accel.untrusted import finite, table, typed
 
 __all__ = ["SCORES", "WindowKeeps", "checked_keeps", "kept_of"]
 
-SCORES = ("norm_of_means", "norm")
+SCORES = ("norm_of_means", "norm", "contrast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,11 @@ class WindowKeeps:
         since later blocks take a prefix of one ranking.
     score: what ranks the windows of a stage, found once from the tokens that enter its first
         pruned block. `norm_of_means`: L2 norm over a window's tokens of the mean over channels of
-        |x| (SparseViT's code); `norm`: L2 norm of all that is in the window (its paper).
+        |x| (SparseViT's code); `norm`: L2 norm of all that is in the window (its paper);
+        `contrast`: that of what is left of it when the mean token of the image is taken out. What
+        is rare in an image is far from its mean, be it by large activations or by small ones: norms
+        rank it last where a model's ground has the larger ones (ours; no training changes that,
+        since no gradient goes through a ranking).
     """
 
     keeps: Mapping[str, float]

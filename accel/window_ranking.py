@@ -80,8 +80,12 @@ def token_energy(
 ) -> Float[Tensor, "batch tokens"]:
     """What every token adds to the square of its window's score; fp32.
 
-    norm_of_means: ``(mean over channels of |x|)²``; norm: ``sum over channels of x²``.
+    norm_of_means: ``(mean over channels of |x|)²``; norm: ``sum over channels of x²``; contrast:
+    ``sum over channels of (x - mean over tokens of x)²``.
     """
+    if score == "contrast":
+        x = x - x.mean(1, keepdim=True, dtype=torch.float32)
+        return torch.linalg.vector_norm(x, dim=-1).square()
     if score == "norm":
         return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
     return x.abs().mean(-1, dtype=torch.float32).square()

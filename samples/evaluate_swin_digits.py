@@ -20,7 +20,7 @@ from digit_canvases import APART, CANVAS, CLASSES, draw_canvas, render_canvas
 from evaluating import median_seconds
 from swin_digits_model import FILE_SEED, WINDOW, write_png
 from torch import Tensor
-from window_adaptation import keeps_plan, window_blocks
+from window_adaptation import SCORE, keeps_plan, window_blocks
 
 from accel.pipelines.enable import enabled
 from accel.pipelines.provenance import device_name
@@ -79,7 +79,7 @@ def share_table(digits: list[tuple[float, bool]]) -> dict[str, dict[str, float]]
 def judged(pipe: VisionPipeline, canvases: int, keep: float = 1.0) -> dict:
     """Scores of canvases of held-out scans, all blocks at one keep."""
     keeps = dict.fromkeys(window_blocks(pipe.model), keep)
-    plan = keeps_plan(pipe.model, WindowKeeps(keeps), f"keep {keep:g}")
+    plan = keeps_plan(pipe.model, WindowKeeps(keeps, SCORE), f"keep {keep:g}")
     counts, digits, empty = [], [], []
     with nullcontext() if keep == 1 else enabled(pipe, plan):
         for index in range(FIRST_CANVAS, FIRST_CANVAS + canvases):

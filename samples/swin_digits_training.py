@@ -25,7 +25,7 @@ from jaxtyping import Float, Int, UInt8
 from swin_digits_model import swin_of
 from torch import Tensor, nn
 from training import Average
-from window_adaptation import draw_keeps, keeps_plan, window_blocks
+from window_adaptation import SCORE, draw_keeps, keeps_plan, window_blocks
 
 from accel.pipelines.enable import enabled
 from accel.pipelines.vision import VisionPipeline
@@ -143,7 +143,7 @@ def adapting(pipe: VisionPipeline, seed: int) -> Around:
 
     def around(index: int) -> AbstractContextManager:
         keeps = draw_keeps(sites, np.random.default_rng([seed, index, 23]))
-        plan = keeps_plan(pipe.model, WindowKeeps(keeps))
+        plan = keeps_plan(pipe.model, WindowKeeps(keeps, SCORE))
         return enabled(pipe.model, plan, check=False, guard=False)
 
     return around

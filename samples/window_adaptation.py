@@ -15,8 +15,10 @@ from accel.plan import Plan
 from accel.schedule import Schedule
 from accel.window_keeps import WindowKeeps
 
-__all__ = ["LEVELS", "draw_keeps", "keeps_plan", "window_blocks"]
+__all__ = ["LEVELS", "SCORE", "draw_keeps", "keeps_plan", "window_blocks"]
 
+# of windows: the ground of a canvas has the larger activations, and norms keep it
+SCORE = "contrast"
 LEVELS = tuple(round(1 - tenth / 10, 1) for tenth in range(9))  # 1.0 to 0.2
 
 

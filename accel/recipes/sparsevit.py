@@ -33,7 +33,8 @@ def sparsevit(
         1.4 times as fast, one point of box mAP less, after training with pruning): most is left out
         in the first stage, nothing in the second and the last.
     uniform: one keep for all blocks instead.
-    score: what ranks windows, of the paper's code or of its text (`accel.window_keeps`).
+    score: what ranks windows, of the paper's code or of its text, or `contrast`
+        (`accel.window_keeps`).
 
     For models in stages (Swin, Swin v2); SAM and Hiera take a `WindowKeeps` by site.
     """

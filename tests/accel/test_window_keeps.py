@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from accel.errors import PlanError
 from accel.geometry import Geometry, Site
 from accel.recipes import RECIPES, recipe
-from accel.window_keeps import WindowKeeps, kept_of
+from accel.window_keeps import SCORES, WindowKeeps, kept_of
 from accel.window_ranking import Cut, gather, places_of, ranked, scatter, token_energy
 
 
@@ -88,7 +88,7 @@ def test_gradients_pass_to_both_of_a_scatter():
     assert torch.autograd.gradcheck(changed, x)
 
 
-@pytest.mark.parametrize("score", ["norm", "norm_of_means"])
+@pytest.mark.parametrize("score", SCORES)
 def test_windows_are_ranked_by_their_norm(score):
     generator = torch.Generator().manual_seed(2)
     cut = Cut(7, 10, (3, 4), (1, 2))
@@ -98,7 +98,9 @@ def test_windows_are_ranked_by_their_norm(score):
         scores = []
         for window in cut.table():
             inside = x[image, window[window < 70]].double()
-            inside = inside if score == "norm" else inside.abs().mean(-1)
+            if score == "contrast":
+                inside = inside - x[image].double().mean(0)
+            inside = inside.abs().mean(-1) if score == "norm_of_means" else inside
             scores.append(float(inside.square().sum().sqrt()))
         assert found[image].tolist() == sorted(range(9), key=lambda i: -scores[i])[:4]
 

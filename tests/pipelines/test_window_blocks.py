@@ -33,7 +33,7 @@ from accel.errors import PlanError
 from accel.pipelines.window_blocks import kept_windows
 from accel.pipelines.window_stage import SIZES
 from accel.schedule import Schedule
-from accel.window_keeps import kept_of
+from accel.window_keeps import SCORES, kept_of
 from accel.window_ranking import ranked, token_energy
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ def test_keep_one_is_bit_for_bit_the_host_and_so_is_what_is_disabled(name, size)
     assert all(map(torch.equal, outputs(model, x), expected))
 
 
-@pytest.mark.parametrize("score", ["norm_of_means", "norm"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
 def test_is_the_hosts_blocks_on_kept_windows(name, size, score):
     x, model = images(name, size=size), windowed(name)
