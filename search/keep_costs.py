@@ -2,10 +2,10 @@
 
 SparseViT times every candidate live. A table makes a trial free of that, and of the machine's mood:
 ``time(genome) = 1 - sum over groups of own(group, keep)``. What a group saves at a few keeps is
-measured against the dense model beside it, and is linear between and beyond them. Of windows that
-is its own. Tokens that a group leaves out are missing behind it too, so its own is what it saves
-less what the next group does at that keep. How far the sum is off is told by the front, which is
-measured whole.
+measured against the dense model beside it, and is linear between and beyond them. With
+a group those behind it in its stage keep less too: tokens that it leaves out are missing there, and
+windows keep no more than before. So its own is what it saves less what the next group of the stage
+does at that keep. How far the sum is off is told by the front, which is measured whole.
 """
 
 import json
@@ -84,9 +84,10 @@ class KeepCosts:
             write_atomically(self._path, json.dumps(listed, indent=1))
 
     def _alone(self, group: int, keep: float) -> Genome:
-        """Only this group keeps less, and of tokens what is behind it."""
+        """Only this group keeps less, and those of its stage behind it, which cannot keep more."""
         genome = [0] * len(self._genes.sizes)
-        genome[group] = self._genes.keeps.index(keep)
+        for place in range(group, self._genes.stage_end(group)):
+            genome[place] = self._genes.keeps.index(keep)
         return tuple(genome)
 
     def time(self, keeps: Sequence[float]) -> float:
@@ -94,7 +95,7 @@ class KeepCosts:
         groups, saved = self._genes.groups, 0.0
         for i, keep in enumerate(keeps):
             saved += self._at(groups[i][0], keep)
-            if self._genes.part == "tokens" and i + 1 < len(groups):
+            if i + 1 < self._genes.stage_end(i):
                 saved -= self._at(groups[i + 1][0], keep)
         return max(LEAST, 1 - saved)
 

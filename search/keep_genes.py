@@ -7,6 +7,7 @@ depth; a genome in which they do is sorted. One more gene says how it is chosen 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from accel.choice import DENSE
@@ -83,6 +84,11 @@ class KeepGenes(ListedGenes):
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The sites of every gene of a keep."""
         return tuple(group for stage in self.stages for group in stage)
+
+    def stage_end(self, group: int) -> int:
+        """The number after the last group of this one's stage."""
+        ends = accumulate(len(stage) for stage in self.stages)
+        return next(end for end in ends if group < end)
 
     @property
     def values(self) -> Mapping[str, Any]:

@@ -26,6 +26,8 @@ class Model:
     @contextmanager
     def keeping(self, genome):
         """Takes time itself, which is not the model's."""
+        # models refuse keeps that grow within a stage
+        assert self.genes.repaired(genome) == genome
         before, self.keeps = self.keeps, self.genes.keeps_of(genome)
         self.now += 0.5
         yield
