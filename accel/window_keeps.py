@@ -28,10 +28,9 @@ class WindowKeeps:
     score: what ranks the windows of a stage, found once from the tokens that enter its first
         pruned block. `norm_of_means`: L2 norm over a window's tokens of the mean over channels of
         |x| (SparseViT's code); `norm`: L2 norm of all that is in the window (its paper);
-        `contrast`: that of what is left of it when the mean token of the image is taken out. What
-        is rare in an image is far from its mean, be it by large activations or by small ones: norms
-        rank it last where a model's ground has the larger ones (ours; no training changes that,
-        since no gradient goes through a ranking).
+        `contrast` (ours): that of what is left of it when the mean token of the image is taken
+        out. What is rare in an image is far from its mean, be it by large activations or by small
+        ones; norms rank it last where a model's ground has the larger ones.
     """
 
     keeps: Mapping[str, float]

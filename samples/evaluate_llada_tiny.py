@@ -8,9 +8,8 @@ it know source text?
 A dense answer is 256 calls with all tokens, minutes on a CPU; `--cached-tasks` are answered with a
 cache of all tokens outside the block (Fast-dLLM's dual cache), filled anew for each block, one
 token a step like the dense ones, whose answers theirs are held against; with `--plan` they are
-answered by that plan instead. Writes `evaluation.json`
-into the model folder. Finished tasks are kept in the work folder, so that the same command goes on
-where a killed one stopped.
+answered by that plan instead. Writes `evaluation.json` into the model folder. Finished tasks are
+kept in the work folder, so that the same command goes on where a killed one stopped.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
 SparseViT times every candidate live. A table makes a trial free of that, and of the machine's mood:
 ``time(genome) = 1 - sum over groups of own(group, keep)``. What a group saves at a few keeps is
-measured against the dense model beside it, and is linear between and beyond them. With
-a group those behind it in its stage keep less too: tokens that it leaves out are missing there, and
-windows keep no more than before. So its own is what it saves less what the next group of the stage
-does at that keep. How far the sum is off is told by the front, which is measured whole.
+measured against the dense model beside it, and is linear between and beyond them. With a group
+those behind it in its stage keep less too: tokens that it leaves out are missing there, and blocks
+compute no more windows than those before them. So its own is what it saves less what the next
+group of the stage does at that keep. How far the sum is off is told by the front, which is measured
+whole.
 """
 
 import json
@@ -77,14 +78,14 @@ class KeepCosts:
                 return clock() - start
 
         for i, name, keep in tqdm(jobs, desc="pricing", unit="keep", disable=not jobs):
-            genome = self._alone(i, keep)
+            genome = self._from(i, keep)
             ratios = [seconds(genome) / seconds(None) for _ in range(self._rounds)]
             self._saved.setdefault(name, {})[keep] = 1 - median(ratios)
             listed = {n: {str(k): s for k, s in of.items()} for n, of in self._saved.items()}
             write_atomically(self._path, json.dumps(listed, indent=1))
 
-    def _alone(self, group: int, keep: float) -> Genome:
-        """Only this group keeps less, and those of its stage behind it, which cannot keep more."""
+    def _from(self, group: int, keep: float) -> Genome:
+        """This group keeps less, and those of its stage behind it, which cannot keep more."""
         genome = [0] * len(self._genes.sizes)
         for place in range(group, self._genes.stage_end(group)):
             genome[place] = self._genes.keeps.index(keep)
