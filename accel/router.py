@@ -101,10 +101,7 @@ class Session:
             return  # a self-check belongs to no run
         layouts = None if layout is None else Layouts.of(layout)
         if self.run.ends_before(layouts, where):
-            self.run = Run()
-            self.records.clear()
-            self.shared.dealt.clear()
-            self.notices.clear()
+            self._begin_run()
         elif where is not None and self.run.leaves_out_steps(where):
             self.run.forget()
         run = self.run
@@ -127,6 +124,32 @@ class Session:
         run.then = self.plan.schedule.after(where)
         if layout is None or self.unfit:
             run.reason = self.unfit or why
+
+    def rests(self, tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a whole run with so many tokens, and no cache, would be the host's own dense
+        attention; then the run is begun and told about here, and the model may do it untaken.
+        """
+        watched = self.probe is not None or self.observer is not None or self.check_first_call
+        other = self.plan.cache is not None or self.plan.dense != "host"
+        short = self.plan.wants_sparse and self._too_short(tokens, device, dtype)
+        if watched or other or not short:
+            return False
+        self._begin_run()
+        self._runs_dense(short)
+        return True
+
+    def _begin_run(self) -> None:
+        self.run = Run()
+        self.records.clear()
+        self.shared.dealt.clear()
+        self.notices.clear()
+
+    def _too_short(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The notice, where so many tokens are below the plan's crossover."""
+        least = self.plan.crossover(device.type, str(dtype).removeprefix("torch."))
+        if tokens >= least:
+            return None
+        return f"sparse attention is predicted to gain nothing below {least} tokens here"
 
     def _look_for_sparse_steps(self, where: Where) -> None:
         """A run too short for its schedule says so at its start."""
@@ -347,9 +370,7 @@ class Session:
         ratio = self._ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
-        least = self.plan.crossover(q.device.type, str(q.dtype).removeprefix("torch."))
-        if reason is None and q.shape[2] < least:
-            reason = f"sparse attention is predicted to gain nothing below {least} tokens here"
+        reason = reason or self._too_short(q.shape[2], q.device, q.dtype)
         if reason is not None:
             self._runs_dense(reason)
             return None

@@ -18,7 +18,7 @@ from torch import Tensor
 from accel.commit import Generators, Sampling
 from accel.decoding import Decoding
 from accel.errors import AccelError
-from accel.pipelines.enable import plan_of
+from accel.pipelines.enable import plan_of, resting
 from accel.pipelines.text_checkpoint import is_pipeline, load_checkpoint
 from accel.pipelines.text_generation import Asked, Generation
 from accel.pipelines.text_host import TextHost
@@ -175,7 +175,10 @@ class MaskedDiffusionPipeline(_Pipeline):
         shift = self.config.shift_logits
         asked = Asked(gen_length, decoding, sampling, num_inference_steps, mask_id, ends, shift)
         run = Generation(self.host, plan, asked, ids, real)
-        with self.progress_bar(total=gen_length) as bar:
+        with (
+            resting(self.model, prompt_length + gen_length),
+            self.progress_bar(total=gen_length) as bar,
+        ):
             for step, block, done in run.go(guidance_scale, generator):
                 bar.update(done)
                 if callback_on_step_end is not None:

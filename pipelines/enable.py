@@ -164,6 +164,25 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def resting(model: nn.Module, tokens: int) -> Iterator[None]:
+    """For a run of a text model: while the context is open it runs as it would without accel where
+    so many tokens are below the plan's crossover, since nothing is gained from the first call to
+    the last. Of a compiled model attention stays taken: its graphs would be made again.
+    """
+    own = getattr(model, "_orig_mod", model)
+    handle = getattr(own, HANDLE, None)
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in own.modules())
+    weight = next(model.parameters())
+    cast = torch.is_autocast_enabled(weight.device.type)
+    if handle is None or own is not model or compiled or cast:
+        yield
+        return
+    rests = handle.session.rests(tokens, weight.device, weight.dtype)
+    with handle.rest() if rests else nullcontext():
+        yield
+
+
 def session_of(model: nn.Module) -> Session:
     """The session of an enabled model."""
     handle = getattr(model, HANDLE, None)

@@ -69,6 +69,7 @@ class Handle:
         self._context: Any = None
         self._feed: WindowFeed | PrefixFeed | None = None
         self._counter = StepCounter()
+        self.resting = False
         self.first = self._adapter.first
         self._root = self._adapter.entry(model)
         self.names = tuple(n for n in signature(type(self._root).forward).parameters if n != "self")
@@ -103,6 +104,20 @@ class Handle:
         """Go on with another plan; compiled graphs stay valid."""
         self._settings(settings)
         self._interception.serve(settings.session)
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """While the context is open the model's attention is its own, and its calls are not seen:
+        what runs dense from end to end then costs nothing.
+        """
+        self.resting = True
+        self._interception.undo()
+        try:
+            yield
+        finally:
+            self.resting = False
+            if getattr(self._model, HANDLE, None) is self:  # nobody disabled it meanwhile
+                self._interception = self._intercept()
 
     def follow(self, pipeline: Any) -> None:
         """Feed the model of a pipeline that has a loop of its own by the plan's cache."""
@@ -187,7 +202,7 @@ def _on_call(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before every call of an enabled denoiser. One function for all, so that copies stay plain."""
     handle = getattr(module, HANDLE, None)
-    if handle is None:
+    if handle is None or handle.resting:
         return None
     call = {**dict(zip(handle.names, args, strict=False)), **kwargs}
     first = call.get(handle.first)

@@ -17,10 +17,10 @@ from accel.pipelines.vision import VisionConfig, VisionPipeline
 __all__ = ["ARCHITECTURE", "build_pipeline", "export", "swin_of", "write_canvases", "write_png"]
 
 ARCHITECTURE = "swin_tiny_patch4_window7_224"
-WINDOW = 8  # tokens: 512 pixels are 16 x 16 windows in the first stage, and 2 x 2 in the last
+WINDOW = 4  # tokens: 512 pixels are 32 x 32 windows in the first stage, and 4 x 4 in the last
 # canvases of the committed files, of held-out scans and of a seed that no training has
 FILE_SEED = 1_000_000
-FILES = {"test": range(24), "calibration": range(100, 108)}
+FILES = {"test": range(48), "calibration": range(100, 116)}
 COLOURS = 192  # of a committed picture: grain makes large files
 SIZE_ARGUMENTS = {
     "embed_dim": 32,

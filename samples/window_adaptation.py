@@ -19,7 +19,7 @@ __all__ = ["LEVELS", "SCORE", "draw_keeps", "keeps_plan", "window_blocks"]
 
 # of windows: the ground of a canvas has the larger activations, and norms keep it
 SCORE = "contrast"
-LEVELS = tuple(round(1 - tenth / 10, 1) for tenth in range(9))  # 1.0 to 0.2
+LEVELS = tuple(round(1 - tenth / 10, 1) for tenth in range(10))  # 1.0 to 0.1
 
 
 def window_blocks(model: nn.Module) -> list[str]:

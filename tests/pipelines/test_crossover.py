@@ -8,12 +8,13 @@ from tiny_text import MASK, euro_bert
 
 import accel
 from accel.choice import DENSE
-from accel.errors import PlanError
+from accel.errors import AccelError, PlanError
 from accel.pipelines import crossover
 from accel.pipelines.adapters import geometry_of
 from accel.pipelines.dllm import MaskedDiffusionPipeline
 from accel.plan import Plan
 from accel.recipes import recipe
+from accel.token_cache import TokenCache
 
 
 @pytest.fixture
@@ -87,12 +88,85 @@ def test_shorter_calls_run_dense_and_say_so(monkeypatch, model, plan):
         summary = accel.summary(pipe)
         keeps[tokens] = [row.keep for row in summary.rows if row.phase == "band 0"]
         assert bool(summary.notices) == (tokens == 90)
-    assert keeps[90] == [1.0] * 3
+        assert ("gain nothing below 128 tokens" in str(summary)) == (tokens == 90)
+    assert keeps[90] == []
     assert max(keeps[110]) < 0.7
     # what was found in one precision says nothing of another
     assert known.crossover("cpu", "float32") == 128
     assert known.crossover("cpu", "bfloat16") == 0
     assert known.crossover("cuda", "float32") == 0
+
+
+@pytest.fixture
+def resting(model, plan):
+    """A pipeline, and a call of 100 tokens: fewer than the plan's crossover of 128."""
+    where = {"tokens": 128, "device": "cpu", "dtype": "float32"}
+    pipe = MaskedDiffusionPipeline(model, mask_token_id=MASK)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"input_ids": torch.full((1, 80), 7), "gen_length": 20, "block_length": 10}
+    yield pipe, replace(plan, expected={"crossover": where}), asked
+    accel.disable(pipe)
+
+
+def test_a_run_below_the_crossover_leaves_the_model_alone(resting):
+    pipe, plan, asked = resting
+    dense = pipe(**asked).sequences
+    seen = []
+
+    def look(pipe, *_):
+        seen.append(pipe.model.config._attn_implementation)
+        return {}
+
+    accel.enable(pipe, plan, guard=False)
+    assert torch.equal(pipe(**asked, callback_on_step_end=look).sequences, dense)
+    assert set(seen) == {"sdpa"}
+    assert pipe.model.config._attn_implementation == "accel_sdpa"
+    # attention is taken again, and runs that are long enough are sparse
+    pipe(**{**asked, "gen_length": 60})
+    summary = accel.summary(pipe)
+    assert not summary.notices
+    assert {r.phase for r in summary.rows} >= {"band 0"}
+    # the summary of a run does not tell of the one before
+    pipe(**asked)
+    assert accel.summary(pipe).rows == ()
+
+
+def test_an_interrupted_run_below_the_crossover_is_taken_again(resting):
+    pipe, plan, asked = resting
+    accel.enable(pipe, plan, guard=False)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(**asked, callback_on_step_end=stop)
+    assert pipe.model.config._attn_implementation == "accel_sdpa"
+
+
+def test_disabled_within_a_run_below_the_crossover(resting):
+    pipe, plan, asked = resting
+    accel.enable(pipe, plan, guard=False)
+    pipe(**asked, callback_on_step_end=lambda pipe, *_: accel.disable(pipe) and {})
+    assert pipe.model.config._attn_implementation == "sdpa"
+    with pytest.raises(AccelError, match="not enabled"):
+        accel.summary(pipe)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dense": "kernel"}, {"cache": TokenCache()}, {"expected": {}}]
+)
+def test_other_plans_are_followed_at_any_length(resting, changes):
+    pipe, plan, asked = resting
+    accel.enable(pipe, replace(plan, **changes), guard=False)
+    pipe(**asked)
+    assert accel.summary(pipe).rows
+
+
+def test_below_the_crossover_strict_is_an_error(resting):
+    pipe, plan, asked = resting
+    accel.enable(pipe, plan, guard=False, strict=True)
+    with pytest.raises(AccelError, match="nothing below 128 tokens"):
+        pipe(**asked)
 
 
 @pytest.mark.parametrize("tokens", [-1, 3.5, "many", True])
