@@ -13,10 +13,10 @@ __all__ = ["Segmenter"]
 class Segmenter(nn.Module):
     """logits = classify(gelu(norm(sum over levels of up(project_l(map_l))))), up to the image.
 
-    The head is FPN's sum of levels (arXiv 1612.03144) without its 3x3 convolutions: a 1x1
+    The head is FPN's sum of levels (arXiv 1612.03144) without its 3x3 convolutions: a linear
     projection of every level to `width` channels, brought to the finest level bilinearly, a layer
-    norm over channels, GELU, and a 1x1 classifier. It costs little beside the backbone, so what is
-    saved there shows.
+    norm, GELU, and a linear classifier. It costs little beside the backbone, so what is saved there
+    shows.
 
     backbone: a timm model made with `features_only=True`, whichever layout its maps have.
     classes: how many there are; width: channels of the head.
@@ -28,9 +28,9 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.stride = int(min(info.reduction()))
         self.last = str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC")
-        self.projections = nn.ModuleList(nn.Conv2d(n, width, 1) for n in info.channels())
+        self.projections = nn.ModuleList(nn.Linear(n, width) for n in info.channels())
         self.norm = nn.LayerNorm(width)
-        self.classify = nn.Conv2d(width, classes, 1)
+        self.classify = nn.Linear(width, classes)
 
     def forward(
         self, x: Float[Tensor, "batch 3 height width"]
@@ -39,20 +39,25 @@ class Segmenter(nn.Module):
         stride: what is missing is zeros on the right and below, and is cut off again.
         """
         height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        below, right = -height % self.stride, -width % self.stride
+        x = F.pad(x, (0, right, 0, below)) if below or right else x  # which would be a copy
+        # channels stay last, where linear layers and norms want them
         maps = [
-            project(found.permute(0, 3, 1, 2) if self.last else found)
+            project(found if self.last else found.permute(0, 2, 3, 1))
             for project, found in zip(self.projections, self.backbone(x), strict=True)
         ]
-        finest = max((found.shape[2:] for found in maps), key=lambda size: size[0] * size[1])
-        total = maps[0].new_zeros(())
-        for found in maps:
+        finest = max((found.shape[1:3] for found in maps), key=lambda size: size[0] * size[1])
+        total = _resized(maps[0], finest)
+        for found in maps[1:]:
             total = total + _resized(found, finest)
-        total = F.gelu(self.norm(total.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        return _resized(self.classify(total), x.shape[2:])[:, :, :height, :width]
+        logits = self.classify(F.gelu(self.norm(total)))
+        return _resized(logits, x.shape[2:]).permute(0, 3, 1, 2)[:, :, :height, :width]
 
 
-def _resized(maps: Tensor, size: torch.Size) -> Tensor:
-    if maps.shape[2:] == size:
+def _resized(
+    maps: Float[Tensor, "batch rows columns channels"], size: torch.Size
+) -> Float[Tensor, "batch height width channels"]:
+    if maps.shape[1:3] == size:
         return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    seen = maps.permute(0, 3, 1, 2)
+    return F.interpolate(seen, size=tuple(size), mode="bilinear").permute(0, 2, 3, 1)

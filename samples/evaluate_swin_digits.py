@@ -2,10 +2,12 @@
 
     python samples/evaluate_swin_digits.py --canvases 64
     python samples/evaluate_swin_digits.py --canvases 64 --keeps 0.8 0.6 0.4
+    python samples/evaluate_swin_digits.py --canvases 64 --plans samples/plans/swin-digits.json
 
 Writes `evaluation.json` and `samples.png` into the model folder. Canvases are made of held-out
 scans and are others than those of the folder `test`, which is measured beside them. With --keeps
-every block computes that share of its windows: how much the model has adapted to it.
+every block computes that share of its windows: how much the model has adapted to it. With --plans
+it computes what each plan says.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from accel.pipelines.provenance import device_name
 from accel.pipelines.vision import VisionPipeline
 from accel.pipelines.vision_images import ImageFolder
 from accel.pipelines.vision_scores import counts_of, scores_of
+from accel.plan import Plan
 from accel.window_keeps import WindowKeeps
 
 HERE = Path(__file__).parent
@@ -76,12 +79,16 @@ def share_table(digits: list[tuple[float, bool]]) -> dict[str, dict[str, float]]
     return table
 
 
-def judged(pipe: VisionPipeline, canvases: int, keep: float = 1.0) -> dict:
-    """Scores of canvases of held-out scans, all blocks at one keep."""
+def same_keep(pipe: VisionPipeline, keep: float) -> Plan:
+    """The plan of one keep for all blocks."""
     keeps = dict.fromkeys(window_blocks(pipe.model), keep)
-    plan = keeps_plan(pipe.model, WindowKeeps(keeps, SCORE), f"keep {keep:g}")
+    return keeps_plan(pipe.model, WindowKeeps(keeps, SCORE), f"keep {keep:g}")
+
+
+def judged(pipe: VisionPipeline, canvases: int, plan: Plan | None = None) -> dict:
+    """Scores of canvases of held-out scans, dense or by a plan."""
     counts, digits, empty = [], [], []
-    with nullcontext() if keep == 1 else enabled(pipe, plan):
+    with nullcontext() if plan is None else enabled(pipe, plan):
         for index in range(FIRST_CANVAS, FIRST_CANVAS + canvases):
             canvas = draw_canvas(FILE_SEED, index, split="held-out")
             image, classes = render_canvas(canvas, split="held-out")
@@ -132,17 +139,26 @@ def draw(pipe: VisionPipeline, path: Path, count: int = 3) -> None:
     write_png(torch.from_numpy(sheet).permute(2, 0, 1), path)
 
 
-def main(model: Path, canvases: int, keeps: list[float], threads: int, out: Path | None) -> None:
+def main(
+    model: Path,
+    canvases: int,
+    keeps: list[float],
+    plans: list[Path],
+    threads: int,
+    out: Path | None,
+) -> None:
     torch.set_num_threads(threads)
     pipe = VisionPipeline.from_pretrained(model)
     out = out or model
     blank = torch.zeros(1, 3, CANVAS, CANVAS)
+    loaded = {str(path): Plan.load(path) for path in plans}
     result = {
         "device": device_name(torch.device("cpu")),
         **judged(pipe, canvases),
         "test_files": judged_files(pipe, model / "test"),
         "seconds": round(median_seconds(lambda: pipe(blank)), 4),
-        "keeps": {f"{keep:g}": judged(pipe, canvases, keep)["miou"] for keep in keeps},
+        "keeps": {f"{k:g}": judged(pipe, canvases, same_keep(pipe, k))["miou"] for k in keeps},
+        "plans": {name: judged(pipe, canvases, plan)["miou"] for name, plan in loaded.items()},
     }
     print(json.dumps(result, indent=1))
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -154,6 +170,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, default=HERE / "models" / "swin-digits")
     parser.add_argument("--canvases", type=int, default=64)
     parser.add_argument("--keeps", type=float, nargs="*", default=[], help="of all blocks, below 1")
+    parser.add_argument("--plans", type=Path, nargs="*", default=[], help="plan files")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="instead of the model folder")
     main(**vars(parser.parse_args()))

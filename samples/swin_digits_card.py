@@ -40,11 +40,16 @@ def _sizes_table(evaluation: dict) -> str:
 
 
 def _keeps(evaluation: dict) -> str:
-    if not evaluation["keeps"]:
-        return ""
-    found = {"1": evaluation["miou"], **evaluation["keeps"]}
-    told = ", ".join(f"{keep}: {value:.1%}" for keep, value in found.items())
-    return f"\nmIoU with the same keep of windows in every block, without tuning for it: {told}.\n"
+    told = ""
+    if evaluation["keeps"]:
+        found = {"1": evaluation["miou"], **evaluation["keeps"]}
+        row = ", ".join(f"{keep}: {value:.1%}" for keep, value in found.items())
+        told += f"\nmIoU with the same keep of windows in every block: {row}.\n"
+    if evaluation["plans"]:
+        found = {f"`{name}`": value for name, value in evaluation["plans"].items()}
+        row = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+        told += f"\nmIoU by plans: {row}.\n"
+    return told
 
 
 def _right_table(log: Path) -> str:
@@ -67,7 +72,8 @@ def card(model: Path, log: Path, command: str, notes: str) -> str:
     dims, depths, heads = (SIZE_ARGUMENTS[k] for k in ("embed_dim", "depths", "num_heads"))
     empty = ", ".join(f"{share:.0%}" for share in e["background_windows"].values())
     first = DENSE.phases[0].size
-    keeps = f" --keeps {' '.join(e['keeps'])}" if e["keeps"] else ""
+    given = {"keeps": e["keeps"], "plans": e["plans"]}
+    more = "".join(f" \\\n        --{name} {' '.join(of)}" for name, of in given.items() if of)
     files = " and ".join(f"{len(numbers)} in `{name}`" for name, numbers in FILES.items())
     used = ", ".join(f"{name} {number}" for name, number in versions().items())
     return f"""{FRONT}
@@ -86,7 +92,7 @@ from accel.pipelines.vision import VisionPipeline
 
 pipe = VisionPipeline.from_pretrained("samples/models/swin-digits")
 classes = pipe("samples/models/swin-digits/test/000.png").labels  # [1, {CANVAS}, {CANVAS}]
-accel.enable(pipe, plan)  # a plan with keeps of windows
+accel.enable(pipe, "samples/plans/swin-digits.json")  # some windows of each block
 ```
 
 ## Data
@@ -116,7 +122,8 @@ first stage. Head: `accel.pipelines.vision.Segmenter`, a projection of all four 
 Muon for matrices, AdamW for the rest, moving averages of the weights; cross-entropy with dice. The
 stage `dense` begins with canvases of {first} pixels that are full of digits. In the stage `adapt`
 (SparseViT, arXiv 2303.17605) every step computes another share of the windows, so that any keeps
-can be judged without training for them (see `samples/swin_digits_training.py`).
+can be judged without training for them; in `tune` the keeps of the committed plans take turns with
+all windows (see `samples/swin_digits_training.py`).
 
 {stages_table(log)}
 
@@ -127,7 +134,7 @@ Running means at the end, of training canvases:
 {notes}
 ## Evaluation
 
-    python samples/evaluate_swin_digits.py --canvases {e["canvases"]}{keeps}
+    python samples/evaluate_swin_digits.py --canvases {e["canvases"]}{more}
 
 Dense, {e["canvases"]} other canvases of held-out scans with {e["digits"]} digits. IoU is of all
 canvases together. {e["digits_right"]:.1%} of the digits are right: most of their pixels have their

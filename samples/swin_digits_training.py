@@ -9,10 +9,11 @@ Small canvases full of digits teach most of what there is to know at a fraction 
 windows are as large on any canvas. Digits of about one size come first: a model that has to tell
 them apart at all sizes from the beginning finds nothing in the time that it takes to learn one.
 Whole canvases, most of them empty, come at the end. In the stages with keeps every step runs as a
-plan makes it: with other keeps each time (`adapt`), or with those that a search has found (`tune`).
+plan makes it: with other keeps each time (`adapt`), or in turn with those that searches have found
+and with all windows (`tune`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ ADAPT = SegmentationSettings(
     phases=(SegmentationPhase(1.0, CANVAS, 2),), muon_rate=1.5e-3, adam_rate=6e-4
 )
 TUNE = SegmentationSettings(
-    phases=(SegmentationPhase(1.0, CANVAS, 2),), muon_rate=5e-4, adam_rate=2e-4
+    phases=(SegmentationPhase(1.0, CANVAS, 2),), muon_rate=1e-3, adam_rate=4e-4
 )
 
 
@@ -149,10 +150,19 @@ def adapting(pipe: VisionPipeline, seed: int) -> Around:
     return around
 
 
-def tuning(pipe: VisionPipeline, windows: WindowKeeps) -> Around:
-    """What surrounds a step at the keeps of a plan."""
-    plan = keeps_plan(pipe.model, windows, "tuning")
-    return lambda index: enabled(pipe.model, plan, check=False, guard=False)
+def tuning(pipe: VisionPipeline, found: Sequence[WindowKeeps]) -> Around:
+    """What surrounds a step of tuning: the keeps of each plan in turn, and then all windows, so
+    that the same weights serve the plans and the dense model beside them.
+    """
+    plans = [keeps_plan(pipe.model, windows, "tuning") for windows in found]
+
+    def around(index: int) -> AbstractContextManager:
+        turn = index % (len(plans) + 1)
+        if turn == len(plans):
+            return nullcontext()
+        return enabled(pipe.model, plans[turn], check=False, guard=False)
+
+    return around
 
 
 def segmentation_step(

@@ -5,7 +5,8 @@
 
 Two stages, `dense` and `adapt`: training as usual, then with another share of the windows in every
 step, so that a search can judge any keeps. With --keeps a third, `tune`, goes on from these at the
-keeps of a plan that a search has found, and its weights go to a folder of their own.
+keeps of plans that searches have found, in turn with all windows, and its weights go to a folder of
+their own.
 
 A length in minutes suits any machine; `--steps` gives the same weights again on the same one. Given
 again with --resume, the command goes on where it stopped. Two CPU cores are enough.
@@ -76,7 +77,7 @@ def main(
     seed: int,
     out: Path | None,
     work: Path,
-    keeps: Path | None,
+    keeps: list[Path],
     threads: int,
     bfloat16: bool,
     compiled: bool,
@@ -91,26 +92,28 @@ def main(
         raise SystemExit(
             f"{work} holds an earlier run: give --resume to go on with it, or another --work"
         )
-    out = out or HERE / "models" / ("swin-digits" if keeps is None else "swin-digits-tuned")
+    out = out or HERE / "models" / ("swin-digits-tuned" if keeps else "swin-digits")
     run = Run(work, seed)
     torch.manual_seed(seed)
     pipe = build_pipeline() if pipe is None else pipe
     stages = {name: replace(stage, bfloat16=bfloat16) for name, stage in stages.items()}
     # a compiled step would be compiled again for every new keep
     dense = replace(stages["dense"], compiled=compiled)
-    if keeps is not None:
-        plan = Plan.load(keeps).check(pipe)
-        if plan.windows is None or not (work / "adapt.pt").exists():
+    if keeps:
+        plans = [Plan.load(path).check(pipe) for path in keeps]
+        found = [plan.windows for plan in plans if plan.windows is not None]
+        if len(found) < len(plans) or not (work / "adapt.pt").exists():
             raise SystemExit(
-                f"{keeps} needs keeps of windows, and {work} an adapt.pt of an earlier run"
+                f"{' '.join(map(str, keeps))}: each needs keeps of windows, and {work} an adapt.pt"
+                " of an earlier run"
             )
         over = Length(0.0)
         _stage(run, "dense", pipe, over, dense, None, None)
         _stage(run, "adapt", pipe, over, stages["adapt"], None, None)
         length = Length(minutes, None if steps is None else steps[0])
-        around = tuning(pipe, plan.windows)
-        # one checkpoint for each plan
-        _stage(run, f"tune-{plan.digest}", pipe, length, stages["tune"], around, out)
+        # one checkpoint for each set of plans
+        name = "-".join(["tune", *(plan.digest for plan in plans)])
+        _stage(run, name, pipe, length, stages["tune"], tuning(pipe, found), out)
         return
     write_canvases(out)
     counts = steps or (None, None)
@@ -134,7 +137,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="models/swin-digits; with --keeps one of its own")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "swin-digits")
-    parser.add_argument("--keeps", type=Path, help="a plan whose keeps of windows to tune for")
+    parser.add_argument(
+        "--keeps", type=Path, nargs="+", default=[], help="plans whose keeps of windows to tune for"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--bfloat16", action="store_true", help="autocast: faster where the CPU has AMX"

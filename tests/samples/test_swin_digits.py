@@ -26,10 +26,12 @@ from swin_digits_training import (
     canvases,
     segmentation_loss,
     segmentation_step,
+    tuning,
 )
 from torch.nn import functional as F
 from window_adaptation import keeps_plan, window_blocks
 
+from accel.pipelines.enable import plan_of
 from accel.pipelines.vision import VisionPipeline
 from accel.window_keeps import WindowKeeps
 
@@ -137,6 +139,18 @@ def test_steps_of_adaptation_have_keeps_of_their_own(monkeypatch: pytest.MonkeyP
     assert list(plans[0][0]) == window_blocks(pipe.model)
 
 
+def test_steps_of_tuning_go_round_the_plans_and_the_dense_model() -> None:
+    pipe = tiny_pipe()
+    sites = window_blocks(pipe.model)
+    around = tuning(pipe, [WindowKeeps(dict.fromkeys(sites, keep)) for keep in (0.5, 0.25)])
+    seen = []
+    for index in range(6):
+        with around(index):
+            plan = plan_of(swin_of(pipe))
+            seen.append(None if plan is None else plan.windows.keeps[sites[0]])
+    assert seen == [0.5, 0.25, None] * 2
+
+
 def test_phases_grow_to_whole_canvases() -> None:
     for settings in (DENSE, ADAPT, TUNE):
         assert [p.until for p in settings.phases] == sorted(p.until for p in settings.phases)
@@ -149,7 +163,7 @@ def test_phases_grow_to_whole_canvases() -> None:
 
 def train(folder: Path, name: str, steps: list[int], **settings) -> dict[str, torch.Tensor]:
     out = folder / name
-    given = {"minutes": 0, "seed": 1, "keeps": None, "threads": 1, "resume": False}
+    given = {"minutes": 0, "seed": 1, "keeps": [], "threads": 1, "resume": False}
     given |= {
         "bfloat16": False,
         "compiled": False,
@@ -214,9 +228,9 @@ def test_found_keeps_are_tuned_for_in_a_folder_of_their_own(tmp_path: Path) -> N
     plan = keeps_plan(pipe.model, WindowKeeps(keeps))
     plan.save(tmp_path / "found.json")
     with pytest.raises(SystemExit, match=r"adapt\.pt"):
-        train(tmp_path, "tuned", [2], keeps=tmp_path / "found.json")
+        train(tmp_path, "tuned", [2], keeps=[tmp_path / "found.json"])
     adapted = train(tmp_path, "adapted", [2, 2])
-    tuned = train(tmp_path, "tuned", [2], keeps=tmp_path / "found.json", resume=True)
+    tuned = train(tmp_path, "tuned", [2], keeps=[tmp_path / "found.json"], resume=True)
     kept = VisionPipeline.from_pretrained(tmp_path / "adapted").model.state_dict()
     assert all(torch.equal(kept[name], weight) for name, weight in adapted.items())
     assert any(not torch.equal(tuned[name], weight) for name, weight in adapted.items())
@@ -241,7 +255,7 @@ def test_windows_without_digits_are_counted_by_stage() -> None:
     classes = torch.zeros(512, 512, dtype=torch.int64)
     classes[40, 300] = 3  # one window of every stage
     found = background_windows(classes)
-    assert found == {f"stage {i + 1}": pytest.approx(1 - 4.0**i / 256) for i in range(4)}
+    assert found == {f"stage {i + 1}": pytest.approx(1 - 4.0**i / 1024) for i in range(4)}
 
 
 def test_a_digit_is_right_where_most_of_it_is() -> None:
@@ -268,12 +282,15 @@ def test_a_digit_is_right_where_most_of_it_is() -> None:
 def test_evaluation_and_card_tell_what_was_measured(tmp_path: Path) -> None:
     train(tmp_path, "m", [2, 1], bfloat16=True)
     folder = tmp_path / "m"
-    evaluate_swin_digits.main(folder, canvases=2, keeps=[0.5], threads=1, out=None)
+    pipe = VisionPipeline.from_pretrained(folder)
+    plan = evaluate_swin_digits.same_keep(pipe, 0.25).save(tmp_path / "quarter.json")
+    asked = {"keeps": [0.5], "plans": [plan], "threads": 1, "out": None}
+    evaluate_swin_digits.main(folder, canvases=2, **asked)
     told = json.loads((folder / "evaluation.json").read_text())
     assert 0 <= told["miou"] <= 1
     assert set(told["iou"]) <= set(CLASSES)
     assert told["test_files"]["images"] == 1
-    assert set(told["keeps"]) == {"0.5"}
+    assert (set(told["keeps"]), set(told["plans"])) == ({"0.5"}, {str(plan)})
     assert set(told["background_windows"]) == {f"stage {i}" for i in (1, 2, 3, 4)}
     log = tmp_path / "work" / "log.jsonl"
     with log.open("a") as file:  # a stage writes every twenty steps
@@ -282,7 +299,7 @@ def test_evaluation_and_card_tell_what_was_measured(tmp_path: Path) -> None:
     assert "    a command\n" in card
     assert "A note." in card
     assert f"{told['miou']:.1%}" in card
-    assert "--canvases 2 --keeps 0.5" in card
+    assert "--canvases 2 \\\n        --keeps 0.5 \\\n        --plans" in card
     assert "| adapt | 20 | 1.5 |" in card
     assert "| adapt | 96 | 25.0% |" in card
 
@@ -300,10 +317,11 @@ def test_the_committed_model_is_small_and_names_no_folder() -> None:
 def test_the_committed_canvases_are_those_of_their_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    count = len(swin_digits_model.FILES["test"])
     monkeypatch.setattr(swin_digits_model, "FILES", {"test": range(1)})
     swin_digits_model.write_canvases(tmp_path)
     names = sorted(f.name for f in (MODEL / "test").iterdir())
-    assert names == sorted(f"{i:03d}{end}.png" for i in range(24) for end in ("", "-classes"))
+    assert names == sorted(f"{i:03d}{end}.png" for i in range(count) for end in ("", "-classes"))
     # other versions of OpenCV and Pillow may round otherwise
     for name, most in (("000.png", 3.0), ("000-classes.png", 0.01)):
         ours, theirs = (
