@@ -5,6 +5,7 @@ python samples/swin_digits_card.py --command "python samples/train_swin_digits.p
 
 import argparse
 import json
+import re
 from datetime import date
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def _keeps(evaluation: dict) -> str:
     return told
 
 
+def _plain(table: str) -> str:
+    """A stage of tuning by its name alone, without those of its plans."""
+    return re.sub(r"\btune(-[0-9a-f]{8})+", "tune", table)
+
+
 def _right_table(log: Path) -> str:
     """The last running mean of every stage and size of canvas."""
     last: dict[tuple[str, int], float] = {}
@@ -92,7 +98,7 @@ from accel.pipelines.vision import VisionPipeline
 
 pipe = VisionPipeline.from_pretrained("samples/models/swin-digits")
 classes = pipe("samples/models/swin-digits/test/000.png").labels  # [1, {CANVAS}, {CANVAS}]
-accel.enable(pipe, "samples/plans/swin-digits.json")  # some windows of each block
+accel.enable(pipe, plan)  # a plan with keeps of windows
 ```
 
 ## Data
@@ -122,14 +128,14 @@ first stage. Head: `accel.pipelines.vision.Segmenter`, a projection of all four 
 Muon for matrices, AdamW for the rest, moving averages of the weights; cross-entropy with dice. The
 stage `dense` begins with canvases of {first} pixels that are full of digits. In the stage `adapt`
 (SparseViT, arXiv 2303.17605) every step computes another share of the windows, so that any keeps
-can be judged without training for them; in `tune` the keeps of the committed plans take turns with
-all windows (see `samples/swin_digits_training.py`).
+can be judged without training for them; in `tune` keeps of plans that were found take turns
+with all windows (see `samples/swin_digits_training.py`).
 
-{stages_table(log)}
+{_plain(stages_table(log))}
 
 Running means at the end, of training canvases:
 
-{_right_table(log)}
+{_plain(_right_table(log))}
 
 {notes}
 ## Evaluation
