@@ -10,9 +10,10 @@ from accel.geometry import Geometry, Site
 from accel.kernels.arguments import DTYPES, MAX_DIM
 from accel.layout import Layout
 from accel.layouts import valid_keys
+from accel.plan import Plan
 from accel.run_state import Run
 
-__all__ = ["GRADIENTS", "misfit", "missed", "refusal", "unexplained"]
+__all__ = ["GRADIENTS", "misfit", "missed", "refusal", "too_short", "unexplained"]
 
 GRADIENTS = "the call needs gradients, which the sparse kernels do not give"
 
@@ -56,6 +57,14 @@ def refusal(*tensors: Tensor) -> str | None:
     if tensors[0].shape[-1] > MAX_DIM:
         return f"the head dim is {tensors[0].shape[-1]}; the sparse kernels take up to {MAX_DIM}"
     return None
+
+
+def too_short(plan: Plan, tokens: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Where a call has fewer tokens than the plan's crossover on the device."""
+    least = plan.crossover(device.type, str(dtype).removeprefix("torch."))
+    if tokens >= least:
+        return None
+    return f"sparse attention is predicted to gain nothing below {least} tokens here"
 
 
 def unexplained(site: Site, run: Run, valid: Bool[Tensor, "batch tokens"] | None) -> str | None:

@@ -25,7 +25,7 @@ from accel.judged_masks import judged_mask
 from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
 from accel.layouts import Layouts, LayoutsLike, Part, parts_of
 from accel.masks import SiteMask
-from accel.obstacles import misfit, missed, refusal, unexplained
+from accel.obstacles import misfit, missed, refusal, too_short, unexplained
 from accel.own_dense import OwnDense
 from accel.plan import Plan
 from accel.ranks import Ranks
@@ -131,7 +131,7 @@ class Session:
         """
         watched = self.probe is not None or self.observer is not None or self.check_first_call
         other = self.plan.cache is not None or self.plan.dense != "host"
-        short = self.plan.wants_sparse and self._too_short(tokens, device, dtype)
+        short = self.plan.wants_sparse and too_short(self.plan, tokens, device, dtype)
         if watched or other or not short:
             return False
         self._begin_run()
@@ -143,13 +143,6 @@ class Session:
         self.records.clear()
         self.shared.dealt.clear()
         self.notices.clear()
-
-    def _too_short(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str | None:
-        """The notice, where so many tokens are below the plan's crossover."""
-        least = self.plan.crossover(device.type, str(dtype).removeprefix("torch."))
-        if tokens >= least:
-            return None
-        return f"sparse attention is predicted to gain nothing below {least} tokens here"
 
     def _look_for_sparse_steps(self, where: Where) -> None:
         """A run too short for its schedule says so at its start."""
@@ -370,7 +363,7 @@ class Session:
         ratio = self._ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
-        reason = reason or self._too_short(q.shape[2], q.device, q.dtype)
+        reason = reason or too_short(self.plan, q.shape[2], q.device, q.dtype)
         if reason is not None:
             self._runs_dense(reason)
             return None

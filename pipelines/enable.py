@@ -170,15 +170,16 @@ def resting(model: nn.Module, tokens: int) -> Iterator[None]:
     so many tokens are below the plan's crossover, since nothing is gained from the first call to
     the last. Of a compiled model attention stays taken: its graphs would be made again.
     """
-    own = getattr(model, "_orig_mod", model)
-    handle = getattr(own, HANDLE, None)
-    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in own.modules())
-    weight = next(model.parameters())
-    cast = torch.is_autocast_enabled(weight.device.type)
-    if handle is None or own is not model or compiled or cast:
+    handle = getattr(model, HANDLE, None)
+    compiled = hasattr(model, "_orig_mod") or any(
+        getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
+    )
+    if handle is None or compiled:
         yield
         return
-    rests = handle.session.rests(tokens, weight.device, weight.dtype)
+    weight = next(model.parameters())
+    cast = torch.is_autocast_enabled(weight.device.type)
+    rests = not cast and handle.session.rests(tokens, weight.device, weight.dtype)
     with handle.rest() if rests else nullcontext():
         yield
 
