@@ -20,11 +20,7 @@ from accel.context import Where
 from accel.errors import AccelError
 from accel.geometry import Geometry, Site
 from accel.guard import Kind, slower_than_dense, time_dense
-from accel.head_shares import Mine
-from accel.judged_masks import judged_mask
-from accel.kernels.attention import resolve_backend, resolve_precision, sparse_attention
-from accel.layouts import Layouts, LayoutsLike, Part, parts_of
-from accel.masks import SiteMask
+from accel.layouts import Layouts, LayoutsLike
 from accel.obstacles import misfit, missed, refusal, too_short, unexplained
 from accel.own_dense import OwnDense
 from accel.plan import Plan
@@ -33,6 +29,7 @@ from accel.records import Record, Stopwatch, phase_label
 from accel.run_state import Run
 from accel.schedule import Phase
 from accel.shared_calls import SharedCalls
+from accel.sparse_calls import SparseCalls
 from accel.text_calls import TextCalls
 from accel.text_step import current
 
@@ -76,6 +73,7 @@ class Session:
         self.shared = SharedCalls(plan)
         self.text = TextCalls(plan)
         self._own_dense = OwnDense(plan)
+        self._sparse = SparseCalls(plan, self.shared, self._notice)
 
     @contextmanager
     def probing(self) -> Iterator[Counter[str]]:
@@ -179,7 +177,7 @@ class Session:
             return dense()
         run = self.run
         if run.text is not None:
-            how = (valid, dense, obstacle, partial(self._kernel, site, q))
+            how = (valid, dense, obstacle, partial(self._sparse.kernel, site, q))
             found = self.text.attend(site, run, run.text, self.records, q, k, v, *how)
             if found is not None:
                 return found
@@ -209,7 +207,7 @@ class Session:
             own = partial(self._own_dense, site, run, valid is not None)
             if run.spread is not None:
                 own = partial(self.shared.dense, run, own)
-            kernel, dense = self._kernel(site, q), partial(own, q, k, v)
+            kernel, dense = self._sparse.kernel(site, q), partial(own, q, k, v)
         out = None
         if choices is not None:
             out = self._sparse(site, run, choices, record, q, k, v)
@@ -248,92 +246,6 @@ class Session:
         own = self.plan.dense == "kernel"
         return Kind.of(q, k, self.plan.precision_of(site.name) if own else None)
 
-    def _sparse(
-        self,
-        site: Site,
-        run: Run,
-        choices: tuple[Choice, ...],
-        record: Record,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
-    ) -> Heads | None:
-        """The output of a sparse call; None where every head turns out to be dense."""
-        assert run.where is not None
-        stand_ins = run.outputs.stand_ins(choices, site.name, run.branch, q, v)
-        if all(c.dense or h in stand_ins.dense for h, c in enumerate(choices)):
-            return None
-        found: tuple[Heads, Stopwatch] | None
-        if len(stand_ins.given) == len(choices):
-            found = torch.empty_like(q), Stopwatch(record, q.device)
-        elif run.spread is not None:
-            blocks = partial(self._blocks, site, run)
-            found = self.shared.blocks(site, run, choices, stand_ins, record, q, k, v, blocks)
-        else:
-            found = self._blocks(site, run, choices, stand_ins.dense, record, q, k, v)
-        if found is None:
-            return None
-        out, watch = found
-        stand_ins.put(out)
-        watch.stop()
-        record.calls += 1
-        whole = q if run.spread is None else run.spread.whole(q)
-        record.ratio = self._ratio(site, run, whole)
-        return out
-
-    def _blocks(
-        self,
-        site: Site,
-        run: Run,
-        choices: tuple[Choice, ...],
-        dense: tuple[int, ...],
-        record: Record,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
-        mine: Mine | None = None,
-    ) -> tuple[Heads, Stopwatch] | None:
-        """What a kernel computes of a sparse call, and the watch that has begun with it; None where
-        every head is dense.
-
-        mine: the heads are those, of a site that ranks share; then there is always an output.
-        """
-        parts: list[tuple[Part, SiteMask]] = []
-        for part in parts_of(run.here, q.device):
-            of_part = (part.cut(q), part.cut(k), part.cut(v))
-            chosen, weak = judged_mask(
-                self.plan, run, site, part, choices, dense, record, *of_part, mine
-            )
-            if weak:
-                self._notice(weak)
-            if chosen is not None:
-                parts.append((part, chosen))
-            elif mine is None:
-                return None
-        if mine is not None and not mine.certain:
-            self.shared.weigh(site, run, mine, [chosen for _, chosen in parts], q.device)
-        watch = Stopwatch(record, q.device)
-        out = None
-        for part, chosen in parts:
-            result = sparse_attention(
-                part.cut(q),
-                part.cut(k),
-                part.cut(v),
-                chosen.mask,
-                rest=chosen.rest,
-                order=chosen.order,
-                kv_length=chosen.kv_length,
-                precision=self.plan.precision_of(site.name),
-            )
-            record.kernels.add(self._kernel(site, q))
-            record.keep += chosen.keep / len(parts)
-            if result.shape == q.shape:
-                out = result
-            else:
-                out = torch.empty_like(q) if out is None else out
-                part.put(out, result)
-        return torch.empty_like(q) if out is None else out, watch
-
     def _keep(self, site: Site, run: Run, out: Heads) -> None:
         """Keep of an output what later calls will take over."""
         choices = [
@@ -360,7 +272,7 @@ class Session:
         if reason is None and q.shape[2] != k.shape[2]:
             reason = f"{site.name} has {q.shape[2]} queries and {k.shape[2]} keys"
         reason = reason or misfit(site, run.here, q) or unexplained(site, run, valid)
-        ratio = self._ratio(site, run, q)
+        ratio = self._sparse.ratio(site, run, q)
         if reason is None and ratio is not None and ratio >= self.plan.dense_ratio(site.name):
             reason = f"dense attention is predicted to be faster at {site.name}"
         reason = reason or too_short(self.plan, q.shape[2], q.device, q.dtype)
@@ -386,18 +298,6 @@ class Session:
             logger.warning("accel: %s: %s", run.off[site.name], found)
         self._notice(run.off[site.name])
         return True
-
-    def _ratio(self, site: Site, run: Run, q: Heads) -> float | None:
-        """The plan's prediction for this call, if it has one for calls like it."""
-        assert run.phase.band is not None
-        dtype = str(q.dtype).removeprefix("torch.")
-        return self.plan.ratio(site.name, run.phase.band, q.shape[2], q.device.type, dtype)
-
-    def _kernel(self, site: Site, q: Heads) -> str:
-        """What the summary calls accel's kernel here; a precision below the model's is told."""
-        backend, allowed = resolve_backend("auto", q.device), self.plan.precision_of(site.name)
-        precision = resolve_precision(allowed, backend, q.dtype, q.device)
-        return backend if precision == "full" else f"{backend} {precision}"
 
     def _runs_dense(self, reason: str) -> None:
         """Say once, count always; in strict mode refuse."""

@@ -9,7 +9,7 @@ import torch
 from sessions import LAYOUT, ONLINE, PRICED, STATIC, A, B, attend, qkv, run, session
 from torch.nn.functional import scaled_dot_product_attention
 
-from accel import own_dense, router
+from accel import own_dense, sparse_calls
 from accel.choice import Choice
 from accel.context import Where
 from accel.errors import AccelError
@@ -50,8 +50,7 @@ class TestMasks:
 
         monkeypatch.setattr(BlockMassTopK, "select_in", spy)
         one = session(ONLINE)
-        one.plan = replace(one.plan, precision=precision)
-        run(one, [9])
+        run(Session(replace(one.plan, precision=precision), one.geometry), [9])
         assert set(seen) == {(dtype, dtype)}
 
     def test_a_static_head_beside_an_online_one(self, looks):
@@ -188,7 +187,7 @@ class TestDenseByKernel:
             seen.append(precision)
             return sparse_attention(*tensors, precision=precision, **options)
 
-        for module in (router, own_dense):
+        for module in (sparse_calls, own_dense):
             monkeypatch.setattr(module, "sparse_attention", spy)
         for site in ("a", "b"):
             one = self.kernel_session({site: "half"}, dense_start=0.5)

@@ -5,7 +5,7 @@ import torch
 from sessions import LAYOUT, ONLINE, STATIC, attend, place, qkv, run, session
 from torch.nn.functional import scaled_dot_product_attention
 
-from accel import router
+from accel import sparse_calls
 from accel.choice import DENSE, Choice
 from accel.context import Where
 from accel.geometry import Geometry, Site
@@ -118,7 +118,7 @@ class TestOutputs:
 
     def test_what_stands_in_is_neither_computed_nor_counted(self, monkeypatch):
         one = wide(*[STEP, IDENTITY] * 3, schedule=Schedule(dense_start=0.5))
-        monkeypatch.setattr(router, "sparse_attention", None)
+        monkeypatch.setattr(sparse_calls, "sparse_attention", None)
         for step in range(4):
             out, _, _ = call(one, Where(step, 4), seed=step)
         record = one.records["a", "band 0"]

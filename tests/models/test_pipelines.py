@@ -195,14 +195,14 @@ class TestFewSteps:
     def test_the_guard_decides_and_says_so(self, case, steps, monkeypatch):
         """One call a step, so every site has three sparse ones in 4 steps."""
         pipe, call = {"Flux": flux, "SD3": sd3}[case.name]()
-        attend = accel.router.sparse_attention
+        attend = accel.sparse_calls.sparse_attention
 
         def slowly(*args, **kwargs):
             time.sleep(0.02)
             return attend(*args, **kwargs)
 
         monkeypatch.setattr("accel.guard.LEAST_S", 0.0)
-        monkeypatch.setattr("accel.router.sparse_attention", slowly)
+        monkeypatch.setattr("accel.sparse_calls.sparse_attention", slowly)
         enable(pipe, Schedule(dense_start=0.25), guard=True)
         generate(pipe, call, steps)
         notices = accel.summary(pipe).notices

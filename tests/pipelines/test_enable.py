@@ -400,7 +400,7 @@ class TestRuns:
     def test_an_exception_inside_the_model_leaves_nothing(self, pipe, monkeypatch):
         accel.enable(pipe, "sparsed", guard=False)
         expected = generate(pipe, seed=1)
-        attend = accel.router.sparse_attention
+        attend = accel.sparse_calls.sparse_attention
         count = iter(range(100))
 
         def fail(*args, **kwargs):
@@ -409,7 +409,7 @@ class TestRuns:
             return attend(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr("accel.router.sparse_attention", fail)
+            patch.setattr("accel.sparse_calls.sparse_attention", fail)
             with pytest.raises(MemoryError):
                 generate(pipe)
         assert "blocks.1.attn1" in str(accel.summary(pipe))
