@@ -3,6 +3,7 @@ folder.
 """
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from training import save_pipeline
 
 from accel.pipelines.vision import VisionConfig, VisionPipeline
 
-__all__ = ["ARCHITECTURE", "build_pipeline", "export", "swin_of", "write_canvases", "write_png"]
+__all__ = [
+    "ARCHITECTURE",
+    "build_pipeline",
+    "draw_canvases",
+    "export",
+    "swin_of",
+    "write_canvases",
+    "write_png",
+]
 
 ARCHITECTURE = "swin_tiny_patch4_window7_224"
 WINDOW = 4  # tokens: 512 pixels are 32 x 32 windows in the first stage, and 4 x 4 in the last
@@ -69,13 +78,18 @@ def write_png(image: Tensor, path: Path) -> None:
     few.save(path, optimize=True)
 
 
-def write_canvases(out: Path) -> None:
-    """`test` and `calibration` of the folder: canvas `NNN.png`, and `NNN-classes.png`, whose grey
-    level is the class.
+def draw_canvases(folder: Path, indices: Iterable[int]) -> None:
+    """Canvases of held-out scans as files: canvas `NNN.png`, and `NNN-classes.png`, whose grey
+    level is the class. `NNN` counts from 0.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, index in enumerate(indices):
+        image, classes = make_canvas(FILE_SEED, index, split="held-out")
+        write_png(image, folder / f"{number:03d}.png")
+        write_png(classes, folder / f"{number:03d}-classes.png")
+
+
+def write_canvases(out: Path) -> None:
+    """`test` and `calibration` of the model's folder."""
     for folder, indices in FILES.items():
-        (out / folder).mkdir(parents=True, exist_ok=True)
-        for number, index in enumerate(indices):
-            image, classes = make_canvas(FILE_SEED, index, split="held-out")
-            write_png(image, out / folder / f"{number:03d}.png")
-            write_png(classes, out / folder / f"{number:03d}-classes.png")
+        draw_canvases(out / folder, indices)

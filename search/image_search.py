@@ -54,7 +54,7 @@ class ImageSearch(TaskSearch):
     wherever timm has it, so that a plan gains nothing by that.
 
     space: of `configs/space`; rounds: pairs of timings of each price, and of a plan of the front on
-    each prompt.
+    each of a few prompts.
     """
 
     code: ClassVar[tuple[str, ...]] = (

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import draw_swin_digits
 import evaluate_swin_digits
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import swin_digits_card
 import swin_digits_model
 import torch
 import train_swin_digits
-from digit_canvases import CLASSES, SIZES, draw_canvas, render_canvas
+from digit_canvases import CLASSES, SIZES, draw_canvas, make_canvas, render_canvas
 from evaluate_swin_digits import background_windows, digits_right, share_table
 from PIL import Image
 from swin_digits_model import build_pipeline, export, swin_of
@@ -33,6 +34,7 @@ from window_adaptation import keeps_plan, window_blocks
 
 from accel.pipelines.enable import plan_of
 from accel.pipelines.vision import VisionPipeline
+from accel.pipelines.vision_images import ImageFolder
 from accel.window_keeps import WindowKeeps
 
 ROOT = Path(__file__).parents[2]
@@ -329,6 +331,22 @@ def test_the_committed_canvases_are_those_of_their_seed(
             for folder in (tmp_path / "test", MODEL / "test")
         )
         assert np.abs(ours - theirs).mean() < most
+
+
+def test_more_canvases_are_others_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    draw_swin_digits.main(2, draw_swin_digits.FIRST, tmp_path / "more")
+    names = ["000-classes.png", "000.png", "001-classes.png", "001.png"]
+    assert sorted(f.name for f in (tmp_path / "more").iterdir()) == names
+    folder = ImageFolder.of(str(tmp_path / "more"))
+    right = folder.right("000-001", CLASSES, "segmentation")
+    for number in (0, 1):
+        index = draw_swin_digits.FIRST + number
+        _, classes = make_canvas(swin_digits_model.FILE_SEED, index, split="held-out")
+        assert (right[number] == classes.numpy()).all()
+    first = draw_swin_digits.FIRST
+    assert not {first, first + 1} & {i for of in swin_digits_model.FILES.values() for i in of}
+    with pytest.raises(SystemExit, match="holds files"):
+        draw_swin_digits.main(2, 0, tmp_path / "more")
 
 
 @trained

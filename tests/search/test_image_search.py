@@ -9,6 +9,7 @@ from accel.errors import AccelError
 from accel.pipelines.compare_arms import read_front
 from accel.pipelines.host import Host, ModelConfig
 from accel.plan import Plan
+from accel.search.image_bench import TIMED
 from accel.search.image_search import ImageSearch, genes_for
 from accel.search.settings import Evolution
 from accel.search.task_search import describe
@@ -62,6 +63,22 @@ def test_nothing_is_done_twice(searched, model, monkeypatch):
     again = search.run()
     assert again.points == outcome.points
     assert again.chosen.plan.digest == outcome.chosen.plan.digest
+
+
+def test_a_plan_is_timed_on_a_few_prompts_and_judged_on_all(searched, monkeypatch):
+    _, search, outcome = searched
+    tasks = [f"test/{number:03d}" for number in range(6)]  # each a prompt of its own
+    timed = []
+
+    def ratios(plan, prompt):
+        timed.append(prompt)
+        return [0.5]
+
+    monkeypatch.setattr(search.bench, "_ratios", ratios)
+    worth = search.bench.measure(outcome.chosen.plan, tasks)
+    assert timed == tasks[:TIMED]
+    assert worth.time == 0.5
+    assert worth.agreement == search.bench.trial(outcome.chosen.plan, tasks).agreement
 
 
 def test_tokens_of_a_plain_transformer(tmp_path):
