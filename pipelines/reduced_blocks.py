@@ -53,7 +53,7 @@ class ReducedBlocks:
         self.always = False
         self._model = model
         self._taps: frozenset[int] = frozenset()
-        self._states = States(len(modules))
+        self._states = States()
         self._blocks: list[_Block] = []
         self.serve(session)
         for number, site in enumerate(modules):

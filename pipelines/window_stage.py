@@ -1,9 +1,7 @@
 """A stage of a windowed model: the blocks that share their rankings of windows, for one call.
 
 A ranking goes from block to block beside the tokens. It is dropped by the last block that needs it,
-so that nothing of a call meets the next one. Where a block is computed again for its gradient
-(activation checkpointing), which happens later and block by block, its ranking is found again by
-the tokens that enter it.
+so that nothing of a call meets the next one.
 """
 
 from collections import OrderedDict
@@ -12,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from accel.backward import in_backward
+from accel.pipelines.between_blocks import Entered, HandedOn
 from accel.pipelines.window_hosts import HostBlock
 from accel.window_keeps import kept_of
 from accel.window_ranking import Cut, Places, gather, places_of, ranked, scatter, token_energy
@@ -56,11 +54,11 @@ class Stage:
     def start(self, score: str) -> None:
         """Begin anew, with other keeps."""
         self.score = score
-        self.now: Rankings | None = None
+        self._now = HandedOn()
+        self._entered = Entered()
         self.last = None
         self._tables: OrderedDict[Any, Tensor] = OrderedDict()
         self._masks: OrderedDict[Any, Tensor | None] = OrderedDict()
-        self._again: dict[tuple[int, int], tuple[StorageWeakRef, Rankings]] = {}
 
     @property
     def checkpoints(self) -> bool:
@@ -76,19 +74,15 @@ class Stage:
         follows = not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or self.checkpoints
         )
-        if follows and in_backward():
-            again = self._again.get(_identity(x))
-            if again is not None and not again[0].expired():
-                return again[1]
+        now: Rankings | None = self._entered.find(x) if follows and in_backward() else None
         pruned = self.pruned(block.host.cut(x).windows, gather_all)
-        now = self.now
-        # a block that is called by itself ranks its own tokens
-        if now is None or block is pruned[0]:
+        if now is None and block is not pruned[0]:
+            now = self._now.get()
+        if now is None:  # a block that is called by itself ranks its own tokens
             now = self._rank(x, pruned)
-        self.now = None if block is pruned[-1] else now
+        self._now.put(None if block is pruned[-1] else now)
         if follows:
-            self._again = {key: v for key, v in self._again.items() if not v[0].expired()}
-            self._again[_identity(x)] = StorageWeakRef(x.untyped_storage()), now
+            self._entered.put(x, now)
         return now
 
     def _rank(self, x: Tensor, pruned: list["WindowBlock"]) -> Rankings:
@@ -171,9 +165,3 @@ def _known(made: OrderedDict[Any, Any], key: Any, make: Callable[[], Any]) -> An
 def _eagerly(block: WindowBlock, x: Tensor, kept: int, gather_all: bool) -> Tensor:
     """What a ranking does while blocks are computed again, no compiler follows."""
     return block._inside(x, kept, gather_all)
-
-
-def _identity(x: Tensor) -> tuple[int, int]:
-    """What a tensor and its detached copies have in common, until it is written to."""
-    version = 0 if x.is_inference() else x._version
-    return x.untyped_storage()._cdata, version
