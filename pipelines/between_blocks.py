@@ -48,7 +48,7 @@ class Entered:
         for key, (storage, _) in [*self._known.items()]:
             if storage.expired():
                 self._known.pop(key, None)
-        self._known[_identity(x), *of] = StorageWeakRef(x.untyped_storage()), value
+        self._known[(_identity(x), *of)] = StorageWeakRef(x.untyped_storage()), value
 
     def find(self, x: Tensor, *of: Any) -> Any:
         """None where nothing is known; memory that was taken over by another tensor is not x."""

@@ -3,14 +3,14 @@
     python samples/draw_swin_digits.py --canvases 72 --out outputs/canvases/calibration
     accel-search model=swin-digits model.calibration_images=outputs/canvases/calibration ...
 
-Scans are held-out ones, as in the committed canvases; the indices are others than theirs, and than
-those that `evaluate_swin_digits.py` draws (from 1000 on).
+Scans are held-out ones, as in the committed canvases; the indices are others than theirs.
+`evaluate_swin_digits.py` draws those from 1000 on.
 """
 
 import argparse
 from pathlib import Path
 
-from swin_digits_model import draw_canvases
+from swin_digits_model import FILES, draw_canvases
 from tqdm import tqdm
 
 FIRST = 200
@@ -18,6 +18,12 @@ FIRST = 200
 
 def main(canvases: int, first: int, out: Path) -> None:
     """Write canvases `first` and following to `out`."""
+    committed = {index for indices in FILES.values() for index in indices}
+    if committed & {*range(first, first + canvases)}:
+        raise SystemExit(
+            f"canvases {first} to {first + canvases - 1} are among the committed ones: give a"
+            f" --first from {max(committed) + 1} on"
+        )
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} holds files already: give another --out, or empty it")
     draw_canvases(out, tqdm(range(first, first + canvases), desc="drawing", unit="canvas"))

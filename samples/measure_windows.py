@@ -6,7 +6,8 @@ goes.
     python samples/measure_windows.py --model swinv2_tiny_window8_256 --size 768 --keeps 0.5
 
 Stages are timed alone, on the tokens that enter them in the whole model: the blocks as timm has
-them, and with some windows kept, in turns. What a pruned stage does is told apart: ranking
+them, with scaled_dot_product_attention as TIMM_FUSED_ATTN=2 has it, and with some windows kept, in
+turns. What a pruned stage does is told apart: ranking
 windows, which no keep makes shorter; moving tokens, out of the map and back into a copy of it; and
 the blocks themselves. Times are medians, on the CPU; no weight's value changes them.
 """
@@ -200,6 +201,9 @@ def main() -> None:
     if not all(0 < keep <= 1 for keep in args.keeps):
         parser.error(f"keeps are in (0, 1], got {args.keeps}")
     model = model_of(args.model, args.size)
+    for module in model.modules():
+        if getattr(module, "fused_attn", True) is False:
+            module.fused_attn = True
     images = torch.randn(args.batch, 3, args.size, args.size)
     found = {keep: measure(model, images, keep, args.rounds) for keep in args.keeps}
     device = device_name(torch.device("cpu"))

@@ -10,7 +10,8 @@ import numpy as np
 from torch import nn
 
 from accel.choice import DENSE
-from accel.pipelines.adapters import geometry_of
+from accel.pipelines.adapters import denoisers_of, geometry_of
+from accel.pipelines.window_blocks import window_stages
 from accel.plan import Plan
 from accel.schedule import Schedule
 from accel.window_keeps import WindowKeeps
@@ -23,8 +24,10 @@ LEVELS = tuple(round(1 - tenth / 10, 1) for tenth in range(10))  # 1.0 to 0.1
 
 
 def window_blocks(model: nn.Module) -> list[str]:
-    """Sites of the model's blocks: the names that keeps go by."""
-    return [site.name for site in geometry_of(model).sites]
+    """Sites of the blocks that can leave windows out: the names that keeps go by."""
+    (core,) = denoisers_of(model)
+    stages = window_stages(core, [site.name for site in geometry_of(core).sites])
+    return [b.site for stage in stages for b in stage.blocks if b.host.obstacle is None]
 
 
 def draw_keeps(sites: Iterable[str], random: np.random.Generator) -> dict[str, float]:

@@ -3,10 +3,13 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from accel.errors import AccelError
+from torch import nn
+
+from accel.errors import AccelError, PlanError
 from accel.pipelines.adapters import adapter_of, denoisers_of, geometry_of
 from accel.pipelines.enable import enabled
 from accel.pipelines.host import Host, ModelConfig
@@ -44,7 +47,25 @@ def genes_for(space: Mapping[str, Any], pipe: Any) -> KeepGenes:
     if part == "windows":
         found = window_stages(model, names)
         stages = [[b.site for b in stage.blocks if b.host.obstacle is None] for stage in found]
-    return KeepGenes.of(space["genes"], part, [stage for stage in stages if stage])
+    genes = KeepGenes.of(space["genes"], part, [stage for stage in stages if stage])
+    return _fitting(genes, model)
+
+
+def _fitting(genes: KeepGenes, model: nn.Module) -> KeepGenes:
+    """Without what this model cannot do: to go by a class token, where it has none."""
+    least = (len(genes.keeps) - 1,) * len(genes.groups)
+    hows, reason = [], ""
+    for how in genes.hows:
+        only = replace(genes, hows=(how,))
+        try:
+            plan = only.plan(only.repaired(least), geometry_of(model), "fits")
+            with enabled(model, plan, check=False):
+                hows.append(how)
+        except PlanError as error:
+            reason = str(error)
+    if not hows:
+        raise AccelError(f"nothing of space.genes.how is for a {type(model).__name__}: {reason}")
+    return replace(genes, hows=tuple(hows))
 
 
 class ImageSearch(TaskSearch):
@@ -72,7 +93,7 @@ class ImageSearch(TaskSearch):
         host.kind.set_up(host, setup)
         folders = [p for p in (host.config.images, host.config.calibration_images) if p]
         answers = [ImageFolder.of(path).answers for path in folders]
-        told = {"images": stands, "answers": answers, "setup": setup}
+        told = {"images": stands, "answers": answers, "setup": setup, "rounds": rounds}
         super().__init__(host, settings, folder, prompts, len(prompts), **told)
 
     @classmethod
@@ -87,7 +108,10 @@ class ImageSearch(TaskSearch):
         """Load the model, and search what the space has for it."""
         host = Host(model)
         genes = genes_for(space, host.pipe)
-        asked = TaskSettings(genes=genes, first=space.get("first", ()), **settings)
+        # what the space has for other models is left out, what it has not is an error
+        other = [how for how in space["genes"].get("how") or () if how not in genes.hows]
+        first = [wanted for wanted in space.get("first") or () if wanted.get("how") not in other]
+        asked = TaskSettings(genes=genes, first=first, **settings)
         return cls(host, asked, folder, genes, rounds)
 
     def _bench(self) -> ImageBench:

@@ -11,7 +11,7 @@ whole.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
@@ -108,10 +108,6 @@ class KeepCosts:
         )
         (x, at_x), (y, at_y) = points[low : low + 2]
         return at_x + (at_y - at_x) * (keep - x) / (y - x)
-
-    def shares(self) -> Mapping[str, Sequence[tuple[float, float]]]:
-        """By group, falling keeps and what each saves, as fractions of the dense time."""
-        return {name: sorted(of.items(), reverse=True) for name, of in self._saved.items()}
 
 
 def _read(path: Path) -> dict[str, dict[float, float]]:

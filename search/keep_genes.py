@@ -16,6 +16,7 @@ from accel.geometry import Geometry
 from accel.plan import PARTS, Plan
 from accel.schedule import Schedule
 from accel.search.genome import Genome, ListedGenes
+from accel.untrusted import finite
 from accel.window_keeps import checked_keeps
 
 __all__ = ["KeepGenes"]
@@ -128,10 +129,14 @@ class KeepGenes(ListedGenes):
             genome += [self._level(value) for value in row]
         if len(self.hows) > 1:
             how = wanted.get("how", self.hows[0])
-            genome.append(self.hows.index(how) if how in self.hows else 0)
+            if how not in self.hows:
+                raise AccelError(f"space.first has the how {how!r:.80}, not one of {[*self.hows]}")
+            genome.append(self.hows.index(how))
         return tuple(genome)
 
-    def _level(self, keep: float) -> int:
+    def _level(self, keep: Any) -> int:
+        if not finite(keep) or not 0 < keep <= 1:
+            raise AccelError(f"space.first has the keep {keep!r:.80}; it is above 0, and at most 1")
         return min(range(len(self.keeps)), key=lambda i: abs(self.keeps[i] - keep))
 
     def repaired(self, genome: Genome) -> Genome:

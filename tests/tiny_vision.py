@@ -52,9 +52,9 @@ def images(count, height=32, width=48, seed=0):
     return torch.from_numpy(drawn.astype(np.uint8).repeat(8, 2).repeat(8, 3))
 
 
-def tiny_vision_path(folder, name="swin"):
+def tiny_vision_path(folder, name="swin", **changes):
     """The folder of a tiny model with test and calibration images of what it nearly finds."""
-    pipe = {"swin": swin, "vit": vit}[name]()
+    pipe = {"swin": swin, "vit": vit}[name](**changes)
     pipe.save_pretrained(folder)
     for part, count, seed in (("test", 6, 1), ("calibration", 2, 2)):
         pixels = images(count, seed=seed)

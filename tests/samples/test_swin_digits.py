@@ -346,7 +346,9 @@ def test_more_canvases_are_others_and_nothing_is_overwritten(tmp_path: Path) -> 
     first = draw_swin_digits.FIRST
     assert not {first, first + 1} & {i for of in swin_digits_model.FILES.values() for i in of}
     with pytest.raises(SystemExit, match="holds files"):
-        draw_swin_digits.main(2, 0, tmp_path / "more")
+        draw_swin_digits.main(2, first, tmp_path / "more")
+    with pytest.raises(SystemExit, match=r"among the committed ones: give a --first from 124 on"):
+        draw_swin_digits.main(2, 47, tmp_path / "others")
 
 
 @trained

@@ -32,7 +32,7 @@ def test_keeps_fall_within_a_stage_and_pairs_share_one() -> None:
     assert len(starts) > 5
 
 
-def test_levels_are_tenths_from_all_to_a_fifth_and_equally_likely() -> None:
+def test_levels_are_tenths_and_equally_likely() -> None:
     assert LEVELS == (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
     random = np.random.default_rng(0)
     drawn = Counter(draw_keeps(sites(2), random)[sites(2)[0]] for _ in range(1800))

@@ -1,8 +1,10 @@
 """The search for a vision model, on tiny random ones."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from tiny_vision import tiny_vision_config, tiny_vision_path
 
 from accel.errors import AccelError
@@ -14,6 +16,7 @@ from accel.search.image_search import ImageSearch, genes_for
 from accel.search.settings import Evolution
 from accel.search.task_search import describe
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SPACE = {
     "name": "windows",
     "genes": {"keep": [1.0, 0.5, 0.2], "how": [{"score": "norm_of_means"}, {"score": "norm"}]},
@@ -91,6 +94,30 @@ def test_tokens_of_a_plain_transformer(tmp_path):
         keeps = point.plan.provenance["genes"]["keep"]
         assert point.worth.agreement == 1.0 or min(keeps) < 1
         assert len(point.plan.tokens.keeps) == len([k for k in keeps if k < 1])
+
+
+def test_a_model_without_a_class_token_is_searched_by_what_it_has(tmp_path):
+    path = tiny_vision_path(tmp_path / "vit", "vit", class_token=False, global_pool="avg")
+    space = yaml.safe_load((CONFIGS / "space" / "tokens.yaml").read_text())
+    space["genes"]["group"] = 1
+    model = ModelConfig(**tiny_vision_config(path))
+    search = ImageSearch.of(model, space, tmp_path / "out", 1, **SETTINGS)
+    assert [how.get("score") for how in search.settings.genes.hows] == [None, "mass"]
+    assert len(search.settings.first) == len(space["first"]) - 1
+    assert search.run().trials == 5
+    only = {**space, "genes": {**space["genes"], "how": [{"method": "fuse"}]}}
+    with pytest.raises(AccelError, match="no class token"):
+        ImageSearch.of(model, only, tmp_path / "out", 1, **SETTINGS)
+    bad = {**space, "first": [{"keep": 0.5, "how": {"method": "fused"}}]}
+    asked = ImageSearch.of(model, bad, tmp_path / "out", 1, **SETTINGS)
+    with pytest.raises(AccelError, match="not one of"):
+        asked.run()
+
+
+def test_other_rounds_are_measured_anew(searched, model):
+    folder, search, _ = searched
+    assert ImageSearch.of(model, SPACE, folder, 1, **SETTINGS).key == search.key
+    assert ImageSearch.of(model, SPACE, folder, 2, **SETTINGS).key != search.key
 
 
 @pytest.mark.parametrize(

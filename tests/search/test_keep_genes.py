@@ -99,3 +99,16 @@ def test_a_wrong_space_is_refused(space, words):
 def test_a_wrong_first_generation_is_refused(wanted, words):
     with pytest.raises(AccelError, match=words):
         WINDOWS.nearest(wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"keep": 0.5, "how": {"score": "nrm"}}, "the how .*nrm.*, not one of"),
+        ({"keep": 7}, "the keep 7; it is above 0"),
+        ({"keep": [None, 1.0, 1.0, 1.0]}, "the keep None"),
+    ],
+)
+def test_what_a_space_begins_with_is_checked(wanted, words):
+    with pytest.raises(AccelError, match=words):
+        WINDOWS.nearest(wanted)
