@@ -176,9 +176,14 @@ def named_denoisers(target: Any) -> dict[str, nn.Module]:
 
 def _core(model: nn.Module) -> nn.Module:
     """The model of timm in a wrapper (`features_only`, a segmenter), or the model itself."""
-    if not type(model).__module__.startswith(("timm.", "accel.")) or _by_class(model) is not None:
+    from accel.pipelines.image_models import put_together
+
+    if not type(model).__module__.startswith(("timm.", "accel.")):
         return model
-    found = [m for m in model.modules() if (a := _by_class(m)) is not None and a.package == "timm"]
+    found = [whole for m in model.modules() if (whole := put_together(m)) is not None]
+    if not found and _by_class(model) is not None:
+        return model
+    found = found or [m for m in model.modules() if (a := _by_class(m)) and a.package == "timm"]
     return found[0] if len(found) == 1 else model
 
 

@@ -59,4 +59,4 @@ class Entered:
 def _identity(x: Tensor) -> tuple[int, int, int]:
     """What a tensor and its detached copies have in common, until it is written to."""
     version = 0 if x.is_inference() else x._version
-    return x.untyped_storage()._cdata, x.storage_offset(), version
+    return x.untyped_storage()._cdata, int(x.storage_offset()), version

@@ -154,7 +154,10 @@ def window_stages(model: nn.Module, sites: list[str]) -> list[Stage]:
         # a block that cannot be pruned is a stage by itself
         key = path if host.obstacle else (path.rpartition(".")[0], host.kind)
         if key != last:
-            stages.append(Stage(path, model, path.rpartition(".blocks.")[0]))
+            stage = Stage(path, model, path.rpartition(".blocks.")[0])
+            if stage.name in {known.name for known in stages}:  # behind a block that stands alone
+                stage.name = path
+            stages.append(stage)
             last = key
         stages[-1].add(WindowBlock(name, module, host))
     return stages

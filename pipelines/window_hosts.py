@@ -18,6 +18,7 @@ __all__ = ["HostBlock", "host_block"]
 
 Rows = Float[Tensor, "batch kept size channels"]
 Valid = Bool[Tensor, "batch kept size"] | None
+BEGINS = "begins a stage: it pools or widens tokens, and has none to pass unchanged"
 
 
 class HostBlock:
@@ -113,6 +114,15 @@ class SwinV2Block(SwinBlock):
         return _add(rows, block.drop_path2, block.norm2(block.mlp(rows)))
 
 
+class SwinV2CrBlock(SwinV2Block):
+    """Christoph Reich's Swin v2: computes as the other, but for a norm behind some blocks."""
+
+    def __init__(self, block: Any, halved: int) -> None:
+        super().__init__(block, halved)
+        if not isinstance(block.norm3, nn.Identity):
+            self.obstacle = "norms its whole map behind the MLP, and has no token to pass unchanged"
+
+
 class SamBlock(HostBlock):
     """SAM's ViT: windows without a shift or a mask; padding is attended to."""
 
@@ -139,6 +149,37 @@ class SamBlock(HostBlock):
         return _add(rows, block.drop_path2, block.ls2(block.mlp(block.norm2(rows))))
 
 
+class HieraDetBlock(HostBlock):
+    """SAM 2's Hiera: windows of a map, without a shift or a mask; padding is attended to.
+
+    As in Hiera, a block that pools its queries, or changes the channels, passes no token unchanged.
+    """
+
+    def __init__(self, block: Any, pooled: list[tuple[int, int]]) -> None:
+        super().__init__(block)
+        self._pooled = pooled  # by the blocks before it
+        self.kind = block.window_size
+        if not block.is_windowed:
+            self.obstacle = "attends to the whole map"
+        elif block.q_stride or block.dim != block.dim_out:
+            self.obstacle = BEGINS
+
+    def windows(self, grid: tuple[int, int]) -> int:
+        rows, columns = grid
+        for down, across in self._pooled:
+            rows, columns = rows // down, columns // across
+        return Cut(rows, columns, self.block.window_size).windows if self.block.is_windowed else 1
+
+    def cut(self, x: Tensor) -> Cut:
+        return Cut(x.shape[1], x.shape[2], self.block.window_size)
+
+    def inside(self, rows: Rows, valid: Valid, mask: Tensor | None, kind: Tensor) -> Rows:
+        block = self.block
+        inner = _zeroed(block.norm1(rows), valid).flatten(0, 1).unflatten(1, block.window_size)
+        rows = _add(rows, block.drop_path1, block.ls1(block.attn(inner)).reshape(rows.shape))
+        return _add(rows, block.drop_path2, block.ls2(block.mlp(block.norm2(rows))))
+
+
 class HieraBlock(HostBlock):
     """Hiera: mask units, whose places lie a number of windows apart.
 
@@ -152,7 +193,7 @@ class HieraBlock(HostBlock):
         if not block.attn.use_mask_unit_attn:
             self.obstacle = "attends to the whole map"
         elif block.do_expand or block.attn.q_stride > 1:
-            self.obstacle = "begins a stage: it pools tokens, and has none to pass unchanged"
+            self.obstacle = BEGINS
 
     def windows(self, grid: tuple[int, int]) -> int:
         return self._units[0] * self._units[1] if self.block.attn.use_mask_unit_attn else 1
@@ -189,6 +230,12 @@ def host_block(model: Any, block: nn.Module, path: str) -> HostBlock:
     if "Hiera" in names:
         rows, columns = tuple(model.mask_spatial_shape)[-2:]
         return HieraBlock(block, (rows, columns))
-    stage = int(path.split(".")[1])
-    halved = sum(not isinstance(s.downsample, nn.Identity) for s in model.layers[: stage + 1])
-    return (SwinV2Block if "SwinTransformerV2" in names else SwinBlock)(block, halved)
+    within, number = path.split(".")[:2]
+    if "HieraDet" in names:
+        strides = (b.q_stride for b in model.blocks[: int(number)])
+        return HieraDetBlock(block, [stride for stride in strides if stride])
+    stages: Any = model.get_submodule(within)[: int(number) + 1]
+    halved = sum(not isinstance(s.downsample, nn.Identity) for s in stages)
+    kinds = {"SwinTransformerV2": SwinV2Block, "SwinTransformerV2Cr": SwinV2CrBlock}
+    kind = next((kind for name, kind in kinds.items() if name in names), SwinBlock)
+    return kind(block, halved)

@@ -5,7 +5,7 @@ import torch
 
 import accel
 from accel.choice import DENSE
-from accel.pipelines.adapters import geometry_of
+from accel.pipelines.adapters import denoisers_of, geometry_of
 from accel.pipelines.enable import session_of
 from accel.plan import Plan
 from accel.schedule import Schedule
@@ -18,6 +18,8 @@ MAKERS = {
     "swin any size": ("swin_tiny_patch4_window7_224", {**SMALL, "strict_img_size": False}),
     "swinv2": ("swinv2_tiny_window8_256", SMALL),
     "swinv2 any size": ("swinv2_tiny_window16_256", {**SMALL, "strict_img_size": False}),
+    "swinv2 cr": ("swinv2_cr_tiny_224", {**SMALL, "extra_norm_period": 3}),
+    "swinv2 cr any size": ("swinv2_cr_tiny_224", {**SMALL, "strict_img_size": False}),
     "sam": (
         "samvit_base_patch16_224",
         {
@@ -42,24 +44,49 @@ MAKERS = {
             "init_values": 0.5,
         },
     ),
+    "hieradet": (
+        "sam2_hiera_tiny",
+        {
+            "embed_dim": 16,
+            "stages": (2, 3, 3, 2),
+            "window_spec": (4, 2, 4, 2),
+            "global_att_blocks": (6,),
+            "num_classes": 5,
+            "init_values": 0.5,
+        },
+    ),
 }
+WHOLE = (64, 96)  # of models that have no size
 
 
 def windowed(name, **changes):
     """A model whose weights are large enough for images to differ."""
     torch.manual_seed(7)
     made, args = MAKERS[name]
-    model = timm.create_model(made, **{**args, **changes}).eval()
+    return randomised(timm.create_model(made, **{**args, **changes}).eval())
+
+
+def randomised(model, std=0.15):
+    """The model with random norms and biases too, which timm initialises to what hides a block."""
     for key, weight in model.named_parameters():
         if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.15)
+            torch.nn.init.normal_(weight, std=std)
         elif "norm" in key or "bias" in key:
             torch.nn.init.normal_(weight, mean=float("weight" in key), std=0.1)
     return model
 
 
+def net_of(name, kind="list", **changes):
+    """What `features_only` makes of a model, with the weights of `windowed`."""
+    made, args = MAKERS[name]
+    args = {**args, "features_only": True, "feature_cls": kind, **changes}
+    net = timm.create_model(made, **args).eval()
+    denoisers_of(net)[0].load_state_dict(windowed(name).state_dict(), strict=False)
+    return net
+
+
 def images(model_name, batch=3, seed=1, size=None):
-    size = size or MAKERS[model_name][1]["img_size"]
+    size = size or MAKERS[model_name][1].get("img_size", WHOLE)
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(batch, 3, size[0] // 8, size[1] // 8, generator=generator)
     x = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")
@@ -70,6 +97,7 @@ def prunable(model):
     """Sites whose blocks can leave windows out."""
     from accel.pipelines.window_hosts import host_block
 
+    model = denoisers_of(model)[0]
     sites = [site.name for site in geometry_of(model).sites]
     paths = {site: site.rpartition(".")[0] for site in sites}
     blocks = {s: host_block(model, model.get_submodule(path), path) for s, path in paths.items()}
@@ -90,7 +118,7 @@ def pruned(model, keeps, score="norm_of_means"):
 
 
 def interception(model):
-    return model._accel._interception
+    return denoisers_of(model)[0]._accel._interception
 
 
 def gathering(model):
@@ -101,7 +129,7 @@ def gathering(model):
 
 
 def session(model):
-    return session_of(model)
+    return session_of(denoisers_of(model)[0])
 
 
 def falling(model, keeps=(0.7, 0.5, 0.34)):

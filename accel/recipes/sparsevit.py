@@ -42,8 +42,8 @@ def sparsevit(
     stage_of = {name: found[1] for name in sites if (found := STAGE.fullmatch(name))}
     if len(stage_of) < len(sites):
         raise PlanError(
-            f"a {geometry.model} has no stages of windowed blocks; 'sparsevit' is for Swin and"
-            " Swin v2, and for others keeps are given by site (accel.window_keeps)"
+            f"'sparsevit' has keeps for the stages of Swin and Swin v2, not for a"
+            f" {geometry.model}; give it keeps by site (accel.window_keeps)"
         )
     stages = [list(names) for _, names in groupby(sites, stage_of.__getitem__)]
     chosen = [uniform] * len(stages) if uniform is not None else list(keeps)

@@ -157,7 +157,7 @@ def test_numbers_of_the_recipe_are_spread_over_the_pairs_of_a_deep_stage():
     [
         (swin((2, 2)), {}, "keeps are for 4 stages, the model has 2"),
         (swin(), {"keeps": ((1.0, 0.5), 1.0, 1.0, 1.0)}, "2 numbers for the 1 pairs"),
-        (Geometry("Hiera", (Site("blocks.0.attn", 1, 8),)), {}, "a Hiera has no stages"),
+        (Geometry("Hiera", (Site("blocks.0.attn", 1, 8),)), {}, "not for a Hiera"),
     ],
 )
 def test_the_recipe_refuses(geometry, parameters, message):

@@ -24,6 +24,7 @@ from windowed import (
     plan_of,
     prunable,
     pruned,
+    randomised,
     session,
     windowed,
 )
@@ -43,6 +44,8 @@ ODD = (72, 52)  # 18 x 13 patches, which nothing divides
 
 CASES = [(name, None) for name in MAKERS]
 CASES += [(name, ODD) for name in ("swin any size", "swinv2 any size", "sam")]
+# 18 x 13 patches too, of which Cr cuts off what makes no patch; of SAM 2 the first windows divide
+CASES += [("swinv2 cr any size", (74, 55)), ("hieradet", (64, 160))]
 
 
 def outputs(model, x):
@@ -117,17 +120,21 @@ REAL = [
     *(("swinv2_small_window8_256", s) for s in ((256, 256), (200, 248))),
     *(("swinv2_tiny_window16_256", s) for s in ((256, 256), (200, 248))),
     *(("swinv2_small_window16_256", s) for s in ((256, 256), (200, 248))),
-    ("swin_s3_tiny_224", (224, 224)),
+    *(("swin_s3_tiny_224", s) for s in ((224, 224), (200, 248))),
+    *(("swin_s3_small_224", s) for s in ((224, 224), (200, 248))),
+    *(("swinv2_cr_tiny_224", s) for s in ((224, 224), (203, 250))),
+    ("swinv2_cr_tiny_ns_224", (200, 248)),
+    *(("sam2_hiera_tiny", s) for s in ((224, 224), (224, 288))),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), REAL, ids=str)
 def test_gathering_all_windows_is_the_host_of_every_architecture(name, size):
-    """As timm initialises them, logits and taps; at a size that does not divide too."""
+    """Logits and taps, at a size that windows do not divide too."""
     torch.manual_seed(3)
-    whole = size[0] == size[1]
-    model = timm.create_model(name, **({} if whole else {"strict_img_size": False})).eval()
+    more = {"strict_img_size": False} if "swin" in name and size[0] != size[1] else {}
+    model = randomised(timm.create_model(name, **more).eval(), std=0.05)
     x = torch.randn(1, 3, *size)
     expected = outputs(model, x)
     near(outputs(gathering(model), x), expected)
@@ -196,7 +203,31 @@ def test_the_summary_has_what_every_block_keeps():
     assert (row.keep, row.kernels) == (1.0, ("host",))
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2", "sam", "hiera"])
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_the_summary_counts_the_windows_that_blocks_meet(name, size):
+    x, model, met = images(name, size=size), pruned(windowed(name), 0.5), {}
+    for block in (b for stage in interception(model).stages for b in stage.blocks):
+        if block.host.obstacle is None:
+            block.module.register_forward_pre_hook(
+                lambda module, args, b=block: met.update({b.site: b.host.cut(args[0]).windows})
+            )
+    with torch.no_grad():
+        model(x)
+    found = {row.site: row.keep for row in accel.summary(model).rows}
+    assert len(met) > 1
+    assert met.keys() <= found.keys()
+    expected = {site: kept_of(0.5, n) / n for site, n in met.items()}
+    assert found == {**dict.fromkeys(found, 1.0), **expected}
+
+
+def test_blocks_behind_one_that_stands_alone_have_a_name_of_their_own():
+    model = pruned(windowed("swinv2 cr"), 0.5)
+    model(images("swinv2 cr"))
+    names = ["stages.0", "stages.1", "stages.1.blocks.3", "stages.2"]
+    assert [*kept_windows(session(model))] == names
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2", "swinv2 cr", "sam", "hiera", "hieradet"])
 def test_features_alone(name):
     """Every tap of the wrapper that timm makes; the last one is behind the last stage."""
     x, model = images(name), windowed(name)
@@ -211,7 +242,9 @@ def test_features_alone(name):
     assert kept_windows(session(taps.model))
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2 any size", "sam", "hiera"])
+@pytest.mark.parametrize(
+    "name", ["swin", "swinv2 any size", "swinv2 cr any size", "sam", "hiera", "hieradet"]
+)
 def test_gradients_are_those_of_masked_blocks(name):
     x, grads = images(name), []
     model = windowed(name)
@@ -223,12 +256,13 @@ def test_gradients_are_those_of_masked_blocks(name):
     for found, expected in zip(*grads, strict=True):
         assert (found is None) == (expected is None)
         if found is not None:
+            # of a bias that every key has, which softmax takes away, rounding is all there is
             torch.testing.assert_close(
-                found, expected, atol=1e-4 * float(expected.abs().max() + 1e-3), rtol=1e-3
+                found, expected, atol=1e-4 * float(expected.abs().max() + 1e-2), rtol=1e-3
             )
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2", "sam", "hiera"])
+@pytest.mark.parametrize("name", ["swin", "swinv2", "swinv2 cr", "sam", "hiera", "hieradet"])
 def test_checkpointing_computes_the_same_windows_again(name):
     """Two calls wait for their gradients at once, and blocks are computed again from the last."""
     grads = []
@@ -240,7 +274,7 @@ def test_checkpointing_computes_the_same_windows_again(name):
         out.backward()
         grads.append([p.grad for p in model.parameters()])
         for stage in interception(model).stages:
-            assert stage.now is None
+            assert stage._now.get() is None
     assert all(a is b or torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -263,11 +297,14 @@ def test_low_precision(dtype, cast):
     assert (found.float() - expected).abs().max() < 0.2 * expected.abs().max()
 
 
+COMPILED = ("swin any size", "swinv2 any size", "swinv2 cr", "sam", "hiera", "hieradet")
+
+
 @pytest.mark.parametrize(
     ("names", "count"),
     [
         (["swin"], 2),
-        pytest.param(["swin any size", "swinv2 any size", "sam", "hiera"], 9, marks=SLOW),
+        pytest.param([*COMPILED], 12, marks=SLOW),
     ],
     ids=["one", "all"],
 )
@@ -357,6 +394,9 @@ def test_another_plan_serves_the_same_model():
         ("sam", {"blocks.2.attn": 0.5}, "'blocks.2.attn'.* attends to the whole map"),
         ("hiera", {"blocks.3.attn": 0.5}, "'blocks.3.attn'.* begins a stage"),
         ("hiera", {"blocks.7.attn": 0.5}, "'blocks.7.attn'.* attends to the whole map"),
+        ("hieradet", {"blocks.2.attn": 0.5}, "'blocks.2.attn'.* begins a stage"),
+        ("hieradet", {"blocks.6.attn": 0.5}, "'blocks.6.attn'.* attends to the whole map"),
+        ("swinv2 cr", {"stages.1.blocks.2.attn": 0.5}, r"blocks\.2\.attn'.* norms its whole map"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(name, keeps, message):

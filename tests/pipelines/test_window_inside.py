@@ -1,4 +1,4 @@
-"""Attention of a Swin by accel's kernel, which runs on a GPU: here by its plain path, in a model."""
+"""Attention of a Swin by accel's kernel, which runs on a GPU; here by its plain path."""
 
 import pytest
 import torch
