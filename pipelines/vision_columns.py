@@ -30,7 +30,7 @@ SCORE = Quality(
     cap=100.0,
 )
 AGREEMENT = Quality(
-    label="pixels, or images, classed as dense has them (percent)",
+    label="classed as dense has it (percent)",
     of=_percent("agreement", "mean"),
     worst=_percent("agreement", "worst"),
     name="agreement",

@@ -98,7 +98,7 @@ from accel.pipelines.vision import VisionPipeline
 
 pipe = VisionPipeline.from_pretrained("samples/models/swin-digits")
 classes = pipe("samples/models/swin-digits/test/000.png").labels  # [1, {CANVAS}, {CANVAS}]
-accel.enable(pipe, plan)  # a plan with keeps of windows
+accel.enable(pipe, "samples/plans/swin-digits.json")  # some of the windows
 ```
 
 ## Data

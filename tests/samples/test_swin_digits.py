@@ -32,9 +32,11 @@ from swin_digits_training import (
 from torch.nn import functional as F
 from window_adaptation import keeps_plan, window_blocks
 
-from accel.pipelines.enable import plan_of
+import accel
+from accel.pipelines.enable import enabled, plan_of
 from accel.pipelines.vision import VisionPipeline
 from accel.pipelines.vision_images import ImageFolder
+from accel.plan import Plan
 from accel.window_keeps import WindowKeeps
 
 ROOT = Path(__file__).parents[2]
@@ -360,3 +362,20 @@ def test_the_committed_model_finds_the_digits_of_a_canvas() -> None:
         image, classes = render_canvas(canvas, split="held-out")
         digits += digits_right(canvas, classes.long(), pipe(image).labels[0])
     assert sum(hit for _, hit in digits) / len(digits) > 0.5
+
+
+@trained
+@pytest.mark.parametrize("name", ["swin-digits", "swin-digits-fast"])
+def test_the_committed_plans_leave_windows_out_and_find_what_dense_finds(name: str) -> None:
+    pipe = VisionPipeline.from_pretrained(MODEL)
+    plan = Plan.load(ROOT / "samples" / "plans" / f"{name}.json")
+    front = ROOT / "samples" / "plans" / "swin-digits-front" / "plans"
+    assert plan.digest in {Plan.load(path).digest for path in front.iterdir()}
+    paths = [MODEL / "test" / f"{number:03d}.png" for number in (0, 1)]
+    dense = pipe(paths).labels
+    with enabled(pipe, plan, strict=True):
+        found = pipe(paths).labels
+        rows = accel.summary(pipe).rows
+    assert max(row.keep for row in rows) < 1
+    digits = (dense > 0) | (found > 0)
+    assert float((found == dense)[digits].float().mean()) > 0.8
