@@ -21,7 +21,7 @@ from accel.pipelines.segmenter import Segmenter
 from accel.pipelines.vision_config import CONFIG, VisionConfig
 from accel.untrusted import check_whole
 
-__all__ = ["Segmenter", "VisionConfig", "VisionOutput", "VisionPipeline"]
+__all__ = ["Segmenter", "VisionConfig", "VisionOutput", "VisionPipeline", "fuse_attention"]
 
 WEIGHTS = "model.safetensors"
 MOST_BUFFERS = 2**31  # bytes
@@ -266,6 +266,16 @@ class VisionPipeline:
             pixels = F.interpolate(pixels, size=whole, mode=mode, antialias=True).clamp(0, 1)
         top, left = (round((w - side) / 2) for w, side in zip(whole, size, strict=True))
         return pixels[:, :, top : top + size[0], left : left + size[1]]
+
+
+def fuse_attention(model: nn.Module) -> None:
+    """`scaled_dot_product_attention` wherever timm has it, as `TIMM_FUSED_ATTN=2` decides it for
+    modules that are made; in place, for this model alone.
+    """
+    module: Any
+    for module in model.modules():
+        if getattr(module, "fused_attn", True) is False:
+            module.fused_attn = True
 
 
 def _changed(config: VisionConfig, changes: dict[str, Any]) -> VisionConfig:

@@ -18,6 +18,7 @@ from accel.errors import AccelError
 from accel.files import write_atomically
 from accel.pipelines.frames_output import spanned
 from accel.pipelines.output import Judged, Output
+from accel.pipelines.vision import fuse_attention
 from accel.pipelines.vision_columns import PICTURES, QUALITY, SPEED
 from accel.pipelines.vision_csv import as_csv
 from accel.pipelines.vision_images import ImageFolder, folder_of
@@ -106,9 +107,7 @@ class ClassesOutput(Output):
 
     def set_up(self, host: Any, setup: Mapping[str, Any]) -> None:
         if setup.get("fused"):
-            for module in host.pipe.model.modules():
-                if getattr(module, "fused_attn", True) is False:
-                    module.fused_attn = True  # what timm's switch decides when a module is made
+            fuse_attention(host.pipe.model)
         if "scale" in setup:
             host.pipe.set_input_size(*_smaller(host, setup["scale"]))
         if "compile" in setup:

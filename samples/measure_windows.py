@@ -23,19 +23,17 @@ import timm
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from window_adaptation import keeps_plan, window_blocks
 
 import accel
-from accel.choice import DENSE
 from accel.files import write_atomically
-from accel.pipelines.adapters import geometry_of
 from accel.pipelines.enable import session_of
 from accel.pipelines.provenance import device_name, versions
 from accel.pipelines.segmenter import Segmenter
-from accel.pipelines.vision import VisionPipeline
-from accel.pipelines.window_blocks import stages_served, window_stages
+from accel.pipelines.vision import VisionPipeline, fuse_attention
+from accel.pipelines.window_blocks import stages_served
 from accel.pipelines.window_stage import Stage
 from accel.plan import Plan
-from accel.schedule import Schedule
 from accel.window_keeps import WindowKeeps, kept_of
 from accel.window_ranking import gather, scatter
 
@@ -57,11 +55,7 @@ def model_of(name: str, size: int) -> nn.Module:
 
 def keeping(model: nn.Module, keep: float) -> Plan:
     """Every block that can leave windows out keeps so many."""
-    geometry = geometry_of(model)
-    stages = window_stages(model, [site.name for site in geometry.sites])
-    able = [b.site for stage in stages for b in stage.blocks if b.host.obstacle is None]
-    schedule, windows = Schedule(dense_start=0.0), WindowKeeps(dict.fromkeys(able, keep))
-    return Plan.uniform("keeps", geometry, DENSE, schedule=schedule, windows=windows)
+    return keeps_plan(model, WindowKeeps(dict.fromkeys(window_blocks(model), keep)), "keeps")
 
 
 def inputs_of(model: nn.Module, stages: list[Stage], images: Tensor) -> list[Tensor]:
@@ -201,9 +195,7 @@ def main() -> None:
     if not all(0 < keep <= 1 for keep in args.keeps):
         parser.error(f"keeps are in (0, 1], got {args.keeps}")
     model = model_of(args.model, args.size)
-    for module in model.modules():
-        if getattr(module, "fused_attn", True) is False:
-            module.fused_attn = True
+    fuse_attention(model)
     images = torch.randn(args.batch, 3, args.size, args.size)
     found = {keep: measure(model, images, keep, args.rounds) for keep in args.keeps}
     device = device_name(torch.device("cpu"))

@@ -1,5 +1,9 @@
 """Small windowed models of timm, plans that prune them, and the plain computation of a plan."""
 
+import copy
+import io
+import pickle
+
 import timm
 import torch
 
@@ -74,6 +78,15 @@ def randomised(model, std=0.15):
         elif "norm" in key or "bias" in key:
             torch.nn.init.normal_(weight, mean=float("weight" in key), std=0.1)
     return model
+
+
+def copies_of(model):
+    """A deep copy, what a pickle gives, and what a file of torch gives."""
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    return copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded
 
 
 def net_of(name, kind="list", **changes):

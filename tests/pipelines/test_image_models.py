@@ -1,15 +1,12 @@
 """Vision models of timm as accel finds them: nets of features, and classes that are refused."""
 
-import copy
 import gc
-import io
-import pickle
 import weakref
 
 import pytest
 import timm
 import torch
-from windowed import images, net_of, plan_of, prunable, pruned, session, windowed
+from windowed import copies_of, images, net_of, plan_of, prunable, pruned, session, windowed
 
 import accel
 from accel.errors import UnsupportedModelError
@@ -120,14 +117,7 @@ def test_copies_and_pickles_of_a_net_are_plain():
     expected = maps(net, x)
     accel.enable(net, plan_of(net, 0.5))
     pruned_maps = maps(net, x)
-    stream = io.BytesIO()
-    torch.save(net, stream)
-    stream.seek(0)
-    for other in (
-        copy.deepcopy(net),
-        pickle.loads(pickle.dumps(net)),
-        torch.load(stream, weights_only=False),
-    ):
+    for other in copies_of(net):
         assert all(map(torch.equal, maps(other, x), expected))
         accel.enable(other, plan_of(other, 0.5))
         assert all(map(torch.equal, maps(other, x), pruned_maps))

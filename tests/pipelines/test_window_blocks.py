@@ -1,10 +1,7 @@
 """Blocks that compute some of their windows, against the host's own, windows masked afterwards."""
 
-import copy
 import gc
-import io
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -17,6 +14,7 @@ import timm
 import torch
 from windowed import (
     MAKERS,
+    copies_of,
     falling,
     gathering,
     images,
@@ -323,14 +321,7 @@ def test_copies_and_pickles_are_plain():
     expected = outputs(model, x)
     pruned(model, 0.5)
     model(x)
-    stream = io.BytesIO()
-    torch.save(model, stream)
-    stream.seek(0)
-    for other in (
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(stream, weights_only=False),
-    ):
+    for other in copies_of(model):
         assert all(map(torch.equal, outputs(other, x), expected))
 
 
